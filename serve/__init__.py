@@ -1,0 +1,1 @@
+"""Serving: the engine, the backends, the HTTP API and the command line."""

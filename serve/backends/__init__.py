@@ -1,0 +1,1 @@
+"""What can run a request: one protocol, one module for each backend."""
