@@ -1,6 +1,7 @@
-"""What a linear's weight can be: dense, 4-bit, or a product of two thin ones."""
+"""What a linear's weight can be: dense, 4-bit, 8-bit, or a product of two thin ones."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch import Tensor
 class Quantized4Bit:
     """A matrix in bitsandbytes' 4-bit format, double quantisation of the scales already undone.
 
-    The matrix is flattened row by row; blocks of `block_size` consecutive values share one scale, so a block may straddle
-    rows. Of each byte the high nibble is the earlier value.
+    The matrix is flattened row by row; blocks of `block_size` consecutive values share one scale,
+    so a block may straddle rows. Of each byte the high nibble is the earlier value.
 
     Attributes:
         packed: (ceil(out_features * in_features / 2),) uint8.
@@ -36,16 +37,39 @@ class Quantized4Bit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Quantized8Bit:
+    """A matrix of 8-bit codes, each run of `group` inputs of a row with its own scale.
+
+    Attributes:
+        codes: (out_features, in_features) int8, -127 .. 127.
+        scales: (out_features, in_features / group) float32.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """Return the (out_features, in_features) float32 matrix."""
+        group = self.codes.shape[1] // self.scales.shape[1]
+        return self.codes.float() * self.scales.repeat_interleave(group, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LowRank:
     """A matrix left @ right of rank R.
 
     Attributes:
-        left: (out_features, R) dense or 4-bit.
-        right: (R, in_features) dense or 4-bit.
+        left: (out_features, R).
+        right: (R, in_features).
     """
 
-    left: "Tensor | Quantized4Bit"
-    right: "Tensor | Quantized4Bit"
+    left: "Tensor | Quantized4Bit | Quantized8Bit"
+    right: "Tensor | Quantized4Bit | Quantized8Bit"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,13 +77,37 @@ class LowRank:
         return self.left.shape[0], self.right.shape[1]
 
 
-Weight = Tensor | Quantized4Bit | LowRank
+Matrix: TypeAlias = Tensor | Quantized4Bit | Quantized8Bit
+Weight: TypeAlias = Matrix | LowRank
 
 
 def dense(weight: Weight) -> Tensor:
-    """Return any weight as a (out_features, in_features) float32 matrix."""
-    if isinstance(weight, Quantized4Bit):
+    """Return any weight as a float32 tensor of the same shape."""
+    if isinstance(weight, (Quantized4Bit, Quantized8Bit)):
         return weight.dequantize()
     if isinstance(weight, LowRank):
         return dense(weight.left) @ dense(weight.right)
     return weight.float()
+
+
+def code_group(in_features: int) -> int:
+    """Inputs that can share a scale in kernels: the largest of 64, 32, 16 that divides the width.
+
+    Returns 0 if none does; such a matrix is computed dense.
+    """
+    return next((group for group in (64, 32, 16) if in_features % group == 0), 0)
+
+
+def quantize_8bit(matrix: Tensor) -> Tensor | Quantized8Bit:
+    """Round a dense (out_features, in_features) matrix to 8 bits, or return it if no group fits."""
+    group = code_group(matrix.shape[1])
+    if not group:
+        return matrix
+    codes = torch.empty(matrix.shape, dtype=torch.int8)
+    scales = torch.empty(matrix.shape[0], matrix.shape[1] // group)
+    for rows in torch.arange(matrix.shape[0]).split(4096):  # bounds the float32 copies
+        groups = matrix[rows].float().view(len(rows), -1, group)
+        scales[rows] = groups.abs().amax(-1) / 127
+        scaled = groups / scales[rows].clamp_min(1e-30)[..., None]
+        codes[rows] = scaled.round_().to(torch.int8).view(len(rows), -1)
+    return Quantized8Bit(codes=codes, scales=scales)

@@ -1,0 +1,1 @@
+"""Executors of a decoder's program: plain torch, native CPU, CUDA."""

@@ -1,0 +1,53 @@
+// What each instruction set implements; runtime.cpp divides the work among threads and calls these.
+#pragma once
+#include "program.h"
+
+namespace proa {
+
+// Inputs of a linear, made ready by `prepare_row`: float32 rows, or 16-bit codes with a scale for each group.
+struct Activations {
+  float* values;    // (rows, stride)
+  int16_t* codes;   // (rows, stride)
+  float* scales;    // (rows, groups)
+  int stride;       // inputs rounded up to whole groups
+  int groups;       // 0: dense
+};
+
+struct AttentionItem {
+  const float* query[6];  // rotated, scaled
+  float* out[6];
+  int limit[6];           // keys each query sees
+  int count;
+  int head_dim;
+  const int32_t* blocks;
+  const void* k_cache;    // of this layer, at the head
+  const void* v_cache;
+  ptrdiff_t block_stride; // elements between blocks
+  int cache_format;
+  float* scores;          // (6, score_stride)
+  int score_stride;
+};
+
+struct Kernels {
+  const char* name;
+  // Run an op's prologue on one row of `src` and store it as row `row` of `act`. `scratch` holds norm_width floats.
+  void (*prepare_row)(const Op& op, const float* src, int row, const Activations& act, float* scratch);
+  // out(rows, 16) = activations x panel of `piece`; `tile` is scratch of `tile_floats`.
+  void (*panel)(const Piece& piece, int panel, int group, int inputs, const Activations& act, int rows, float* out,
+                float* tile);
+  void (*attend)(const AttentionItem& item);
+  // Normalise (if weight), rotate and scale one head in place.
+  void (*rotate)(float* head, int head_dim, int rotary_dim, const float* cos_sin, const float* weight, float eps,
+                 float scale);
+  void (*write_kv)(const float* k, const float* v, int head_dim, int slot, int format, void* k_block, void* v_block);
+  void (*embed)(const void* table, int format, int64_t row, int width, float* out, bool add);
+};
+
+constexpr int kTileFloats = 16 * 1024;  // 64 KiB
+
+#if defined(__x86_64__)
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+#endif
+
+}  // namespace proa

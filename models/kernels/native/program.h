@@ -1,0 +1,83 @@
+// The program of a decoder as the native executor reads it. Mirrored field by field in models/kernels/native_program.py.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace proa {
+
+constexpr int kPanel = 16;      // outputs of a linear that lie side by side in memory
+constexpr int kBlock = 16;      // positions in a KV cache block
+constexpr int kMaxActivation = 8191;  // 64 products of a 13-bit activation and a 12-bit weight fit an int32
+
+enum OpKind : int32_t { kEmbed = 0, kLinear = 1, kAttention = 2, kTap = 3 };
+enum Prologue : int32_t { kPlain = 0, kRmsNorm = 1, kLayerNorm = 2, kActivation = 3, kGatedActivation = 4 };
+enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+enum Format : int32_t { kCodes4 = 0, kCodes8 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4 };
+
+// One matrix of a linear; several share an input. `data` holds panels of 16 outputs, the last one padded:
+// codes: for each group of inputs 16 * group codes, then 16 float32 scales; dense: 16 values for each input.
+struct Piece {
+  const void* data;
+  const float* bias;
+  const int16_t* codebook;  // 16 entries for kCodes4
+  int32_t format;
+  int32_t outputs;
+  int32_t dst_offset;
+  int32_t reserved;
+};
+
+struct Op {
+  const Piece* pieces;
+  const float* norm_weight;
+  const float* norm_bias;
+  const int32_t* gather;   // kept inputs, or null
+  const int32_t* scatter;  // where each output is added, or null
+  const float* q_norm;
+  const float* k_norm;
+  const void* table;
+  const void* position_table;
+  int32_t kind;
+  int32_t prologue;
+  int32_t activation;
+  int32_t num_pieces;
+  int32_t group;  // inputs per scale for codes, 0 for dense
+  int32_t src;
+  int32_t dst;
+  int32_t inputs;      // width of the linear's input
+  int32_t norm_width;  // width that the norm reads
+  int32_t accumulate;
+  int32_t select_rows;
+  int32_t layer;
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t rotary_dim;
+  int32_t table_format;
+  int32_t position_format;
+  int32_t position_offset;
+  float eps;
+  float scale;
+  int32_t reserved;
+};
+
+struct Step {
+  const int32_t* token_ids;
+  const int32_t* positions;
+  const int32_t* query_starts;
+  const int32_t* context_lens;
+  const int32_t* block_tables;
+  const int32_t* output_rows;
+  void* const* k_cache;  // one per layer: (num_blocks, kv_heads, head_dim, 16)
+  void* const* v_cache;  // one per layer: (num_blocks, kv_heads, 16, head_dim)
+  const float* inv_freq;
+  float* logits;
+  float* taps;  // (layers, T, hidden), or null
+  int32_t num_tokens;
+  int32_t num_sequences;
+  int32_t num_outputs;
+  int32_t block_table_stride;
+  int32_t cache_format;  // kFloat32 or kFloat16
+  float rotary_scale;
+};
+
+}  // namespace proa

@@ -1,0 +1,333 @@
+// Runs a decoder's program: all threads walk the list of operations together and meet at barriers.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace proa {
+namespace {
+
+const Kernels* find_kernels(const char* name) {
+#if defined(__x86_64__)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vnni");
+  const bool is_auto = std::strcmp(name, "auto") == 0;
+  if (has_avx512 && (is_auto || std::strcmp(name, "avx512") == 0)) return kernels_avx512();
+  if (has_avx2 && (is_auto || std::strcmp(name, "avx2") == 0)) return kernels_avx2();
+#endif
+  return nullptr;
+}
+
+// Flush denormals while kernels run: they cost a hundred cycles each and carry nothing.
+class FlushDenormals {
+ public:
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  const unsigned saved_;
+};
+
+struct Scratch {
+  std::vector<float> row, out, scores, values, scales;
+  std::vector<int16_t> codes;
+  float* tile = nullptr;
+  std::vector<float> tile_storage;
+};
+
+template <typename T>
+void grow(std::vector<T>& v, size_t size) {
+  if (v.size() < size) v.resize(size);
+}
+
+class Program {
+ public:
+  Program(const Op* ops, int num_ops, const int32_t* widths, int num_buffers, Pool* pool, const Kernels* kernels)
+      : ops_(ops, ops + num_ops), widths_(widths, widths + num_buffers), buffers_(num_buffers), pool_(pool),
+        kernels_(kernels), counters_(num_ops), scratch_(pool->size()) {
+    size_t row = 0;
+    for (const Op& op : ops_) {
+      row = std::max<size_t>(row, op.norm_width + op.inputs);
+      max_inputs_ = std::max<int>(max_inputs_, (op.inputs + 63) / 64 * 64);
+      if (op.kind == kAttention) rotary_dim_ = std::max(rotary_dim_, op.rotary_dim);
+    }
+    for (Scratch& s : scratch_) {
+      s.row.resize(row + 64);
+      s.tile_storage.resize(kTileFloats + 16);
+      s.tile = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(s.tile_storage.data()) + 63) / 64 * 64);
+      s.codes.resize(max_inputs_);
+      s.values.resize(max_inputs_);
+      s.scales.resize(max_inputs_ / 4 + 1);
+    }
+  }
+
+  void run(const Step& step) {
+    const auto turn = pool_->acquire();
+    prepare(step);
+    pool_->run([&](int thread) {
+      FlushDenormals flush;
+      walk(step, thread);
+    });
+  }
+
+ private:
+  void prepare(const Step& step) {
+    const size_t rows = std::max(step.num_tokens, step.num_outputs);
+    for (size_t i = 0; i < buffers_.size(); ++i) grow(buffers_[i], rows * widths_[i]);
+    bool has_codes = false, has_dense = false;
+    for (const Op& op : ops_)
+      if (op.kind == kLinear) (op.group ? has_codes : has_dense) = true;
+    if (has_codes) {
+      grow(codes_, rows * max_inputs_);
+      grow(scales_, rows * (max_inputs_ / 16 + 1));
+    }
+    if (has_dense) grow(values_, rows * max_inputs_);
+    grow(cos_sin_, rows * rotary_dim_);
+    int longest = 0;
+    for (int b = 0; b < step.num_sequences; ++b) longest = std::max(longest, step.context_lens[b]);
+    score_stride_ = (longest + 31) / 16 * 16;
+    for (Scratch& s : scratch_) {
+      grow(s.out, rows * kPanel);
+      grow(s.scores, size_t(6) * score_stride_);
+    }
+    is_decode_ = step.num_tokens == step.num_sequences;
+    for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
+  }
+
+  void walk(const Step& step, int thread) {
+    const int threads = pool_->size();
+    const int half = rotary_dim_ / 2;
+    for (int t = thread; half && t < step.num_tokens; t += threads) {
+      float* row = cos_sin_.data() + size_t(t) * rotary_dim_;
+      for (int i = 0; i < half; ++i) {
+        const float angle = float(step.positions[t]) * step.inv_freq[i];
+        row[i] = std::cos(angle) * step.rotary_scale;
+        row[half + i] = std::sin(angle) * step.rotary_scale;
+      }
+    }
+    for (size_t i = 0; i < ops_.size(); ++i) {
+      const Op& op = ops_[i];
+      switch (op.kind) {
+        case kEmbed:
+          for (int t = thread; t < step.num_tokens; t += threads) {
+            float* out = buffers_[op.dst].data() + size_t(t) * widths_[op.dst];
+            kernels_->embed(op.table, op.table_format, step.token_ids[t], widths_[op.dst], out, false);
+            if (op.position_table)
+              kernels_->embed(op.position_table, op.position_format, step.positions[t] + op.position_offset,
+                              widths_[op.dst], out, true);
+          }
+          pool_->barrier.wait();
+          break;
+        case kLinear:
+          linear(op, step, thread, counters_[i]);
+          break;
+        case kAttention:
+          attention(op, step, thread, counters_[i]);
+          break;
+        case kTap:
+          for (int t = thread; step.taps && t < step.num_tokens; t += threads)
+            std::memcpy(step.taps + (size_t(op.layer) * step.num_tokens + t) * widths_[op.src],
+                        buffers_[op.src].data() + size_t(t) * widths_[op.src], widths_[op.src] * 4);
+          break;
+      }
+    }
+  }
+
+  void linear(const Op& op, const Step& step, int thread, std::atomic<int>& counter) {
+    const int threads = pool_->size();
+    const int rows = op.select_rows ? step.num_outputs : step.num_tokens;
+    if (rows == 0) return;
+    Scratch& scratch = scratch_[thread];
+    const float* src = buffers_[op.src].data();
+    const size_t src_stride = widths_[op.src];
+    const int groups = op.group ? (op.inputs + op.group - 1) / op.group : 0;
+    // A single row is made ready by every thread for itself, which saves a barrier.
+    Activations act;
+    act.groups = groups;
+    act.stride = op.group ? groups * op.group : op.inputs;
+    act.values = rows == 1 ? scratch.values.data() : values_.data();
+    act.codes = rows == 1 ? scratch.codes.data() : codes_.data();
+    act.scales = rows == 1 ? scratch.scales.data() : scales_.data();
+    const auto row_of = [&](int r) { return src + (op.select_rows ? step.output_rows[r] : r) * src_stride; };
+    if (rows == 1) {
+      kernels_->prepare_row(op, row_of(0), 0, act, scratch.row.data());
+    } else {
+      for (int r = thread; r < rows; r += threads) kernels_->prepare_row(op, row_of(r), r, act, scratch.row.data());
+      pool_->barrier.wait();
+    }
+    int total = 0;
+    for (int p = 0; p < op.num_pieces; ++p) total += (op.pieces[p].outputs + kPanel - 1) / kPanel;
+    const int chunk = std::max(1, (total + threads * 8 - 1) / (threads * 8));
+    for (int first; (first = counter.fetch_add(chunk, std::memory_order_relaxed)) < total;) {
+      int piece = 0, index = first;
+      const auto panels_of = [&](int p) { return (op.pieces[p].outputs + kPanel - 1) / kPanel; };
+      while (index >= panels_of(piece)) index -= panels_of(piece++);
+      for (int n = first; n < std::min(first + chunk, total); ++n, ++index) {
+        if (index == panels_of(piece)) ++piece, index = 0;
+        kernels_->panel(op.pieces[piece], index, op.group, op.inputs, act, rows, scratch.out.data(), scratch.tile);
+        write_panel(op, op.pieces[piece], index, step, rows, scratch.out.data());
+      }
+    }
+    pool_->barrier.wait();
+  }
+
+  void write_panel(const Op& op, const Piece& piece, int index, const Step& step, int rows, const float* out) {
+    const int first = index * kPanel, count = std::min(kPanel, piece.outputs - first);
+    float* base = op.dst < 0 ? step.logits : buffers_[op.dst].data();
+    const size_t stride = op.dst < 0 ? size_t(piece.outputs) : size_t(widths_[op.dst]);
+    for (int r = 0; r < rows; ++r, out += kPanel) {
+      float* target = base + r * stride;
+      for (int i = 0; i < count; ++i) {
+        const float value = piece.bias ? out[i] + piece.bias[first + i] : out[i];
+        const int column = piece.dst_offset + first + i;
+        if (op.scatter)
+          target[op.scatter[column]] += value;
+        else if (op.accumulate)
+          target[column] += value;
+        else
+          target[column] = value;
+      }
+    }
+  }
+
+  // Rotate and store the keys and values of one token's key-value head, and rotate the queries that read it.
+  void write_head(const Op& op, const Step& step, int token, int sequence, int head) {
+    const int dim = op.head_dim, group = op.num_heads / op.num_kv_heads;
+    float* row = buffers_[op.src].data() + size_t(token) * widths_[op.src];
+    const float* cos_sin = cos_sin_.data() + size_t(token) * rotary_dim_;
+    for (int h = head * group; h < (head + 1) * group; ++h)
+      kernels_->rotate(row + h * dim, dim, op.rotary_dim, cos_sin, op.q_norm, op.eps, op.scale);
+    float* k = row + (op.num_heads + head) * dim;
+    const float* v = row + (op.num_heads + op.num_kv_heads + head) * dim;
+    kernels_->rotate(k, dim, op.rotary_dim, cos_sin, op.k_norm, op.eps, 1.f);
+    const int position = step.positions[token];
+    const ptrdiff_t block = step.block_tables[size_t(sequence) * step.block_table_stride + position / kBlock];
+    const ptrdiff_t offset = (block * op.num_kv_heads + head) * dim * kBlock;
+    const int size = step.cache_format == kFloat16 ? 2 : 4;
+    kernels_->write_kv(k, v, dim, position % kBlock, step.cache_format,
+                       static_cast<char*>(step.k_cache[op.layer]) + offset * size,
+                       static_cast<char*>(step.v_cache[op.layer]) + offset * size);
+  }
+
+  void attention(const Op& op, const Step& step, int thread, std::atomic<int>& counter) {
+    const int group = op.num_heads / op.num_kv_heads;
+    const int* starts = step.query_starts;
+    // With one token each and one item a head, whoever takes the item also writes the head: no barrier.
+    const bool is_fused = is_decode_ && group <= 6;
+    if (!is_fused) {
+      int sequence = 0;
+      for (int t = thread; t < step.num_tokens; t += pool_->size()) {
+        while (t >= starts[sequence + 1]) ++sequence;
+        for (int h = 0; h < op.num_kv_heads; ++h) write_head(op, step, t, sequence, h);
+      }
+      pool_->barrier.wait();
+    }
+    // One item: up to 6 (token, query head) pairs of one sequence that read the same key-value head.
+    const auto items_of = [&](int b) { return (starts[b + 1] - starts[b]) * group; };
+    int sequence = 0, before = 0;
+    for (;;) {
+      const int item = counter.fetch_add(1, std::memory_order_relaxed);
+      const auto count_of = [&](int b) { return (items_of(b) + 5) / 6 * op.num_kv_heads; };
+      while (sequence < step.num_sequences && item - before >= count_of(sequence)) before += count_of(sequence++);
+      if (sequence == step.num_sequences) break;
+      const int head = (item - before) % op.num_kv_heads, first = (item - before) / op.num_kv_heads * 6;
+      if (is_fused) write_head(op, step, starts[sequence], sequence, head);
+      attend(op, step, thread, sequence, head, first, std::min(6, items_of(sequence) - first));
+    }
+    pool_->barrier.wait();
+  }
+
+  void attend(const Op& op, const Step& step, int thread, int sequence, int head, int first, int count) {
+    const int group = op.num_heads / op.num_kv_heads, dim = op.head_dim;
+    AttentionItem item;
+    item.count = count;
+    item.head_dim = dim;
+    item.blocks = step.block_tables + size_t(sequence) * step.block_table_stride;
+    item.block_stride = ptrdiff_t(op.num_kv_heads) * dim * kBlock;
+    const size_t offset = size_t(head) * dim * kBlock * (step.cache_format == kFloat16 ? 2 : 4);
+    item.k_cache = static_cast<char*>(step.k_cache[op.layer]) + offset;
+    item.v_cache = static_cast<char*>(step.v_cache[op.layer]) + offset;
+    item.cache_format = step.cache_format;
+    item.scores = scratch_[thread].scores.data();
+    item.score_stride = score_stride_;
+    for (int i = 0; i < count; ++i) {
+      const int token = step.query_starts[sequence] + (first + i) / group;
+      const int query = head * group + (first + i) % group;
+      item.query[i] = buffers_[op.src].data() + size_t(token) * widths_[op.src] + query * dim;
+      item.out[i] = buffers_[op.dst].data() + size_t(token) * widths_[op.dst] + query * dim;
+      item.limit[i] = step.positions[token] + 1;
+    }
+    kernels_->attend(item);
+  }
+
+  const std::vector<Op> ops_;
+  const std::vector<int> widths_;
+  std::vector<std::vector<float>> buffers_;
+  Pool* pool_;
+  const Kernels* kernels_;
+  std::vector<std::atomic<int>> counters_;
+  std::vector<Scratch> scratch_;
+  std::vector<int16_t> codes_;
+  std::vector<float> scales_, values_, cos_sin_;
+  int max_inputs_ = 64, rotary_dim_ = 0, score_stride_ = 0;
+  bool is_decode_ = false;
+};
+
+}  // namespace
+}  // namespace proa
+
+extern "C" {
+
+const char* proa_kernels_name(const char* wanted) {
+  const proa::Kernels* kernels = proa::find_kernels(wanted);
+  return kernels ? kernels->name : "";
+}
+
+void* proa_pool_create(int threads) { return new proa::Pool(threads); }
+void proa_pool_destroy(void* pool) { delete static_cast<proa::Pool*>(pool); }
+
+void* proa_program_create(const proa::Op* ops, int num_ops, const int32_t* widths, int num_buffers, void* pool,
+                          const char* kernels) {
+  return new proa::Program(ops, num_ops, widths, num_buffers, static_cast<proa::Pool*>(pool), proa::find_kernels(kernels));
+}
+void proa_program_destroy(void* program) { delete static_cast<proa::Program*>(program); }
+void proa_program_run(void* program, const proa::Step* step) { static_cast<proa::Program*>(program)->run(*step); }
+
+// Repack 4-bit codes, one byte each in `codes` (outputs, inputs), and scales (outputs, groups) into panels.
+void proa_pack_codes4(const uint8_t* packed, const float* scales, int outputs, int inputs, int group, uint8_t* out) {
+  const int groups = inputs / group, panels = (outputs + 15) / 16;
+  // Where each (output, parity) of a pair goes in 32 bytes, so that unpacking interleaves them in order.
+  for (int p = 0; p < panels; ++p) {
+    for (int g = 0; g < groups; ++g) {
+      for (int pair = 0; pair < group / 2; pair += 2, out += 32) {
+        for (int o = 0; o < 16; ++o) {
+          const int64_t row = int64_t(p) * 16 + o;
+          const int at = (o / 4 % 2) * 16 + (o / 8) * 8 + (o % 4) * 2;
+          for (int k = 0; k < 2; ++k) {
+            uint8_t low = 0, high = 0;
+            if (row < outputs) {
+              const int64_t first = row * inputs + g * group + pair * 2 + k, second = first + 2;
+              low = first % 2 ? packed[first / 2] & 15 : packed[first / 2] >> 4;
+              high = second % 2 ? packed[second / 2] & 15 : packed[second / 2] >> 4;
+            }
+            out[at + k] = uint8_t(low | high << 4);
+          }
+        }
+      }
+      float* target = reinterpret_cast<float*>(out);
+      for (int o = 0; o < 16; ++o) {
+        const int64_t row = int64_t(p) * 16 + o;
+        target[o] = row < outputs ? scales[row * groups + g] : 0.f;
+      }
+      out += 64;
+    }
+  }
+}
+
+}  // extern "C"

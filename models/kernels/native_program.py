@@ -1,0 +1,73 @@
+"""The native executor's structures, field by field as in models/kernels/native/program.h."""
+
+import ctypes
+from typing import ClassVar
+
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
+
+OP_KINDS = {"embed": 0, "linear": 1, "attention": 2, "tap": 3}
+PROLOGUES = {"plain": 0, "rms_norm": 1, "layer_norm": 2, "activation": 3, "gated_activation": 4}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+class NativePiece(ctypes.Structure):
+    """`Piece` in program.h."""
+
+    _fields_: ClassVar = [
+        ("data", _P), ("bias", _P), ("codebook", _P), ("format", _I), ("outputs", _I),
+        ("dst_offset", _I), ("reserved", _I),
+    ]  # fmt: skip
+
+
+class NativeOp(ctypes.Structure):
+    """`Op` in program.h."""
+
+    _fields_: ClassVar = [
+        *((name, _P) for name in (
+            "pieces", "norm_weight", "norm_bias", "gather", "scatter", "q_norm", "k_norm",
+            "table", "position_table")),
+        *((name, _I) for name in (
+            "kind", "prologue", "activation", "num_pieces", "group", "src", "dst", "inputs",
+            "norm_width", "accumulate", "select_rows", "layer", "num_heads", "num_kv_heads",
+            "head_dim", "rotary_dim", "table_format", "position_format", "position_offset")),
+        ("eps", _F), ("scale", _F), ("reserved", _I),
+    ]  # fmt: skip
+
+
+class NativeStep(ctypes.Structure):
+    """`Step` in program.h."""
+
+    _fields_: ClassVar = [
+        *((name, _P) for name in (
+            "token_ids", "positions", "query_starts", "context_lens", "block_tables",
+            "output_rows", "k_cache", "v_cache", "inv_freq", "logits", "taps")),
+        *((name, _I) for name in (
+            "num_tokens", "num_sequences", "num_outputs", "block_table_stride", "cache_format")),
+        ("rotary_scale", _F),
+    ]  # fmt: skip
+
+
+def load_library(path: str) -> ctypes.CDLL:
+    """Load the extension and declare its functions.
+
+    Raises:
+        OSError: the file is missing or was built for another machine.
+    """
+    library = ctypes.CDLL(path)
+    library.proa_kernels_name.argtypes = [ctypes.c_char_p]
+    library.proa_kernels_name.restype = ctypes.c_char_p
+    library.proa_pool_create.argtypes = [ctypes.c_int]
+    library.proa_pool_create.restype = _P
+    library.proa_pool_destroy.argtypes = [_P]
+    library.proa_pool_destroy.restype = None
+    library.proa_program_create.argtypes = [
+        ctypes.POINTER(NativeOp), ctypes.c_int, _P, ctypes.c_int, _P, ctypes.c_char_p,
+    ]  # fmt: skip
+    library.proa_program_create.restype = _P
+    library.proa_program_destroy.argtypes = [_P]
+    library.proa_program_destroy.restype = None
+    library.proa_program_run.argtypes = [_P, ctypes.POINTER(NativeStep)]
+    library.proa_program_run.restype = None
+    library.proa_pack_codes4.argtypes = [_P, _P, ctypes.c_int, ctypes.c_int, ctypes.c_int, _P]
+    library.proa_pack_codes4.restype = None
+    return library

@@ -1,0 +1,113 @@
+"""Repack weights into the panels that the native kernels read.
+
+A panel holds 16 outputs side by side for every input, so that one vector load serves 16 outputs
+and one broadcast activation. 4-bit and 8-bit weights are multiplied as 16-bit integers: a 4-bit
+code selects one of 16 values of 12 bits, activations have 13 bits and a scale for each group of
+inputs, sums are exact in 32 bits. That is nearer to float32 than bfloat16 arithmetic is.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.weights import Matrix, Quantized4Bit, Quantized8Bit, code_group
+
+PANEL = 16
+MAX_CODE = 4095
+_FORMATS = {"codes4": 0, "codes8": 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panels:
+    """A repacked matrix.
+
+    Attributes:
+        data: the bytes the kernels read.
+        codebook: (16,) int16 for 4-bit codes, else None.
+        format: the kernels' number for it.
+        group: inputs per scale; 0 for dense.
+        outputs: out_features.
+    """
+
+    data: Tensor
+    codebook: Tensor | None
+    format: int
+    group: int
+    outputs: int
+
+
+def float_format(dtype: torch.dtype) -> int:
+    """Return the kernels' number of a float type.
+
+    Raises:
+        ValueError: not float32, bfloat16 or float16.
+    """
+    if dtype not in _FORMATS:
+        raise ValueError(f"native kernels read float32, bfloat16 and float16, not {dtype}")
+    return _FORMATS[dtype]
+
+
+def kernel_group(weight: Matrix) -> int:
+    """Return the inputs per scale that the kernels would use for a weight; 0: computed dense."""
+    if isinstance(weight, Quantized8Bit):
+        group = weight.shape[1] // weight.scales.shape[1]
+        return group if group in (16, 32, 64) else 0
+    if isinstance(weight, Quantized4Bit):
+        group = code_group(weight.shape[1])
+        # Blocks run over the flattened matrix; a group must not cross the edge of one.
+        return group if group and weight.block_size % group == 0 else 0
+    return 0
+
+
+def pack(weight: Matrix, library: ctypes.CDLL) -> Panels:
+    """Repack a (out_features, in_features) matrix; a quantised one of odd width becomes float32."""
+    group = kernel_group(weight)
+    if group and isinstance(weight, Quantized4Bit):
+        return _pack_codes4(weight, group, library)
+    if group and isinstance(weight, Quantized8Bit):
+        return _pack_codes8(weight, group)
+    matrix = weight if isinstance(weight, Tensor) else weight.dequantize()
+    outputs, inputs = matrix.shape
+    kernel_format = float_format(matrix.dtype)
+    panels = _pad_rows(matrix).view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+    return Panels(data=panels, codebook=None, format=kernel_format, group=0, outputs=outputs)
+
+
+def _pad_rows(matrix: Tensor) -> Tensor:
+    missing = -matrix.shape[0] % PANEL
+    if not missing:
+        return matrix
+    return torch.cat((matrix, matrix.new_zeros(missing, *matrix.shape[1:])))
+
+
+def _pack_codes4(weight: Quantized4Bit, group: int, library: ctypes.CDLL) -> Panels:
+    outputs, inputs = weight.shape
+    largest = weight.codebook.abs().max()
+    codebook = (weight.codebook / largest * MAX_CODE).round().to(torch.int16).contiguous()
+    scales = weight.absmax.float() * (largest / MAX_CODE)
+    firsts = torch.arange(0, outputs * inputs, group)
+    by_group = scales[firsts // weight.block_size].contiguous()
+    panels = -(-outputs // PANEL)
+    size = panels * (inputs // group) * (PANEL * group // 2 + PANEL * 4)
+    data = torch.empty(size, dtype=torch.uint8)
+    packed = weight.packed.contiguous()
+    library.proa_pack_codes4(
+        packed.data_ptr(), by_group.data_ptr(), outputs, inputs, group, data.data_ptr()
+    )
+    return Panels(
+        data=data, codebook=codebook, format=_FORMATS["codes4"], group=group, outputs=outputs
+    )
+
+
+def _pack_codes8(weight: Quantized8Bit, group: int) -> Panels:
+    outputs, inputs = weight.shape
+    groups = inputs // group
+    codes = _pad_rows(weight.codes).view(-1, PANEL, groups, group // 2, 2)
+    codes = codes.permute(0, 2, 3, 1, 4).reshape(-1, groups, group * PANEL)
+    scales = _pad_rows(weight.scales).view(-1, PANEL, groups).transpose(1, 2).contiguous()
+    data = torch.cat((codes, scales.view(torch.int8)), dim=2).contiguous()
+    return Panels(
+        data=data, codebook=None, format=_FORMATS["codes8"], group=group, outputs=outputs
+    )
