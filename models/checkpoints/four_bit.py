@@ -1,8 +1,9 @@
 """Read bitsandbytes' 4-bit tensors without bitsandbytes.
 
-A weight `W` is stored as `W` (codes) with `W.absmax`, `W.quant_map` and `W.quant_state.bitsandbytes__KIND`, a JSON object
-kept as bytes. With double quantisation `W.absmax` holds 8-bit codes, `W.nested_quant_map` and `W.nested_absmax` undo
-them, and the JSON object has their offset.
+A weight `W` is stored as `W` (codes) with `W.absmax`, `W.quant_map` and
+`W.quant_state.bitsandbytes__KIND`, a JSON object kept as bytes. With double quantisation
+`W.absmax` holds 8-bit codes, `W.nested_quant_map` and `W.nested_absmax` undo them, and the JSON
+object has their offset.
 """
 
 import json
@@ -60,7 +61,7 @@ def read_state(reader: TensorReader, name: str, kind: str) -> QuantState:
         value = json.loads(raw)
         rows, columns = (int(n) for n in value["shape"])
         nested = value.get("nested_blocksize")
-        return QuantState(
+        state = QuantState(
             shape=(rows, columns),
             block_size=int(value["blocksize"]),
             nested_block_size=None if nested is None else int(nested),
@@ -68,6 +69,9 @@ def read_state(reader: TensorReader, name: str, kind: str) -> QuantState:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{name}: unreadable 4-bit state ({error})") from error
+    if min(*state.shape, state.block_size, state.nested_block_size or 1) < 1:
+        raise CheckpointError(f"{name}: 4-bit state with sizes below 1: {state}")
+    return state
 
 
 def read_quantized(reader: TensorReader, name: str, kind: str) -> Quantized4Bit:

@@ -24,6 +24,7 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _F32, _F16, _BF16 = 0, 1, 30
 _PLAIN = {_F32: torch.float32, _F16: torch.float16, _BF16: torch.bfloat16}
+_OTHER = (24, 25, 26, 27, 28)  # whole numbers and float64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,25 +161,36 @@ class GgufFile:
         """Tell whether a tensor is stored in a block format."""
         return self.tensors[name].kind not in _PLAIN
 
-    def read(self, name: str) -> Tensor:
+    def is_float(self, name: str) -> bool:
+        """Tell whether a tensor is read as 16- or 32-bit floating point."""
+        return self.tensors[name].kind not in _OTHER
+
+    def read(self, name: str, rows: range | None = None) -> Tensor:
         """Return a tensor in its stored dtype, block formats exactly as float32.
+
+        Args:
+            name: the tensor.
+            rows: consecutive rows of it; None: all of it.
 
         Raises:
             CheckpointError: the block format cannot be unpacked.
         """
         tensor = self.tensors[name]
-        data = memoryview(self._data)[tensor.offset : self._end(tensor)]
+        rows = range(tensor.shape[0]) if rows is None else rows
+        row_bytes = (self._end(tensor) - tensor.offset) // tensor.shape[0]
+        start = tensor.offset + rows.start * row_bytes
+        data = memoryview(self._data)[start : start + len(rows) * row_bytes]
+        shape = (len(rows), *tensor.shape[1:])
         if tensor.kind in _PLAIN:
-            dtype = _PLAIN[tensor.kind]
-            return torch.frombuffer(bytearray(data), dtype=dtype).view(tensor.shape)
+            return torch.frombuffer(bytearray(data), dtype=_PLAIN[tensor.kind]).view(shape)
         import numpy as np
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
         kind = GGMLQuantizationType(tensor.kind)
-        rows = np.frombuffer(data, dtype=np.uint8).reshape(*tensor.shape[:-1], -1)
+        blocks = np.frombuffer(data, dtype=np.uint8).reshape(*shape[:-1], -1)
         try:
-            return torch.from_numpy(dequantize(rows, kind)).view(tensor.shape)
+            return torch.from_numpy(dequantize(blocks, kind)).view(shape)
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has the type {kind.name}, which cannot be unpacked"

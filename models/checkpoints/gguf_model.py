@@ -1,7 +1,7 @@
 """See a LLaMA-like GGUF file as a Hugging Face checkpoint: its config, and its tensors by name."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 
 import torch
@@ -35,6 +35,7 @@ _LAYER_NAMES = {
     "ffn_up": "up",
     "ffn_down": "down",
 }
+_COMPACT_ROWS = 4096  # rows at a time, which bounds the float32 copies
 _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -147,7 +148,9 @@ class GgufModel:
         theta = _shortest(self._field("rope.freq_base", 10000.0))
         base: dict[str, object] = {"rope_type": "default", "rope_theta": theta}
         kind = self._field("rope.scaling.type", "none")
-        factor = _shortest(self._field("rope.scaling.factor", self._field("rope.scale_linear", 1.0)))
+        factor = _shortest(
+            self._field("rope.scaling.factor", self._field("rope.scale_linear", 1.0))
+        )
         if _ROPE_FACTORS in self.file.tensors:
             return base | self._llama3_scaling(theta)
         if kind == "yarn":
@@ -183,24 +186,32 @@ class GgufModel:
             "no other is supported"
         )
 
+    def is_float(self, name: str) -> bool:
+        """Tell whether a tensor is read as 16- or 32-bit floating point."""
+        return self.file.is_float(self._stored[name])
+
     def read(self, name: str) -> Tensor:
         """Return a tensor with exact values, its rows in Hugging Face's order."""
         tensor = self.file.read(self._stored[name])
-        if self.architecture == "llama":
-            for linear, heads in (("q_proj", self.num_heads), ("k_proj", self.num_kv_heads)):
-                if f".{linear}." in name:
-                    return _undo_rotary_interleave(tensor, heads)
-        return tensor
+        heads = self._heads_of(name)
+        return tensor if heads is None else _undo_rotary_interleave(tensor, heads)
+
+    def _heads_of(self, name: str) -> int | None:
+        """Return the heads of a tensor whose rows are in llama.cpp's order, else None."""
+        heads = {"q_proj": self.num_heads, "k_proj": self.num_kv_heads}
+        return heads.get(name.split(".")[-2]) if self.architecture == "llama" else None
 
     def read_compact(self, name: str) -> Tensor:
         """Return a tensor for storing: block formats in 16 bits, whichever kind errs least."""
-        tensor = self.read(name)
-        if not self.file.is_packed(self._stored[name]):
-            return tensor
-        half, brain = tensor.half(), tensor.bfloat16()
-        half_error = (half.float() - tensor).abs().max()
-        brain_error = (brain.float() - tensor).abs().max()
-        return half if half_error <= brain_error else brain
+        stored = self._stored[name]
+        if not self.file.is_packed(stored):
+            return self.read(name)
+        if self.shapes[name][0] <= _COMPACT_ROWS or self._heads_of(name):
+            return _narrow([self.read(name)])
+        starts = range(0, self.shapes[name][0], _COMPACT_ROWS)
+        stops = (min(s + _COMPACT_ROWS, self.shapes[name][0]) for s in starts)
+        parts = (self.file.read(stored, range(a, b)) for a, b in zip(starts, stops, strict=True))
+        return _narrow(parts)
 
 
 def _hugging_face_name(name: str) -> str:
@@ -210,6 +221,17 @@ def _hugging_face_name(name: str) -> str:
         return f"model.layers.{match[1]}.{module}.{match[3]}"
     stem, _, kind = name.rpartition(".")
     return f"{_TOP_TENSORS[stem]}.{kind}" if stem in _TOP_TENSORS else name
+
+
+def _narrow(parts: Iterable[Tensor]) -> Tensor:
+    """Join float32 rows as float16, or as bfloat16 if that errs less."""
+    halves, brains, half_error, brain_error = [], [], 0.0, 0.0
+    for part in parts:
+        halves.append(part.half())
+        brains.append(part.bfloat16())
+        half_error = max(half_error, float((halves[-1] - part).abs().max()))
+        brain_error = max(brain_error, float((brains[-1] - part).abs().max()))
+    return torch.cat(halves if half_error <= brain_error else brains)
 
 
 def _undo_rotary_interleave(tensor: Tensor, num_heads: int) -> Tensor:

@@ -196,7 +196,9 @@ def _build_byte_level(
             f"Supported: {', '.join(_PRE_TOKENIZERS)}"
         )
     if name == "default":
-        report(f"warning: {vocabulary.path.name} does not name its pre-tokenizer: using llama.cpp's")
+        report(
+            f"warning: {vocabulary.path.name} does not name its pre-tokenizer: using llama.cpp's"
+        )
     split = _PRE_TOKENIZERS[str(name)]
     vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
     tokenizer = Tokenizer(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -12,6 +12,7 @@ from models.families import CheckpointError
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_FLOATS = ("F16", "BF16", "F32")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -25,6 +26,9 @@ class TensorReader(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor, by name."""
+
+    def is_float(self, name: str) -> bool:
+        """Tell whether a tensor is read as 16- or 32-bit floating point."""
 
     def read(self, name: str) -> Tensor:
         """Return a tensor with exact values."""
@@ -51,15 +55,19 @@ class SafetensorsFolder:
             CheckpointError: a file is missing, truncated or holds pickled weights.
         """
         self.folder = folder
-        self._files = {path.name: _open(path) for path in weight_files(folder)}
-        self._file_of = {name: f for f in self._files.values() for name in f.keys()}  # noqa: SIM118
+        files: list[Any] = [_open(path) for path in weight_files(folder)]
+        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         self.shapes = {
             name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()
         }
 
+    def is_float(self, name: str) -> bool:
+        """Tell whether a tensor is stored as 16- or 32-bit floating point."""
+        return self._file_of[name].get_slice(name).get_dtype() in _FLOATS
+
     def read(self, name: str) -> Tensor:
         """Return a tensor mapped from its file."""
-        return self._file_of[name].get_tensor(name)
+        return cast(Tensor, self._file_of[name].get_tensor(name))
 
     def read_compact(self, name: str) -> Tensor:
         """Return the tensor as stored."""
@@ -84,7 +92,12 @@ def weight_files(folder: Path) -> list[Path]:
             "can run code; convert them to safetensors first, with transformers' "
             "save_pretrained or https://huggingface.co/spaces/safetensors/convert"
         )
-    raise CheckpointError(f"{folder}: no weights; {_SINGLE} or {_INDEX} is needed")
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    hint = f"; to load {ggufs[0]}, name the file itself" if ggufs else ""
+    raise CheckpointError(
+        f"{folder}: no weights; {_SINGLE} or {_INDEX} is needed (pickled weights are never "
+        f"fetched or loaded){hint}"
+    )
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -102,7 +115,7 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _open(path: Path) -> safe_open:
+def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -6,4 +6,4 @@ class CheckpointError(ValueError):
 
 
 class UnsupportedArchitectureError(CheckpointError):
-    """The checkpoint's architecture has no native implementation; the message lists those that have."""
+    """The architecture has no native implementation; the message lists those that have one."""

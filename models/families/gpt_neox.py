@@ -84,7 +84,5 @@ def describe_gpt_neox(values: Mapping[str, object]) -> ModelDescription:
         spec=spec,
         sources=sources_of(spec, top, "gpt_neox.layers", layer_tensors, has_bias=has_bias),
         head_module="embed_out",
-        ignored=(
-            r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
-        ),
+        ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
     )

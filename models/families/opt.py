@@ -55,9 +55,7 @@ def describe_opt(values: Mapping[str, object]) -> ModelDescription:
             f"hidden_size {hidden_size}; projected embeddings (OPT-350m) are not supported"
         )
     if not config.flag("layer_norm_elementwise_affine"):
-        raise CheckpointError(
-            "config.json: layer_norm_elementwise_affine false is not supported"
-        )
+        raise CheckpointError("config.json: layer_norm_elementwise_affine false is not supported")
     if hidden_size % num_heads:
         raise CheckpointError(
             f"config.json: hidden_size {hidden_size} is no multiple of "

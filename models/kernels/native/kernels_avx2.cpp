@@ -2,6 +2,7 @@
 #define PROA_ROWS 6
 #define PROA_NAME "avx2"
 #include <type_traits>
+#include <utility>
 
 #include "kernels_impl.h"
 

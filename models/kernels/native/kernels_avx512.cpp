@@ -2,6 +2,7 @@
 #define PROA_ROWS 12
 #define PROA_NAME "avx512"
 #include <type_traits>
+#include <utility>
 
 #include "kernels_impl.h"
 

@@ -17,6 +17,7 @@ namespace {
 constexpr int kLanes = PROA_LANES;
 constexpr int kVectors = kPanel / kLanes;  // vectors in a panel
 constexpr int kMaxRows = PROA_ROWS;        // rows that a micro kernel keeps in registers
+constexpr int kFewRows = 3;                // rows for which 4-bit codes are expanded in registers
 constexpr int kMaxQueries = 6;
 constexpr int kTileBytes = 16 * 1024;      // expanded weights kept in the first-level cache
 
@@ -25,7 +26,11 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * 4), aligned(4)));
 
 inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
 inline void store(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
-inline Floats splat(float v) { return Floats{} + v; }
+#if PROA_LANES == 16
+inline Floats splat(float v) { return (Floats)_mm512_set1_ps(v); }
+#else
+inline Floats splat(float v) { return (Floats)_mm256_set1_ps(v); }
+#endif
 
 inline Floats load_half(const uint16_t* p) {
 #if PROA_LANES == 16
@@ -254,81 +259,103 @@ inline void expand_codes8(const int8_t* codes, int group, int16_t* tile) {
   }
 }
 
+// One pair of inputs of one row times a panel's weights. Written in assembly for AVX2 because compilers hoist the broadcasts
+// of all rows and then spill the sums: 12 sums, 2 weights and these 2 temporaries are all 16 registers.
 #if PROA_LANES == 16
 typedef __m512i Accumulator;
 inline Accumulator load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
-inline Accumulator splat_pair(const int16_t* p) {
-  int32_t pair;
-  std::memcpy(&pair, p, 4);
-  return _mm512_set1_epi32(pair);
+inline void multiply_pair(Accumulator* sums, const Accumulator* weights, const int16_t* pair) {
+  int32_t bits;
+  std::memcpy(&bits, pair, 4);
+  sums[0] = _mm512_dpwssd_epi32(sums[0], weights[0], _mm512_set1_epi32(bits));
 }
-inline Accumulator multiply_add(Accumulator sum, Accumulator a, Accumulator b) { return _mm512_dpwssd_epi32(sum, a, b); }
 inline Floats to_floats(Accumulator v) { return (Floats)_mm512_cvtepi32_ps(v); }
+inline void join_pairs(__m256i low, __m256i high, Accumulator* weights) {
+  weights[0] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_unpacklo_epi8(low, high)), _mm256_unpackhi_epi8(low, high), 1);
+}
 #else
 typedef __m256i Accumulator;
 inline Accumulator load_pairs(const int16_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
-inline Accumulator splat_pair(const int16_t* p) {
-  int32_t pair;
-  std::memcpy(&pair, p, 4);
-  return _mm256_set1_epi32(pair);
-}
-inline Accumulator multiply_add(Accumulator sum, Accumulator a, Accumulator b) {
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+inline void multiply_pair(Accumulator* sums, const Accumulator* weights, const int16_t* pair) {
+  __m256i first, second;
+  asm("vpbroadcastd %6, %2\n\t"
+      "vpmaddwd %2, %4, %3\n\t"
+      "vpmaddwd %2, %5, %2\n\t"
+      "vpaddd %3, %0, %0\n\t"
+      "vpaddd %2, %1, %1"
+      : "+x"(sums[0]), "+x"(sums[1]), "=&x"(first), "=&x"(second)
+      : "x"(weights[0]), "x"(weights[1]), "m"(*reinterpret_cast<const int32_t*>(pair)));
 }
 inline Floats to_floats(Accumulator v) { return (Floats)_mm256_cvtepi32_ps(v); }
+// Interleave the low and high bytes of 32 weights: outputs 0-7, then outputs 8-15.
+inline void join_pairs(__m256i low, __m256i high, Accumulator* weights) {
+  weights[0] = _mm256_unpacklo_epi8(low, high);
+  weights[1] = _mm256_unpackhi_epi8(low, high);
+}
 #endif
 
-// out(ROWS, 16) += activations x tile over `groups` groups; weight_scales are `scale_stride` bytes apart.
+// cells(16) += sums * weight_scales * scale.
+inline void add_scaled(float* cells, const Accumulator* sums, const float* weight_scales, float scale) {
+  store(cells, load(cells) + to_floats(sums[0]) * (load(weight_scales) * splat(scale)));
+  if constexpr (kVectors == 2)
+    store(cells + kLanes, load(cells + kLanes) + to_floats(sums[1]) * (load(weight_scales + kLanes) * splat(scale)));
+}
+
+// Rows are an index sequence, not a loop: with constant indices from the start the sums stay in registers.
 template <int ROWS>
-void multiply_codes(const int16_t* tile, const uint8_t* weight_scales, ptrdiff_t scale_stride, int groups, int group,
-                    const int16_t* codes, const float* scales, const Activations& act, float* out) {
+using Rows = std::make_index_sequence<ROWS>;
+
+// out(rows, 16) += activations x tile over `groups` groups; weight_scales are `scale_stride` bytes apart.
+template <size_t... R>
+void multiply_codes(std::index_sequence<R...>, const int16_t* tile, const uint8_t* weight_scales, ptrdiff_t scale_stride,
+                    int groups, int group, const int16_t* codes, const float* scales, const Activations& act, float* out) {
+  const ptrdiff_t stride = act.stride, scales_stride = act.groups;
   for (int g = 0; g < groups; ++g, weight_scales += scale_stride) {
-    Accumulator total[ROWS][kVectors] = {};
-    const int16_t* x = codes + g * group;
-    for (int pair = 0; pair < group / 2; ++pair, tile += 2 * kPanel, x += 2) {
-      Accumulator weights[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) weights[v] = load_pairs(tile + v * 2 * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-        const Accumulator value = splat_pair(x + ptrdiff_t(r) * act.stride);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) total[r][v] = multiply_add(total[r][v], weights[v], value);
-      }
+    Accumulator total[sizeof...(R)][kVectors] = {};
+    for (int pair = 0; pair < group / 2; ++pair, tile += 2 * kPanel, codes += 2) {
+      const Accumulator weights[2] = {load_pairs(tile), load_pairs(tile + (kVectors - 1) * 2 * kLanes)};
+      (multiply_pair(total[R], weights, codes + R * stride), ...);
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      const Floats scale = splat(scales[ptrdiff_t(r) * act.groups + g]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        float* cell = out + r * kPanel + v * kLanes;
-        const Floats weight_scale = load(reinterpret_cast<const float*>(weight_scales) + v * kLanes);
-        store(cell, load(cell) + to_floats(total[r][v]) * (weight_scale * scale));
-      }
-    }
+    (add_scaled(out + R * kPanel, total[R], reinterpret_cast<const float*>(weight_scales), scales[R * scales_stride + g]), ...);
   }
 }
 
-template <int ROWS>
-void multiply_dense(const float* tile, int inputs, const float* values, ptrdiff_t stride, float* out) {
-  Floats total[ROWS][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) total[r][v] = load(out + r * kPanel + v * kLanes);
-  for (int i = 0; i < inputs; ++i, tile += kPanel) {
-    Floats weights[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) weights[v] = load(tile + v * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) total[r][v] += weights[v] * splat(values[r * stride + i]);
+// The same sums for a few rows: 4-bit codes are expanded in registers and used at once.
+template <size_t... R>
+void multiply_codes4(std::index_sequence<R...>, const uint8_t* data, __m256i low_table, __m256i high_table, int groups,
+                     int group, const int16_t* codes, const float* scales, const Activations& act, float* out) {
+  const ptrdiff_t stride = act.stride, scales_stride = act.groups;
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int g = 0; g < groups; ++g) {
+    Accumulator total[sizeof...(R)][kVectors] = {};
+    for (int pair = 0; pair < group / 2; pair += 2, data += 32, codes += 4) {
+      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+      const __m256i first = _mm256_and_si256(bytes, mask), second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+      Accumulator weights[2];
+      join_pairs(_mm256_shuffle_epi8(low_table, first), _mm256_shuffle_epi8(high_table, first), weights);
+      (multiply_pair(total[R], weights, codes + R * stride), ...);
+      join_pairs(_mm256_shuffle_epi8(low_table, second), _mm256_shuffle_epi8(high_table, second), weights);
+      (multiply_pair(total[R], weights, codes + R * stride + 2), ...);
+    }
+    (add_scaled(out + R * kPanel, total[R], reinterpret_cast<const float*>(data), scales[R * scales_stride + g]), ...);
+    data += kPanel * 4;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(out + r * kPanel + v * kLanes, total[r][v]);
+}
+
+template <size_t... R>
+void multiply_dense(std::index_sequence<R...>, const float* tile, int inputs, const float* values, ptrdiff_t stride,
+                    float* out) {
+  Floats total[sizeof...(R)][2] = {{load(out + R * kPanel), load(out + R * kPanel + (kVectors - 1) * kLanes)}...};
+  const auto multiply = [](Floats* sums, Floats first, Floats second, float value) {
+    sums[0] += first * splat(value);
+    if constexpr (kVectors == 2) sums[1] += second * splat(value);
+  };
+  for (int i = 0; i < inputs; ++i, tile += kPanel, ++values) {
+    const Floats first = load(tile), second = load(tile + (kVectors - 1) * kLanes);
+    (multiply(total[R], first, second, values[R * stride]), ...);
+  }
+  (store(out + R * kPanel + (kVectors - 1) * kLanes, total[R][kVectors - 1]), ...);
+  (store(out + R * kPanel, total[R][0]), ...);
 }
 
 // Call f<ROWS>(row) over all rows, at most LIMIT at a time.
@@ -361,6 +388,13 @@ void panel_codes(const Piece& piece, int panel, int group, const Activations& ac
     low_table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low)));
     high_table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high)));
   }
+  if (piece.format == kCodes4 && rows <= kFewRows) {
+    for_row_blocks<kFewRows>(rows, [&](auto block, int) {
+      multiply_codes4(Rows<decltype(block)::value>(), data, low_table, high_table, groups, group, act.codes, act.scales, act,
+                      out);
+    });
+    return;
+  }
   for (int first = 0; first < groups; first += chunk, data += chunk * group_bytes) {
     const int count = std::min(chunk, groups - first);
     for (int g = 0; g < count; ++g) {
@@ -372,9 +406,9 @@ void panel_codes(const Piece& piece, int panel, int group, const Activations& ac
         expand_codes8(reinterpret_cast<const int8_t*>(codes), group, target);
     }
     for_row_blocks<kMaxRows>(rows, [&](auto block, int row) {
-      multiply_codes<decltype(block)::value>(tile, data + code_bytes, group_bytes, count, group,
-                                             act.codes + ptrdiff_t(row) * act.stride + first * group,
-                                             act.scales + ptrdiff_t(row) * groups + first, act, out + row * kPanel);
+      multiply_codes(Rows<decltype(block)::value>(), tile, data + code_bytes, group_bytes, count, group,
+                     act.codes + ptrdiff_t(row) * act.stride + first * group,
+                     act.scales + ptrdiff_t(row) * groups + first, act, out + row * kPanel);
     });
   }
 }
@@ -394,8 +428,8 @@ void panel_dense(const Piece& piece, int panel, int inputs, const Activations& a
         store(tile + i, piece.format == kFloat16 ? load_half(data + i) : load_bfloat(data + i));
     }
     for_row_blocks<kMaxRows>(rows, [&](auto block, int row) {
-      multiply_dense<decltype(block)::value>(weights, count, act.values + ptrdiff_t(row) * act.stride + first, act.stride,
-                                             out + row * kPanel);
+      multiply_dense(Rows<decltype(block)::value>(), weights, count, act.values + ptrdiff_t(row) * act.stride + first,
+                     act.stride, out + row * kPanel);
     });
   }
 }

@@ -1,0 +1,24 @@
+"""Load checkpoints: Hugging Face folders and repositories, bitsandbytes 4-bit ones, GGUF files."""
+
+from models.checkpoints.checkpoint import (
+    DEFAULT_CACHE_DIR,
+    QUANTIZATIONS,
+    Checkpoint,
+    fingerprint_weights,
+    load_checkpoint,
+    quantize_checkpoint,
+)
+from models.checkpoints.four_bit import select_rows
+from models.families import CheckpointError, UnsupportedArchitectureError
+
+__all__ = [
+    "DEFAULT_CACHE_DIR",
+    "QUANTIZATIONS",
+    "Checkpoint",
+    "CheckpointError",
+    "UnsupportedArchitectureError",
+    "fingerprint_weights",
+    "load_checkpoint",
+    "quantize_checkpoint",
+    "select_rows",
+]

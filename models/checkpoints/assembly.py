@@ -1,0 +1,123 @@
+"""Gather a checkpoint's tensors into the decoder's canonical weights."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from torch import Tensor
+
+from models.checkpoints.four_bit import (
+    PARTS,
+    quantized_kind,
+    read_quantized,
+    read_state,
+    select_rows,
+)
+from models.checkpoints.tensor_files import TensorReader
+from models.families import CheckpointError, ModelDescription
+from models.spec import canonical_weights
+from models.weights import Quantized4Bit, Weight
+
+
+def check_tensors(description: ModelDescription, reader: TensorReader, origin: Path) -> None:
+    """Compare the tensors of a checkpoint with what its config promises.
+
+    Args:
+        description: the model.
+        reader: its tensors.
+        origin: folder or file, for the message.
+
+    Raises:
+        CheckpointError: tensors are missing, misshapen or unexpected; all are named.
+    """
+    expected = expected_shapes(description)
+    problems = []
+    for name, shape in expected.items():
+        if name not in reader.shapes:
+            problems.append(f"missing {name} {shape}")
+            continue
+        kind = quantized_kind(reader.shapes, name)
+        try:
+            found = read_state(reader, name, kind).shape if kind else reader.shapes[name]
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if found != shape:
+            problems.append(f"{name} must have the shape {shape}, got {found}")
+        elif not kind and not reader.is_float(name):
+            problems.append(f"{name} must be floating point or bitsandbytes' 4-bit format")
+    problems += [f"unexpected {name}" for name in _unexpected(description, reader, set(expected))]
+    if problems:
+        raise CheckpointError(
+            f"{origin}: the tensors do not fit config.json: " + "; ".join(problems)
+        )
+
+
+def expected_shapes(description: ModelDescription) -> dict[str, tuple[int, ...]]:
+    """Give the shape of every tensor that a checkpoint must hold, by its name there."""
+    shapes = {name: shape for name, shape, _ in canonical_weights(description.spec)}
+    fused_rows: dict[str, int] = defaultdict(int)
+    expected = {}
+    for canonical, source in description.sources.items():
+        shape = shapes[canonical]
+        if source.rows is not None:
+            fused_rows[source.name] += len(source.rows)
+            shape = (fused_rows[source.name], *shape[1:])
+        expected[source.name] = shape
+    return expected
+
+
+def _unexpected(
+    description: ModelDescription, reader: TensorReader, expected: set[str]
+) -> list[str]:
+    parts = {f"{name}.{part}" for name in expected for part in PARTS}
+    patterns = [re.compile(pattern) for pattern in description.ignored]
+    head = f"{description.head_module}.weight"
+    return sorted(
+        name
+        for name in reader.shapes
+        if name not in expected
+        and name not in parts
+        and not (description.spec.tied_head and name == head)
+        and not any(pattern.fullmatch(name) for pattern in patterns)
+    )
+
+
+def assemble_weights(
+    description: ModelDescription, reader: TensorReader, origin: Path
+) -> dict[str, Weight]:
+    """Read every weight of the decoder, 4-bit ones as they are.
+
+    Args:
+        description: the model.
+        reader: its tensors.
+        origin: folder or file, for messages.
+
+    Returns:
+        Weights by canonical name; dense ones keep their stored dtype.
+
+    Raises:
+        CheckpointError: the tensors do not fit; every mismatch is named.
+    """
+    check_tensors(description, reader, origin)
+    fused: dict[str, Tensor | Quantized4Bit] = {}
+    weights: dict[str, Weight] = {}
+    problems = []
+    for canonical, source in description.sources.items():
+        try:
+            if source.rows is None:
+                weights[canonical] = _read(reader, source.name)
+                continue
+            if source.name not in fused:
+                fused[source.name] = _read(reader, source.name)
+            weights[canonical] = select_rows(fused[source.name], source.rows)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(f"{origin}: {'; '.join(dict.fromkeys(problems))}")
+    return weights
+
+
+def _read(reader: TensorReader, name: str) -> Tensor | Quantized4Bit:
+    kind = quantized_kind(reader.shapes, name)
+    return reader.read(name) if kind is None else read_quantized(reader, name, kind)

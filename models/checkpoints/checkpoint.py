@@ -1,0 +1,230 @@
+"""Load a checkpoint from wherever it is, in 4 bits."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from models.checkpoints.assembly import assemble_weights
+from models.checkpoints.cache import cached_folder, whole_folder
+from models.checkpoints.end_tokens import read_eos_token_ids
+from models.checkpoints.origins import (
+    OpenCheckpoint,
+    Origin,
+    Report,
+    find_origin,
+    open_folder,
+    open_gguf,
+    prequantized_kind,
+)
+from models.checkpoints.tensor_files import load_json
+from models.checkpoints.worker import convert_apart
+from models.families import CheckpointError
+from models.spec import DecoderSpec
+from models.weights import LowRank, Quantized4Bit, Quantized8Bit, Weight
+
+QUANTIZATIONS = ("nf4", "none")
+DEFAULT_CACHE_DIR = Path("~/.cache/proa")
+_CACHE_VERSION = 1
+_SUMMARY_FILE = "proa_summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model's weights and where the rest of it lies.
+
+    Attributes:
+        spec: the decoder.
+        weights: by canonical name; dense ones keep their stored dtype and are mapped from disk.
+        folder: holds config.json, tokenizer.json, tokenizer_config.json and, where the model has
+            them, chat_template.jinja and generation_config.json.
+        name: the model's id.
+        eos_token_ids: tokens that end a text, in increasing order.
+        quantization: "nf4", "fp4" or "none".
+        known_fingerprint: the fingerprint, if the cache has it.
+    """
+
+    spec: DecoderSpec
+    weights: Mapping[str, Weight] = field(repr=False)
+    folder: Path
+    name: str
+    eos_token_ids: tuple[int, ...]
+    quantization: str
+    known_fingerprint: str | None = field(default=None, repr=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights as computed with, and of how they are quantised; 64 hex digits."""
+        return self.known_fingerprint or fingerprint_weights(self.weights, self.quantization)
+
+
+def fingerprint_weights(weights: Mapping[str, Weight], quantization: str) -> str:
+    """Hash names, dtypes, shapes and bytes of all weights; how files split them is no part of it.
+
+    Args:
+        weights: by canonical name.
+        quantization: "nf4", "fp4" or "none".
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps({"quantization": quantization}).encode())
+
+    def add(name: str, tensor: Tensor) -> None:
+        head = f"\n{name} {tensor.dtype} {tuple(tensor.shape)} "
+        digest.update(head.encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def add_weight(name: str, weight: Weight) -> None:
+        if isinstance(weight, LowRank):
+            add_weight(f"{name}.left", weight.left)
+            add_weight(f"{name}.right", weight.right)
+        elif isinstance(weight, Quantized8Bit):
+            add(f"{name}.codes", weight.codes)
+            add(f"{name}.scales", weight.scales)
+        elif isinstance(weight, Quantized4Bit):
+            digest.update(f"\n{name} {weight.shape} {weight.block_size}".encode())
+            for part in ("packed", "absmax", "codebook"):
+                add(f"{name}.{part}", getattr(weight, part))
+        else:
+            add(name, weight)
+
+    for name in sorted(weights):
+        add_weight(name, weights[name])
+    return digest.hexdigest()
+
+
+def _silent(_: str) -> None:
+    """Report to nobody."""
+
+
+def load_checkpoint(
+    source: str | Path | None,
+    *,
+    quantization: str = "nf4",
+    cache_dir: Path | None = None,
+    report: Callable[[str], None] = _silent,
+) -> Checkpoint:
+    """Load a model.
+
+    What is not quantised yet is quantised once, into a bitsandbytes-compatible folder in the
+    cache, and loaded from there ever after. A checkpoint that is 4-bit already is loaded as is.
+
+    Args:
+        source: Hugging Face folder, hub id, GGUF file; None or "smollm2" is the demo model.
+        quantization: "nf4", or "none" to keep dense weights dense.
+        cache_dir: where converted models and the demo model are kept; default ~/.cache/proa.
+        report: called with one line at a time about what is being done.
+
+    Raises:
+        UnsupportedArchitectureError: there is no native implementation of the architecture.
+        CheckpointError: the source cannot be found or read; the message says what is wrong.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise CheckpointError(
+            f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}"
+        )
+    cache_dir = (cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    origin = find_origin(source, report)
+    if not origin.is_gguf:
+        assert origin.path is not None
+        config = load_json(origin.path / "config.json")
+        kind = prequantized_kind(config, origin.path)
+        if kind is not None or quantization == "none":
+            return _load(open_folder(origin.path), origin.name, kind or "none", report)
+        open_folder(origin.path)
+    folder = _converted_folder(origin, quantization, cache_dir, report)
+    return _load(
+        open_folder(folder), origin.name, quantization, report, load_json(folder / _SUMMARY_FILE)
+    )
+
+
+def _converted_folder(origin: Origin, quantization: str, cache_dir: Path, report: Report) -> Path:
+    def build(part: Path) -> None:
+        path = origin.fetched(cache_dir, report)
+        report(f"converting {path} (once; later starts use {cache_dir})")
+        convert_apart(path, part, is_quantized=quantization == "nf4", report=report)
+        written = _load(open_folder(part), origin.name, quantization, _silent)
+        summary = {"fingerprint": written.fingerprint, "eos_token_ids": written.eos_token_ids}
+        (part / _SUMMARY_FILE).write_text(json.dumps(summary) + "\n", encoding="utf-8")
+
+    key = {
+        "version": _CACHE_VERSION,
+        "source": origin.identity(),
+        "quantization": quantization,
+    }
+    return cached_folder(cache_dir, f"{origin.name}-{quantization}", key, build)
+
+
+def _load(
+    source: OpenCheckpoint,
+    name: str,
+    quantization: str,
+    report: Report,
+    summary: Mapping[str, object] | None = None,
+) -> Checkpoint:
+    """Read the weights; `summary` is what the cache knows of them."""
+    for note in source.description.notes:
+        report(f"note: {name}: {note}")
+    return Checkpoint(
+        spec=source.description.spec,
+        weights=assemble_weights(source.description, source.reader, source.path),
+        folder=source.path,
+        name=name,
+        eos_token_ids=(
+            read_eos_token_ids(source.path, source.config)
+            if summary is None
+            else tuple(cast(list[int], summary["eos_token_ids"]))
+        ),
+        quantization=quantization,
+        known_fingerprint=None if summary is None else str(summary["fingerprint"]),
+    )
+
+
+def quantize_checkpoint(
+    source: str | Path | None,
+    output: Path,
+    *,
+    double_quant: bool = False,
+    quant_type: str = "nf4",
+    cache_dir: Path | None = None,
+    report: Callable[[str], None] = _silent,
+) -> None:
+    """Write a model as a 4-bit folder that `transformers` with bitsandbytes loads too.
+
+    Args:
+        source: as for `load_checkpoint`, not quantised yet.
+        output: folder to make; it must not exist or be empty.
+        double_quant: quantise the scales too, to 8 bits.
+        quant_type: "nf4" or "fp4".
+        cache_dir: where the demo model is kept, if that is the source; default ~/.cache/proa.
+        report: called with one line at a time about what is being done.
+
+    Raises:
+        CheckpointError: the source cannot be read or is quantised already, or `output` is in use.
+    """
+    from models.checkpoints.conversion import FourBit, write_folder
+
+    four_bit = FourBit(quant_type=quant_type, double_quant=double_quant)  # type: ignore[arg-type]
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output}: exists and is not an empty folder; name a new one")
+    origin = find_origin(source, report)
+    path = origin.fetched((cache_dir or DEFAULT_CACHE_DIR).expanduser(), report)
+    if origin.is_gguf:
+        checkpoint = open_gguf(path)
+    else:
+        if prequantized_kind(load_json(path / "config.json"), path) is not None:
+            raise CheckpointError(f"{path}: is quantised to 4 bits already")
+        checkpoint = open_folder(path)
+    if output.exists():
+        os.rmdir(output)
+    with whole_folder(output) as part:
+        write_folder(checkpoint, part, four_bit, report)
+    report(f"wrote {output}")

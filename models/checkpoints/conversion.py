@@ -1,0 +1,223 @@
+"""Write a checkpoint as a Hugging Face folder: in bitsandbytes' 4-bit format, or dense."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.checkpoints.assembly import check_tensors, expected_shapes
+from models.checkpoints.gguf_model import GgufModel
+from models.checkpoints.gguf_tokenizer import GgufVocabulary, save_gguf_tokenizer
+from models.checkpoints.origins import TOKENIZER_FILES, OpenCheckpoint
+from models.families import CheckpointError
+
+BLOCK_SIZE = 64
+_SHARD_BYTES = 2 << 30
+_LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+_NUM_REPORTS = 10
+QuantType = Literal["nf4", "fp4"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FourBit:
+    """How the decoder's linears are quantised.
+
+    Attributes:
+        quant_type: "nf4" or "fp4".
+        double_quant: whether the scales are quantised too, to 8 bits.
+    """
+
+    quant_type: QuantType = "nf4"
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quant_type not in ("nf4", "fp4"):
+            raise CheckpointError(f"quant_type must be 'nf4' or 'fp4', got {self.quant_type!r}")
+
+
+def write_folder(
+    checkpoint: OpenCheckpoint,
+    folder: Path,
+    four_bit: FourBit | None,
+    report: Callable[[str], None],
+) -> None:
+    """Write a checkpoint with its tokenizer into an existing, empty folder.
+
+    Embeddings, norms, biases and the LM head stay as they are. What a GGUF file packs is written
+    in 16 bits: float16, or bfloat16 where that errs less.
+
+    Args:
+        checkpoint: the source.
+        folder: where to write.
+        four_bit: how to quantise the linears; None writes everything dense.
+        report: told about the progress.
+
+    Raises:
+        CheckpointError: the tensors do not fit the config, or the tokenizer is not known.
+    """
+    check_tensors(checkpoint.description, checkpoint.reader, checkpoint.path)
+    _write_tokenizer(checkpoint, folder, report)
+    linears = linear_tensors(checkpoint) if four_bit else frozenset()
+    embedding = checkpoint.description.sources["embed.weight"].name
+    dtype = checkpoint.reader.read_compact(embedding).dtype
+    config = _config(checkpoint, four_bit, dtype)
+    (folder / "config.json").write_text(_to_json(config), encoding="utf-8")
+    _warn_about_widths(checkpoint, linears, report)
+    _write_tensors(_converted(checkpoint, linears, four_bit, dtype, report), folder)
+
+
+def linear_tensors(checkpoint: OpenCheckpoint) -> frozenset[str]:
+    """Name the tensors of the source that become 4-bit: the linears of the decoder's layers."""
+    return frozenset(
+        source.name
+        for canonical, source in checkpoint.description.sources.items()
+        if canonical.startswith("layers.")
+        and canonical.split(".")[2] in _LINEARS
+        and canonical.endswith(".weight")
+    )
+
+
+def _converted(
+    checkpoint: OpenCheckpoint,
+    linears: frozenset[str],
+    four_bit: FourBit | None,
+    dtype: torch.dtype,
+    report: Callable[[str], None],
+) -> Iterator[tuple[str, Tensor]]:
+    names = list(expected_shapes(checkpoint.description))
+    verb = "quantising" if four_bit else "converting"
+    step = max(1, len(names) // _NUM_REPORTS)
+    for i, name in enumerate(names):
+        if i % step == 0:
+            report(f"{verb} {checkpoint.path.name}: tensor {i + 1} of {len(names)}")
+        if four_bit is None or name not in linears:
+            yield name, checkpoint.reader.read_compact(name)
+        else:
+            yield from _quantized(name, checkpoint.reader.read(name), four_bit, dtype)
+
+
+def _quantized(
+    name: str, tensor: Tensor, four_bit: FourBit, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(
+        tensor.contiguous(),
+        blocksize=BLOCK_SIZE,
+        compress_statistics=four_bit.double_quant,
+        quant_type=four_bit.quant_type,
+    )
+    state.dtype = dtype
+    yield name, packed
+    for part, value in state.as_dict(packed=True).items():
+        yield f"{name}.{part}", value.clone()
+
+
+def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Write one file, or an index and shards of at most 2 GiB plus one tensor."""
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total_bytes = 0
+
+    def flush() -> None:
+        path = folder / f"shard-{len(shards)}"
+        save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it readable by its owner only
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        pending[name] = tensor.contiguous()
+        total_bytes += tensor.nbytes
+        if sum(t.nbytes for t in pending.values()) >= _SHARD_BYTES:
+            flush()
+    if pending:
+        flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file_name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(_to_json(index), encoding="utf-8")
+
+
+def _config(
+    checkpoint: OpenCheckpoint, four_bit: FourBit | None, dtype: torch.dtype
+) -> dict[str, object]:
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("auto_map", "torch_dtype")}
+    dtype_name = str(dtype).removeprefix("torch.")
+    config.setdefault("dtype", checkpoint.config.get("torch_dtype", dtype_name))
+    if isinstance(checkpoint.reader, GgufModel):
+        vocabulary = _vocabulary(checkpoint.reader)
+        ids = ((key, vocabulary.token_id(key)) for key in ("bos", "eos"))
+        config |= {f"{key}_token_id": i for key, i in ids}
+    if four_bit is not None:
+        config["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": four_bit.quant_type,
+            "bnb_4bit_use_double_quant": four_bit.double_quant,
+            "bnb_4bit_compute_dtype": dtype_name,
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": [checkpoint.description.head_module],
+        }
+    return config
+
+
+def _vocabulary(model: GgufModel) -> GgufVocabulary:
+    return GgufVocabulary(path=model.file.path, metadata=model.file.metadata)
+
+
+def _write_tokenizer(
+    checkpoint: OpenCheckpoint, folder: Path, report: Callable[[str], None]
+) -> None:
+    if isinstance(checkpoint.reader, GgufModel):
+        save_gguf_tokenizer(_vocabulary(checkpoint.reader), folder, report)
+        return
+    if not (checkpoint.path / "tokenizer.json").is_file():
+        _convert_tokenizer(checkpoint.path, folder, report)
+    licences = (path.name for path in checkpoint.path.glob("LICENSE*"))
+    for name in (*TOKENIZER_FILES, *licences):
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, folder / name)
+
+
+def _convert_tokenizer(source: Path, folder: Path, report: Callable[[str], None]) -> None:
+    """Make tokenizer.json from older files (vocab.json and merges.txt, tokenizer.model)."""
+    if not any((source / name).is_file() for name in ("vocab.json", "tokenizer.model")):
+        report(f"warning: {source} has no tokenizer")
+        return
+    from transformers import AutoTokenizer
+
+    report(f"making tokenizer.json from the older tokenizer files of {source}")
+    try:
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+    except (ValueError, OSError, ImportError) as error:
+        report(f"warning: {source}: its tokenizer cannot be converted ({error})")
+
+
+def _warn_about_widths(
+    checkpoint: OpenCheckpoint, linears: frozenset[str], report: Callable[[str], None]
+) -> None:
+    shapes = checkpoint.reader.shapes
+    widths = sorted({shapes[name][1] for name in linears if shapes[name][1] % BLOCK_SIZE})
+    if widths:
+        report(
+            f"note: input widths {widths} are no multiples of {BLOCK_SIZE}: Proa computes them "
+            "right, but bitsandbytes 0.50.2 (so transformers) does not on a CPU"
+        )
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
