@@ -179,19 +179,21 @@ class Program {
 
   void write_panel(const Op& op, const Piece& piece, int index, const Step& step, int rows, const float* out) {
     const int first = index * kPanel, count = std::min(kPanel, piece.outputs - first);
-    float* base = op.dst < 0 ? step.logits : buffers_[op.dst].data();
+    float bias[kPanel] = {};
+    if (piece.bias) std::copy(piece.bias + first, piece.bias + first + count, bias);
+    const int column = piece.dst_offset + first;
     const size_t stride = op.dst < 0 ? size_t(piece.outputs) : size_t(widths_[op.dst]);
-    for (int r = 0; r < rows; ++r, out += kPanel) {
-      float* target = base + r * stride;
-      for (int i = 0; i < count; ++i) {
-        const float value = piece.bias ? out[i] + piece.bias[first + i] : out[i];
-        const int column = piece.dst_offset + first + i;
-        if (op.scatter)
-          target[op.scatter[column]] += value;
-        else if (op.accumulate)
-          target[column] += value;
-        else
-          target[column] = value;
+    float* target = op.dst < 0 ? step.logits : buffers_[op.dst].data();
+    for (int r = 0; r < rows; ++r, out += kPanel, target += stride) {
+      float* cells = target + column;
+      if (op.scatter) {
+        for (int i = 0; i < count; ++i) target[op.scatter[column + i]] += out[i] + bias[i];
+      } else if (count < kPanel) {
+        for (int i = 0; i < count; ++i) cells[i] = (op.accumulate ? cells[i] : 0.f) + (out[i] + bias[i]);
+      } else if (op.accumulate) {
+        for (int i = 0; i < kPanel; ++i) cells[i] += out[i] + bias[i];
+      } else {
+        for (int i = 0; i < kPanel; ++i) cells[i] = out[i] + bias[i];
       }
     }
   }
