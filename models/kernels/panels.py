@@ -7,6 +7,7 @@ inputs, sums are exact in 32 bits. That is nearer to float32 than bfloat16 arith
 """
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +56,8 @@ def kernel_group(weight: Matrix) -> int:
         group = weight.shape[1] // weight.scales.shape[1]
         return group if group in (16, 32, 64) else 0
     if isinstance(weight, Quantized4Bit):
-        group = code_group(weight.shape[1])
         # Blocks run over the flattened matrix; a group must not cross the edge of one.
-        return group if group and weight.block_size % group == 0 else 0
+        return code_group(math.gcd(weight.shape[1], weight.block_size))
     return 0
 
 

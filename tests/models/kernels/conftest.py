@@ -1,0 +1,13 @@
+"""The instruction sets that kernel tests run on."""
+
+import pytest
+
+from models.kernels.native import is_native_available
+
+
+@pytest.fixture(params=["avx2", "avx512"])
+def native(request: pytest.FixtureRequest) -> str:
+    """Each native instruction set that this processor has."""
+    if not is_native_available(request.param):
+        pytest.skip(f"this processor does not run the {request.param} kernels")
+    return str(request.param)
