@@ -1,1 +1,1 @@
-"""The base decoder: an architecture described by data, 4-bit linears and the kernels that run them."""
+"""The base decoder: an architecture as data, 4-bit linears and the kernels that run them."""

@@ -1,7 +1,7 @@
 """Describe a decoder as data: widths, norms, positions, MLP kind and residual layout.
 
-Every supported architecture is one `DecoderSpec`; the decoder, its kernels and its loaders read nothing else. The canonical
-weight names are listed in `canonical_weights`.
+Every supported architecture is one `DecoderSpec`; the decoder, its kernels and its loaders read
+nothing else. The canonical weight names are listed in `canonical_weights`.
 """
 
 from collections.abc import Iterator
@@ -33,15 +33,19 @@ class RotarySpec:
 
     def __post_init__(self) -> None:
         if self.dim % 2 or len(self.inv_freq) != self.dim // 2:
-            raise SpecError(f"rotary dim {self.dim} needs {self.dim // 2} inverse frequencies, got {len(self.inv_freq)}")
+            raise SpecError(
+                f"rotary dim {self.dim} needs {self.dim // 2} inverse frequencies, "
+                f"got {len(self.inv_freq)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerSpec:
     """Widths of one decoder layer.
 
-    The four index tuples are kept indices of the residual stream (strictly increasing); None means all of it. They make a
-    pruned layer: its attention and MLP read `*_in` of the normed residual and add into `*_out` of it.
+    The four index tuples are kept indices of the residual stream (strictly increasing); None means
+    all of it. They make a pruned layer: its attention and MLP read `*_in` of the normed residual
+    and add into `*_out` of it.
 
     Attributes:
         num_attention_heads, num_key_value_heads, head_dim: attention shape of this layer.
@@ -80,7 +84,8 @@ class DecoderSpec:
         norm_eps: epsilon under the root.
         qk_norm: RMS norm over each query and key head before the rotation (Qwen3).
         rotary: rotation, or None.
-        learned_positions_offset: learned positions are added to the embedding, at position + this (OPT: 2); None: none.
+        learned_positions_offset: learned positions are added to the embedding, at position + this
+            (OPT: 2); None: none.
         gated_mlp: down(act(gate(x)) * up(x)), else down(act(up(x))).
         activation: MLP activation.
         residual: "sequential", or "parallel": attention and MLP both read the layer's input.
@@ -112,7 +117,8 @@ def linear_shapes(spec: DecoderSpec, layer: LayerSpec) -> dict[str, tuple[int, i
     def width(kept: tuple[int, ...] | None) -> int:
         return spec.hidden_size if kept is None else len(kept)
 
-    query, key_value = (n * layer.head_dim for n in (layer.num_attention_heads, layer.num_key_value_heads))
+    query = layer.num_attention_heads * layer.head_dim
+    key_value = layer.num_key_value_heads * layer.head_dim
     shapes = {
         "q": (query, width(layer.attn_in)),
         "k": (key_value, width(layer.attn_in)),
@@ -131,8 +137,9 @@ def canonical_weights(spec: DecoderSpec) -> Iterator[tuple[str, tuple[int, ...],
     """Yield (name, shape, required) of every weight the decoder can take.
 
     Names: `embed.weight`, `positions.weight`, `layers.{i}.{attn_norm,mlp_norm}.{weight,bias}`,
-    `layers.{i}.{q,k,v,o,gate,up,down}.{weight,bias}`, `layers.{i}.{q_norm,k_norm}.weight`, `final_norm.{weight,bias}`,
-    `head.{weight,bias}`. Linear biases are optional; a layer norm's are required.
+    `layers.{i}.{q,k,v,o,gate,up,down}.{weight,bias}`, `layers.{i}.{q_norm,k_norm}.weight`,
+    `final_norm.{weight,bias}`, `head.{weight,bias}`. Linear biases are optional; a layer norm's
+    are required.
     """
     hidden = (spec.hidden_size,)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from models.checkpoints.assembly import assemble_weights
+from models.checkpoints.assembly import assemble_weights, check_tensors
 from models.checkpoints.cache import cached_folder, whole_folder
 from models.checkpoints.end_tokens import read_eos_token_ids
 from models.checkpoints.origins import (
@@ -139,11 +138,21 @@ def load_checkpoint(
         kind = prequantized_kind(config, origin.path)
         if kind is not None or quantization == "none":
             return _load(open_folder(origin.path), origin.name, kind or "none", report)
-        open_folder(origin.path)
-    folder = _converted_folder(origin, quantization, cache_dir, report)
-    return _load(
-        open_folder(folder), origin.name, quantization, report, load_json(folder / _SUMMARY_FILE)
-    )
+        unquantized = open_folder(origin.path)
+        check_tensors(unquantized.description, unquantized.reader, origin.path)
+    try:
+        folder = _converted_folder(origin, quantization, cache_dir, report)
+    except OSError as error:
+        raise CheckpointError(
+            f"{cache_dir}: the cache cannot be used ({error}); name another folder"
+        ) from error
+    try:
+        summary = load_json(folder / _SUMMARY_FILE)
+        return _load(open_folder(folder), origin.name, quantization, report, summary)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; the cache is damaged: remove {folder}, and the next start converts again"
+        ) from error
 
 
 def _converted_folder(origin: Origin, quantization: str, cache_dir: Path, report: Report) -> Path:
@@ -223,8 +232,11 @@ def quantize_checkpoint(
         if prequantized_kind(load_json(path / "config.json"), path) is not None:
             raise CheckpointError(f"{path}: is quantised to 4 bits already")
         checkpoint = open_folder(path)
-    if output.exists():
-        os.rmdir(output)
-    with whole_folder(output) as part:
-        write_folder(checkpoint, part, four_bit, report)
+    try:
+        if output.exists():
+            output.rmdir()
+        with whole_folder(output) as part:
+            write_folder(checkpoint, part, four_bit, report)
+    except OSError as error:
+        raise CheckpointError(f"{output}: cannot be written ({error})") from error
     report(f"wrote {output}")

@@ -99,12 +99,20 @@ def _converted(
         if four_bit is None or name not in linears:
             yield name, checkpoint.reader.read_compact(name)
         else:
-            yield from _quantized(name, checkpoint.reader.read(name), four_bit, dtype)
+            yield from quantize_tensor(name, checkpoint.reader.read(name), four_bit, dtype)
 
 
-def _quantized(
+def quantize_tensor(
     name: str, tensor: Tensor, four_bit: FourBit, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors, by name, that store a matrix in bitsandbytes' 4-bit format.
+
+    Args:
+        name: the matrix's name.
+        tensor: (out_features, in_features), floating point.
+        four_bit: how to quantise.
+        dtype: what `transformers` dequantises to.
+    """
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
@@ -157,6 +165,7 @@ def _config(
     config = {k: v for k, v in checkpoint.config.items() if k not in ("auto_map", "torch_dtype")}
     dtype_name = str(dtype).removeprefix("torch.")
     config.setdefault("dtype", checkpoint.config.get("torch_dtype", dtype_name))
+    compute_dtype = "float32" if isinstance(checkpoint.reader, GgufModel) else dtype_name
     if isinstance(checkpoint.reader, GgufModel):
         vocabulary = _vocabulary(checkpoint.reader)
         ids = ((key, vocabulary.token_id(key)) for key in ("bos", "eos"))
@@ -168,9 +177,9 @@ def _config(
             "load_in_8bit": False,
             "bnb_4bit_quant_type": four_bit.quant_type,
             "bnb_4bit_use_double_quant": four_bit.double_quant,
-            "bnb_4bit_compute_dtype": dtype_name,
+            "bnb_4bit_compute_dtype": compute_dtype,
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": [checkpoint.description.head_module],
+            "llm_int8_skip_modules": sorted({checkpoint.description.head_module, "lm_head"}),
         }
     return config
 

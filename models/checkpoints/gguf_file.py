@@ -50,7 +50,7 @@ class _Cursor:
     def scalar(self, code: str) -> int | float | bool:
         (value,) = struct.unpack_from(code, self.data, self.offset)
         self.offset += struct.calcsize(code)
-        return value  # type: ignore[no-any-return]
+        return value
 
     def count(self, code: str = "<Q") -> int:
         return int(self.scalar(code))

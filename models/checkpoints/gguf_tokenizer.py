@@ -197,7 +197,8 @@ def _build_byte_level(
         )
     if name == "default":
         report(
-            f"warning: {vocabulary.path.name} does not name its pre-tokenizer: using llama.cpp's"
+            f"warning: {vocabulary.path.name} does not name its pre-tokenizer: using "
+            "llama.cpp's default"
         )
     split = _PRE_TOKENIZERS[str(name)]
     vocab = {token: i for i, token in enumerate(vocabulary.tokens)}

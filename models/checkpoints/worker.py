@@ -14,6 +14,7 @@ from pathlib import Path
 
 from models.families import CheckpointError, UnsupportedArchitectureError
 
+_PROGRAM = "import sys; from models.checkpoints.worker import run_task; run_task(sys.argv[1])"
 _ERRORS: dict[str, type[CheckpointError]] = {
     error.__name__: error for error in (CheckpointError, UnsupportedArchitectureError)
 }
@@ -37,7 +38,7 @@ def convert_apart(
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "models.checkpoints.worker", json.dumps(task)],
+            [sys.executable, "-c", _PROGRAM, json.dumps(task)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -69,7 +70,12 @@ def _follow(process: subprocess.Popen[str], report: Callable[[str], None]) -> No
     process.wait()
 
 
-def _main(argument: str) -> None:
+def run_task(argument: str) -> None:
+    """Do what `convert_apart` asks for, in the other process, and print messages for it.
+
+    Args:
+        argument: the task as JSON.
+    """
     from models.checkpoints.conversion import FourBit, write_folder
     from models.checkpoints.origins import open_folder, open_gguf
 
@@ -87,7 +93,3 @@ def _main(argument: str) -> None:
         write_folder(checkpoint, Path(task["folder"]), four_bit, lambda text: send(text=text))
     except CheckpointError as error:
         send(error=type(error).__name__, text=str(error))
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])

@@ -97,7 +97,9 @@ class NativeExecutor:
             ValueError: a block size or dtype the kernels do not read.
         """
         if block_size != BLOCK_SIZE:
-            raise ValueError(f"block_size must be {BLOCK_SIZE} for native kernels, not {block_size}")
+            raise ValueError(
+                f"block_size must be {BLOCK_SIZE} for native kernels, not {block_size}"
+            )
         if dtype not in (torch.float16, torch.float32):
             raise ValueError(f"cache dtype must be float16 or float32 on the CPU, not {dtype}")
         shapes = [(num_blocks, x.num_key_value_heads, x.head_dim, block_size) for x in spec.layers]

@@ -42,7 +42,7 @@ def test_native_decoder_equals_reference(
     tolerance = 2e-2 if is_quantized else 2e-5
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=tolerance)
     torch.testing.assert_close(taps[0], taps[1], rtol=0, atol=tolerance)
-    assert taps[0].abs().amin(dim=(1, 2)).lt(1).all() and taps[0].std() > 0.1
+    assert taps[0].std() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])

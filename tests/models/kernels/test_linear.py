@@ -1,4 +1,4 @@
-"""Native linears against the torch reference, over shapes, formats and what is fused around them."""
+"""Native linears against the torch reference, over shapes, formats and fused neighbours."""
 
 from collections.abc import Callable
 

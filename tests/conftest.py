@@ -1,0 +1,99 @@
+"""Which tests run, and a tiny model for those that need a whole checkpoint.
+
+Tests that need a GPU are left out, loudly, where there is none.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+GPU_NOTICE = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where torch finds no CUDA device."""
+    wanted = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanted:
+        return
+    import torch  # takes seconds; only when a collected test asks for a GPU
+
+    if torch.cuda.is_available():
+        return
+    config.stash[GPU_NOTICE] = len(wanted)
+    for item in wanted:
+        item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say how many tests were not run for want of a GPU."""
+    count = config.stash.get(GPU_NOTICE, 0)
+    if count:
+        terminalreporter.section("NO CUDA DEVICE", sep="!", red=True, bold=True)
+        terminalreporter.write_line(f"{count} tests marked gpu were NOT RUN on this machine.")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a seeded random Llama of 2 layers and a byte tokenizer.
+
+    Hidden size 32, vocabulary 260, context 16384; `<|end|>` ends a text. It has a chat template.
+    """
+    import torch  # slow, and not every test needs a model
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.2
+
+    hidden, middle, heads, kv_heads, vocab = 32, 64, 4, 2, 260
+    tensors = {"model.embed_tokens.weight": random(vocab, hidden)}
+    tensors["model.norm.weight"] = random(hidden)
+    for i in range(2):
+        shapes = {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (hidden * kv_heads // heads, hidden),
+            "self_attn.v_proj": (hidden * kv_heads // heads, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (middle, hidden),
+            "mlp.up_proj": (middle, hidden),
+            "mlp.down_proj": (hidden, middle),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        tensors |= {f"model.layers.{i}.{n}.weight": random(*s) for n, s in shapes.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab,
+        "hidden_size": hidden, "intermediate_size": middle, "num_hidden_layers": 2,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads,
+        "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "float32",
+        "eos_token_id": 256,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    _write_byte_tokenizer(folder)
+    return folder
+
+
+def _write_byte_tokenizer(folder: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    settings = {"eos_token": "<|end|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -1,0 +1,172 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from models.checkpoints import CheckpointError, conversion, load_checkpoint, quantize_checkpoint
+from models.weights import Quantized4Bit, dense
+from tests.models.tiny_models import make_model
+
+FAMILIES = ["llama", "smollm", "qwen2", "qwen3", "opt", "phi", "neox-parallel", "neox-unbiased"]
+FORMATS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
+
+
+def reference_folder(name: str, folder: Path, kind: str, double_quant: bool) -> Path:
+    """Quantise the same model with transformers and bitsandbytes."""
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double_quant
+    )
+    source = folder / "source"
+    make_model(name).save_pretrained(source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=settings, dtype="auto"
+    )
+    model.save_pretrained(folder / "reference")
+    return folder / "reference"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "double_quant"),
+    [(name, "nf4", True) for name in FAMILIES] + [("llama", *rest) for rest in FORMATS],
+    ids=lambda value: {True: "double", False: "single"}.get(value, value),
+)
+def test_tensors_equal_those_that_transformers_writes(
+    name: str, kind: str, double_quant: bool, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate", reason="transformers needs it to quantise")
+    output = tmp_path / "ours"
+    quantize_checkpoint(tiny_folder(name), output, double_quant=double_quant, quant_type=kind)
+    reference = reference_folder(name, tmp_path, kind, double_quant)
+    ours, theirs = load_file(output / "model.safetensors"), load_file(reference / MODEL)
+    assert set(ours) == set(theirs)
+    assert not [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    assert load_checkpoint(reference).fingerprint == load_checkpoint(output).fingerprint
+
+
+MODEL = "model.safetensors"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_output_loads_in_transformers(
+    name: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate", reason="transformers needs it to load 4-bit models")
+    quantize_checkpoint(tiny_folder(name), tmp_path / "out", double_quant=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert kinds.count("Linear") == 1
+    assert "Linear4bit" in kinds
+    with torch.no_grad():
+        assert model(torch.arange(3, 12)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("kind", "double_quant"), FORMATS, ids=str)
+def test_loaded_weights_are_near_the_dense_ones(
+    name: str, kind: str, double_quant: bool, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = load_checkpoint(tiny_folder(name), quantization="none")
+    quantize_checkpoint(
+        tiny_folder(name), tmp_path / "out", quant_type=kind, double_quant=double_quant
+    )
+    loaded = load_checkpoint(tmp_path / "out")
+    assert loaded.quantization == kind
+    assert set(loaded.weights) == set(source.weights)
+    for key, weight in loaded.weights.items():
+        exact = dense(source.weights[key])
+        if isinstance(weight, Quantized4Bit):
+            assert (dense(weight) - exact).norm() / exact.norm() < 0.15, key
+        else:
+            assert torch.equal(dense(weight), exact), key
+
+
+def test_fused_queries_stay_quantised(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    quantize_checkpoint(tiny_folder("neox-parallel"), tmp_path / "out")
+    weights = load_checkpoint(tmp_path / "out").weights
+    assert all(isinstance(weights[f"layers.0.{part}.weight"], Quantized4Bit) for part in "qkv")
+
+
+def test_large_model_is_written_in_shards(
+    tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_checkpoint(tiny_folder("llama"), tmp_path / "one")
+    monkeypatch.setattr(conversion, "_SHARD_BYTES", 40_000)
+    quantize_checkpoint(tiny_folder("llama"), tmp_path / "many")
+    names = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(names) > 1
+    assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
+    one, many = (load_checkpoint(tmp_path / name).fingerprint for name in ("one", "many"))
+    assert one == many
+
+
+def test_output_is_readable_by_others(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    quantize_checkpoint(tiny_folder("llama"), tmp_path / "out")
+    assert os.stat(tmp_path / "out" / MODEL).st_mode & 0o777 == 0o644
+
+
+def test_tokenizer_and_settings_are_carried_over(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    make_model("llama").save_pretrained(source)
+    config = json.loads((source / "config.json").read_text()) | {"auto_map": {"AutoModel": "x.Y"}}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "tokenizer.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "modeling_x.py").write_text("raise SystemExit")
+    quantize_checkpoint(source, tmp_path / "out", double_quant=True)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {
+        "config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "tokenizer.json",
+        MODEL,
+    }
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in config
+    assert config["quantization_config"]["bnb_4bit_use_double_quant"] is True
+
+
+def test_odd_widths_are_noted(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    lines: list[str] = []
+    quantize_checkpoint(tiny_folder("smollm"), tmp_path / "out", report=lines.append)
+    assert any("input widths [96] are no multiples of 64" in line for line in lines)
+
+
+def test_folder_in_use_is_refused(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
+        quantize_checkpoint(tiny_folder("llama"), tmp_path)
+
+
+def test_unwritable_output_is_refused(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"out: cannot be written"):
+        quantize_checkpoint(tiny_folder("llama"), tmp_path / "file" / "out")
+
+
+def test_quantised_source_is_refused(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    quantize_checkpoint(tiny_folder("llama"), tmp_path / "once")
+    with pytest.raises(CheckpointError, match="is quantised to 4 bits already"):
+        quantize_checkpoint(tmp_path / "once", tmp_path / "twice")
+
+
+def test_older_tokenizer_files_become_tokenizer_json(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    make_model("opt").save_pretrained(source)
+    vocabulary = ["<s>", "<pad>", "</s>", "a", "b", "ab"]
+    ids = json.dumps({token: i for i, token in enumerate(vocabulary)})
+    (source / "vocab.json").write_text(ids)
+    (source / "merges.txt").write_text("#version: 0.2\na b\n")
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    quantize_checkpoint(source, tmp_path / "out")
+    model = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]
+    assert model["vocab"]["ab"] == 5
