@@ -17,7 +17,7 @@ namespace {
 constexpr int kLanes = PROA_LANES;
 constexpr int kVectors = kPanel / kLanes;  // vectors in a panel
 constexpr int kMaxRows = PROA_ROWS;        // rows that a micro kernel keeps in registers
-constexpr int kFewRows = 3;                // rows for which 4-bit codes are expanded in registers
+constexpr int kFewRows = 3;                // rows for which codes are expanded in registers
 constexpr int kMaxQueries = 6;
 constexpr int kTileBytes = 16 * 1024;      // expanded weights kept in the first-level cache
 
@@ -273,6 +273,9 @@ inline Floats to_floats(Accumulator v) { return (Floats)_mm512_cvtepi32_ps(v); }
 inline void join_pairs(__m256i low, __m256i high, Accumulator* weights) {
   weights[0] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_unpacklo_epi8(low, high)), _mm256_unpackhi_epi8(low, high), 1);
 }
+inline void widen_pairs(const uint8_t* codes, Accumulator* weights) {
+  weights[0] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+}
 #else
 typedef __m256i Accumulator;
 inline Accumulator load_pairs(const int16_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -287,6 +290,10 @@ inline void multiply_pair(Accumulator* sums, const Accumulator* weights, const i
       : "x"(weights[0]), "x"(weights[1]), "m"(*reinterpret_cast<const int32_t*>(pair)));
 }
 inline Floats to_floats(Accumulator v) { return (Floats)_mm256_cvtepi32_ps(v); }
+inline void widen_pairs(const uint8_t* codes, Accumulator* weights) {
+  weights[0] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  weights[1] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16)));
+}
 // Interleave the low and high bytes of 32 weights: outputs 0-7, then outputs 8-15.
 inline void join_pairs(__m256i low, __m256i high, Accumulator* weights) {
   weights[0] = _mm256_unpacklo_epi8(low, high);
@@ -320,24 +327,32 @@ void multiply_codes(std::index_sequence<R...>, const int16_t* tile, const uint8_
   }
 }
 
-// The same sums for a few rows: 4-bit codes are expanded in registers and used at once.
+// The same sums for a few rows: codes are expanded in registers and used at once. `data` starts at a group's codes.
 template <size_t... R>
-void multiply_codes4(std::index_sequence<R...>, const uint8_t* data, __m256i low_table, __m256i high_table, int groups,
-                     int group, const int16_t* codes, const float* scales, const Activations& act, float* out) {
+void multiply_few(std::index_sequence<R...>, bool is_codes4, const uint8_t* data, __m256i low_table, __m256i high_table,
+                  int groups, int group, const Activations& act, float* out) {
   const ptrdiff_t stride = act.stride, scales_stride = act.groups;
   const __m256i mask = _mm256_set1_epi8(15);
+  const int16_t* codes = act.codes;
   for (int g = 0; g < groups; ++g) {
     Accumulator total[sizeof...(R)][kVectors] = {};
-    for (int pair = 0; pair < group / 2; pair += 2, data += 32, codes += 4) {
-      const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
-      const __m256i first = _mm256_and_si256(bytes, mask), second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
-      Accumulator weights[2];
-      join_pairs(_mm256_shuffle_epi8(low_table, first), _mm256_shuffle_epi8(high_table, first), weights);
-      (multiply_pair(total[R], weights, codes + R * stride), ...);
-      join_pairs(_mm256_shuffle_epi8(low_table, second), _mm256_shuffle_epi8(high_table, second), weights);
-      (multiply_pair(total[R], weights, codes + R * stride + 2), ...);
+    Accumulator weights[2];
+    if (is_codes4) {
+      for (int pair = 0; pair < group / 2; pair += 2, data += 32, codes += 4) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+        const __m256i first = _mm256_and_si256(bytes, mask), second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+        join_pairs(_mm256_shuffle_epi8(low_table, first), _mm256_shuffle_epi8(high_table, first), weights);
+        (multiply_pair(total[R], weights, codes + R * stride), ...);
+        join_pairs(_mm256_shuffle_epi8(low_table, second), _mm256_shuffle_epi8(high_table, second), weights);
+        (multiply_pair(total[R], weights, codes + R * stride + 2), ...);
+      }
+    } else {
+      for (int pair = 0; pair < group / 2; ++pair, data += 2 * kPanel, codes += 2) {
+        widen_pairs(data, weights);
+        (multiply_pair(total[R], weights, codes + R * stride), ...);
+      }
     }
-    (add_scaled(out + R * kPanel, total[R], reinterpret_cast<const float*>(data), scales[R * scales_stride + g]), ...);
+    (add_scaled(out + R * kPanel, total[R], reinterpret_cast<const float*>(data), act.scales[R * scales_stride + g]), ...);
     data += kPanel * 4;
   }
 }
@@ -388,10 +403,10 @@ void panel_codes(const Piece& piece, int panel, int group, const Activations& ac
     low_table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(low)));
     high_table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(high)));
   }
-  if (piece.format == kCodes4 && rows <= kFewRows) {
+  if (rows <= kFewRows) {
     for_row_blocks<kFewRows>(rows, [&](auto block, int) {
-      multiply_codes4(Rows<decltype(block)::value>(), data, low_table, high_table, groups, group, act.codes, act.scales, act,
-                      out);
+      multiply_few(Rows<decltype(block)::value>(), piece.format == kCodes4, data, low_table, high_table, groups, group, act,
+                   out);
     });
     return;
   }

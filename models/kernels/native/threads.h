@@ -24,7 +24,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < 20000)
+      if (spins < 1000)
         _mm_pause();
       else
         std::this_thread::yield();
