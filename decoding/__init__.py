@@ -1,0 +1,31 @@
+"""Choosing tokens: sampling parameters, temperature strategies, filters and the sampler.
+
+Tensors and token ids in, token ids out. Nothing here knows a tokenizer, a model or a server.
+"""
+
+from decoding.counter_random import derive_seed
+from decoding.errors import ParameterError
+from decoding.logprobs import TopLogprobs, token_logprobs
+from decoding.params import SamplingParams
+from decoding.row import Row
+from decoding.sampler import Sampled, Sampler
+from decoding.strategies import STRATEGIES, Strategy, parse_strategy, strategy_schema
+from decoding.tables import TOKEN_CLASSES, TokenTables, build_token_tables
+
+__all__ = [
+    "STRATEGIES",
+    "TOKEN_CLASSES",
+    "ParameterError",
+    "Row",
+    "Sampled",
+    "Sampler",
+    "SamplingParams",
+    "Strategy",
+    "TokenTables",
+    "TopLogprobs",
+    "build_token_tables",
+    "derive_seed",
+    "parse_strategy",
+    "strategy_schema",
+    "token_logprobs",
+]

@@ -30,16 +30,20 @@ class GenerationRequest:
 
     Attributes:
         request_id: unique among the requests in flight.
-        prompt_token_ids: at least one id, each in the vocabulary, prompt + max_tokens within the context (checked by the API).
+        prompt_token_ids: at least one id, each in the vocabulary, prompt + max_tokens within the
+            context (checked by the API).
         params: sampling parameters; `seed` and `max_tokens` are set (the API resolves them).
+        prompt_is_template: the prompt ends in a chat template, which the answer does not continue.
         num_sequences: continuations; sequence i draws with `decoding.derive_seed(params.seed, i)`.
-        prompt_logprobs: None, or how many alternatives to report beside each prompt token's own log probability.
+        prompt_logprobs: None, or how many alternatives to report beside each prompt token's own
+            log probability.
         is_traced: fill `TokenOutput.trace`.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    prompt_is_template: bool = False
     num_sequences: int = 1
     prompt_logprobs: int | None = None
     is_traced: bool = False
@@ -47,7 +51,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
-    """Natural log probability of a token under the unscaled logits, and the most likely alternatives.
+    """Natural log probability of a token under the unscaled logits, with its alternatives.
 
     Attributes:
         logprob: of the token itself.
@@ -82,9 +86,11 @@ class TokenOutput:
         token_id: the token; None when the sequence ended without a new one (abort, error).
         logprob: set when `params.logprobs` is, or the request is traced.
         trace: set when the request is traced.
-        finish_reason: set on a sequence's last output. "stop": the token is an end-of-sequence or stop token.
+        finish_reason: set on a sequence's last output. "stop": the token is an end-of-sequence or
+            stop token.
         cached_prompt_tokens: prompt tokens found in the prefix cache; on a sequence's first output.
-        prompt_logprobs: one entry for each prompt token (None for the first); on sequence 0's first output if asked for.
+        prompt_logprobs: one entry for each prompt token (None for the first); on sequence 0's first
+            output if asked for.
     """
 
     sequence_index: int
@@ -103,7 +109,8 @@ class BackendStats:
     Attributes:
         num_running_sequences, num_waiting_requests: gauges.
         num_cache_blocks, num_free_cache_blocks: gauges; free includes cached blocks nobody uses.
-        prompt_tokens, cached_prompt_tokens, generated_tokens, preemptions, steps: counters.
+        prompt_tokens, cached_prompt_tokens, generated_tokens, preemptions, steps: counters; a
+            prompt counts once for each sequence.
         is_draining: no new requests are admitted.
         error: why the backend is broken, or None.
     """
@@ -134,8 +141,8 @@ class Backend(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenOutput], None]:
         """Admit a request and yield its outputs, one list a step.
 
-        Ends when every sequence has finished. Closing the generator (`aclose`, or cancelling the task that reads it) aborts
-        what still runs within one step.
+        Ends when every sequence has finished. Closing the generator (`aclose`, or cancelling the
+        task that reads it) aborts what still runs within one step.
 
         Raises:
             QueueFullError: no room in the queue (raised at the first `anext`).
@@ -143,9 +150,12 @@ class Backend(Protocol):
         """
 
     def abort_sequence(self, request_id: str, sequence_index: int) -> None:
-        """Stop one sequence of a running request; its last output has finish_reason "abort". Unknown ids are ignored."""
+        """Stop one sequence of a running request; its last output has finish_reason "abort".
+
+        Unknown ids are ignored.
+        """
 
     def stats(self) -> BackendStats: ...
 
     async def drain(self, timeout_s: float) -> None:
-        """Admit nothing new, wait for what runs, abort what is left after `timeout_s`, and stop."""
+        """Admit nothing new, wait for what runs, abort what is left after `timeout_s`; stop."""

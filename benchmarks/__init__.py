@@ -1,0 +1,1 @@
+"""Benchmarks that people run; `benchmarks/README.md` says how. Results are kept in `results/`."""

@@ -1,0 +1,168 @@
+"""Sampling parameters of one request."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from decoding.errors import ParameterError
+from decoding.options import check_options, option
+from decoding.strategies import STRATEGIES, Fixed, Strategy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the tokens of a request are chosen and when a sequence ends.
+
+    Ranges are those of OpenAI's API where it has the field, else vLLM's. The order of application
+    is: logit_bias, penalties, min_tokens, temperature, top_k, typical_p, top_p, min_p, draw.
+
+    Raises:
+        ParameterError: a value is out of range or of the wrong type; `param` names the field.
+    """
+
+    temperature: float = option(
+        1.0,
+        "Divides the logits; 0 takes the most likely token.",
+        "number",
+        minimum=0.0,
+        maximum=2.0,
+    )
+    top_p: float = option(
+        1.0,
+        "Keep the most likely tokens until their probabilities sum to this.",
+        "number",
+        minimum=0.0,
+        maximum=1.0,
+        is_minimum_excluded=True,
+    )
+    top_k: int = option(
+        0,
+        "Keep this many of the most likely tokens; 0 or -1 keeps all.",
+        "integer",
+        minimum=-1,
+        maximum=2**31 - 1,
+    )
+    min_p: float = option(
+        0.0,
+        "Keep tokens at least this fraction as likely as the most likely one.",
+        "number",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    typical_p: float = option(
+        1.0,
+        "Keep the tokens whose surprise is nearest to the entropy until they sum to this.",
+        "number",
+        minimum=0.0,
+        maximum=1.0,
+        is_minimum_excluded=True,
+    )
+    presence_penalty: float = option(
+        0.0,
+        "Subtracted from the logit of every token generated so far.",
+        "number",
+        minimum=-2.0,
+        maximum=2.0,
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "Subtracted from a token's logit once for each time it was generated so far.",
+        "number",
+        minimum=-2.0,
+        maximum=2.0,
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "Divides positive and multiplies negative logits of tokens in the prompt or generated.",
+        "number",
+        minimum=0.0,
+        maximum=2.0,
+        is_minimum_excluded=True,
+    )
+    logit_bias: Mapping[int, float] = option(
+        {},
+        "Added to the logits of these token ids.",
+        "token_biases",
+        minimum=-100.0,
+        maximum=100.0,
+    )
+    seed: int | None = option(
+        None,
+        "Seed of the random numbers; the same seed gives the same text.",
+        "integer",
+        minimum=-(2**63),
+        maximum=2**63 - 1,
+        is_optional=True,
+    )
+    stop: tuple[str, ...] = option(
+        (), "Texts that end the sequence.", "strings", max_items=4, max_chars=256
+    )
+    stop_token_ids: tuple[int, ...] = option((), "Token ids that end the sequence.", "token_ids")
+    include_stop_str_in_output: bool = option(
+        False, "Keep the stop text at the end of the output.", "boolean"
+    )
+    ignore_eos: bool = option(
+        False, "Go on after an end-of-sequence token, until max_tokens.", "boolean"
+    )
+    min_tokens: int = option(
+        0,
+        "End-of-sequence and stop tokens are not drawn before this many tokens.",
+        "integer",
+        minimum=0,
+        maximum=2**31 - 1,
+    )
+    max_tokens: int | None = option(
+        None,
+        "Most tokens to generate; null fills the context.",
+        "integer",
+        minimum=0,
+        maximum=2**31 - 1,
+        is_optional=True,
+    )
+    logprobs: int | None = option(
+        None,
+        "How many of the most likely tokens to report beside each token's log probability.",
+        "integer",
+        minimum=0,
+        maximum=20,
+        is_optional=True,
+    )
+    strategy: Strategy = Fixed()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not isinstance(self.strategy, tuple(STRATEGIES.values())):
+            known = ", ".join(sorted(STRATEGIES))
+            raise ParameterError(
+                f"strategy must be an instance of a registered strategy ({known}), "
+                f"got {self.strategy!r}",
+                param="strategy",
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ParameterError(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}",
+                param="min_tokens",
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken, without a draw, whatever the strategy."""
+        return self.temperature == 0.0
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Check that every token id is in a vocabulary.
+
+        Raises:
+            ParameterError: `logit_bias`, `stop_token_ids` or a field of the strategy has an id
+                that the vocabulary lacks.
+        """
+        named = {"logit_bias": tuple(self.logit_bias), "stop_token_ids": self.stop_token_ids}
+        for field, token_ids in self.strategy.token_ids().items():
+            named[f"decoding.{field}"] = token_ids
+        for param, token_ids in named.items():
+            bad = [token_id for token_id in token_ids if token_id >= vocab_size]
+            if bad:
+                raise ParameterError(
+                    f"{param} has token id {bad[0]}, but the model's vocabulary is "
+                    f"0 to {vocab_size - 1}",
+                    param=param,
+                )

@@ -1,0 +1,80 @@
+"""Entropy-based dynamic temperature, as llama.cpp defines it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from decoding.logprobs import entropies
+from decoding.options import check_options, option
+from decoding.tables import TokenTables
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DynaTemp:
+    """Raise the temperature with the entropy of the model's distribution.
+
+    T = low + (high - low) * (entropy / maximum entropy) ** exponent, between
+    low = max(0, temperature - range) and high = temperature + range. A request's temperature of 0
+    stays greedy. The entropy is over all tokens that bias, penalties and masks leave possible: here
+    the temperature comes before top_k and top_p, while llama.cpp's default chain puts it last.
+
+    Source: llama.cpp, `llama_sampler_temp_ext_apply` (MIT), followed as a definition.
+    """
+
+    name: ClassVar[str] = "dynatemp"
+
+    range: float = option(
+        0.5,
+        "How far below and above the request's temperature it may go; 0 keeps it fixed.",
+        "number",
+        minimum=0.0,
+        maximum=2.0,
+    )
+    exponent: float = option(
+        1.0,
+        "Power applied to the normalised entropy; above 1 keeps more tokens cool.",
+        "number",
+        minimum=0.0,
+        maximum=10.0,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, prefix="decoding.")
+
+    def token_ids(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the token ids among the parameters, see `Strategy`."""
+        return {}
+
+    def bind(self, tables: TokenTables) -> "DynaTempController":
+        """Return the controller for a vocabulary."""
+        return DynaTempController(self.range, self.exponent)
+
+
+class DynaTempController:
+    """See `DynaTemp`."""
+
+    automaton = None
+    reads_logits = True
+
+    def __init__(self, spread: float, exponent: float) -> None:
+        self._spread = spread
+        self._exponent = exponent
+
+    def start(self, prompt_token_ids: Sequence[int], *, prompt_is_template: bool) -> int:
+        """Return the state for the first generated token, see `Controller`."""
+        return 0
+
+    def temperatures(self, states: Tensor | None, base: Tensor, logits: Tensor | None) -> Tensor:
+        assert logits is not None
+        if self._spread == 0.0:
+            return base
+        # In double precision, so that the result does not depend on the number of rows.
+        low = (base.double() - self._spread).clamp_min(0.0)
+        high = base.double() + self._spread
+        num_possible = (logits > -torch.inf).sum(-1)
+        share = (entropies(logits) / num_possible.double().log()).clamp(0.0, 1.0)
+        moved = low + (high - low) * share**self._exponent
+        return torch.where(num_possible > 1, moved.float(), base)

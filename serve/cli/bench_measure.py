@@ -1,0 +1,128 @@
+"""Measure a set of loads on a stream runner and sum up the repeats."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import Any
+
+from serve.cli.bench_timing import (
+    StreamRunner,
+    StreamTiming,
+    decode_rate,
+    output_rate,
+    prefill_rate,
+)
+
+WARM_UP_TOKENS = 8
+PREFILLS_PER_REPEAT = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        streams: numbers of streams to run at once.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens each stream generates, >= 2.
+        repeats: times that everything is measured; the figures are medians.
+        seed: of the prompts.
+    """
+
+    streams: tuple[int, ...] = (1, 8, 32)
+    prompt_tokens: int = 256
+    new_tokens: int = 64
+    repeats: int = 5
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Measurement:
+    """What was measured so far.
+
+    Attributes:
+        prefill_rates: prompt tokens per second of one prompt alone.
+        rounds: for each number of streams, the timings of each repeat.
+    """
+
+    prefill_rates: list[float] = field(default_factory=list)
+    rounds: dict[int, list[list[StreamTiming]]] = field(default_factory=dict)
+
+
+async def measure(
+    runner: StreamRunner, plan: Plan, *, report: Callable[[str], None]
+) -> Measurement:
+    """Warm up, then run every load `repeats` times, the loads in turn."""
+    pool = await runner.token_pool()
+    rng = random.Random(plan.seed)
+
+    async def run(num_streams: int, new_tokens: int) -> list[StreamTiming]:
+        prompts = random_prompts(pool, num_streams, plan.prompt_tokens, rng)
+        return await runner.run(prompts, new_tokens)
+
+    await run(1, min(WARM_UP_TOKENS, plan.new_tokens))
+    short = random_prompts(pool, max(plan.streams), min(WARM_UP_TOKENS, plan.prompt_tokens), rng)
+    await runner.run(short, min(WARM_UP_TOKENS, plan.new_tokens))
+    result = Measurement(rounds={num: [] for num in plan.streams})
+    for repeat in range(plan.repeats):
+        for _ in range(PREFILLS_PER_REPEAT):
+            result.prefill_rates.append(prefill_rate(await run(1, 1), plan.prompt_tokens))
+        for num_streams, rounds in result.rounds.items():
+            rounds.append(await run(num_streams, plan.new_tokens))
+        speeds = ", ".join(f"{n}: {decode_rate(r[-1]):.1f}" for n, r in result.rounds.items())
+        report(f"repeat {repeat + 1} of {plan.repeats}: decode tokens/s {speeds}")
+    return result
+
+
+def summarise(measured: Measurement, plan: Plan) -> dict[str, Any]:
+    """Give medians over the repeats, with their spread; latencies over all streams of all repeats.
+
+    Returns:
+        What `proa bench --json` prints, without what describes the machine and the run.
+    """
+    figures: dict[str, Any] = {
+        "decode_tokens_per_s": {},
+        "prefill_tokens_per_s": round(median(measured.prefill_rates), 1),
+        "batch_prefill_tokens_per_s": {},
+        "output_tokens_per_s": {},
+        "ttft_ms": {},
+        "tpot_ms": {},
+        "spread": {
+            "decode_tokens_per_s": {},
+            "prefill_tokens_per_s": spread(measured.prefill_rates),
+        },
+    }
+    for num_streams, rounds in measured.rounds.items():
+        key = str(num_streams)
+        decode = [decode_rate(timings) for timings in rounds]
+        streams = [timing for timings in rounds for timing in timings]
+        prefill = [prefill_rate(timings, plan.prompt_tokens) for timings in rounds]
+        figures["decode_tokens_per_s"][key] = round(median(decode), 1)
+        figures["batch_prefill_tokens_per_s"][key] = round(median(prefill), 1)
+        figures["output_tokens_per_s"][key] = round(median(map(output_rate, rounds)), 1)
+        figures["ttft_ms"][key] = latency([1000 * t.ttft_s for t in streams])
+        figures["tpot_ms"][key] = latency(
+            [1000 * tpot for t in streams if (tpot := t.tpot_s) is not None]
+        )
+        figures["spread"]["decode_tokens_per_s"][key] = spread(decode)
+    return figures
+
+
+def random_prompts(
+    pool: Sequence[int], num_prompts: int, num_tokens: int, rng: random.Random
+) -> list[list[int]]:
+    """Draw prompts that share no prefix but by chance, so that no prefix cache helps."""
+    return [rng.choices(pool, k=num_tokens) for _ in range(num_prompts)]
+
+
+def latency(values_ms: Sequence[float]) -> dict[str, float]:
+    """Give the median and the 90th percentile."""
+    values = list(values_ms)
+    ninety = quantiles(values, n=10, method="inclusive")[-1] if len(values) > 1 else values[0]
+    return {"median": round(median(values), 2), "p90": round(ninety, 2)}
+
+
+def spread(values: Sequence[float]) -> list[float]:
+    """Give the smallest and the largest value."""
+    return [round(min(values), 1), round(max(values), 1)]

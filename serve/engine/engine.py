@@ -1,0 +1,369 @@
+"""Run the steps: schedule, forward, sample, finish. Synchronous, for one thread."""
+
+import logging
+import traceback
+from collections.abc import Sequence as TokenIds
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from decoding import derive_seed
+from decoding.logprobs import token_logprobs
+from decoding.row import Row
+from decoding.sampler import Sampled, Sampler
+from models.batch import PackedBatch
+from models.kv_cache import KVCache
+from models.spec import DecoderSpec
+from serve.engine.cache_blocks import CacheBlocks
+from serve.engine.packing import BatchPacker
+from serve.engine.scheduler import Chunk, Scheduler
+from serve.engine.sequence import (
+    FinishReason,
+    Request,
+    Sequence,
+    SequenceOutput,
+    SequenceState,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_FORWARD_FAILURES = 3
+"""Forward failures in a row after which the engine gives up."""
+
+Outputs = dict[Request, list[SequenceOutput]]
+
+
+class Model(Protocol):
+    """The part of `models.decoder.Decoder` that an engine uses."""
+
+    spec: DecoderSpec
+
+    def make_cache(
+        self, *, num_blocks: int, block_size: int = 16, dtype: torch.dtype | None = None
+    ) -> KVCache: ...
+
+    def forward(self, batch: PackedBatch, cache: KVCache) -> Tensor: ...
+
+
+def describe_error(error: Exception) -> str:
+    """Say what failed and where, without the message: it may quote what a user sent."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {frame.name}, line {frame.lineno} of {frame.filename}"
+
+
+class Engine:
+    """Continuous batching of token streams over one model.
+
+    Rows never influence one another: what a sequence generates depends on its own request only.
+
+    Attributes:
+        max_context_tokens: longest prompt + continuation, by the model's positions and the cache.
+        num_steps, num_generated_tokens: counters since start.
+        error: why the engine gave up, or None.
+        scheduler: read only, for its counters.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampler: Sampler,
+        *,
+        eos_token_ids: TokenIds[int],
+        num_cache_blocks: int,
+        block_size: int = 16,
+        max_batch_tokens: int = 512,
+        max_running_sequences: int = 64,
+        prefix_caching: bool = True,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Allocate the cache.
+
+        Args:
+            model: a decoder.
+            sampler: a `decoding.Sampler` for the model's vocabulary.
+            eos_token_ids: tokens that end a sequence unless `ignore_eos`.
+            num_cache_blocks: blocks of the KV cache, >= 1.
+            block_size: positions in a block.
+            max_batch_tokens: tokens that a step computes at most, >= max_running_sequences.
+            max_running_sequences: sequences that own cache blocks at most.
+            prefix_caching: reuse the cache between sequences that start alike.
+            cache_dtype: of keys and values; None leaves it to the model.
+
+        Raises:
+            ValueError: a limit is out of range.
+        """
+        self._blocks = CacheBlocks(num_cache_blocks)
+        self.scheduler = Scheduler(
+            self._blocks,
+            block_size=block_size,
+            max_batch_tokens=max_batch_tokens,
+            max_running_sequences=max_running_sequences,
+            prefix_caching=prefix_caching,
+        )
+        self.max_context_tokens = min(
+            model.spec.max_position_embeddings, num_cache_blocks * block_size
+        )
+        self.vocab_size = model.spec.vocab_size
+        self.num_steps = 0
+        self.num_generated_tokens = 0
+        self.error: str | None = None
+        self._packer = BatchPacker(
+            max_batch_tokens=max_batch_tokens,
+            max_running_sequences=max_running_sequences,
+            max_context_tokens=self.max_context_tokens,
+            max_blocks=-(-self.max_context_tokens // block_size),
+        )
+        self._model = model
+        self._sampler = sampler
+        self._cache = model.make_cache(
+            num_blocks=num_cache_blocks, block_size=block_size, dtype=cache_dtype
+        )
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._live: dict[Request, None] = {}
+        self._outputs: Outputs = {}
+        self._num_arrivals = 0
+        self._num_failures = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence is waiting or running."""
+        return bool(self._live)
+
+    @property
+    def num_cache_blocks(self) -> int:
+        """Blocks of the KV cache."""
+        return self._blocks.num_blocks
+
+    @property
+    def num_available_cache_blocks(self) -> int:
+        """Blocks that no sequence uses, those kept for reuse included."""
+        return self._blocks.num_available
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never run; safe to call from any thread.
+
+        Raises:
+            ValueError: the prompt is empty, has ids outside the vocabulary or does not fit.
+        """
+        prompt, max_tokens = request.prompt_token_ids, request.params.max_tokens
+        if not prompt:
+            raise ValueError("the prompt must have at least one token")
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            raise ValueError(f"prompt token ids must be 0 to {self.vocab_size - 1}")
+        if request.num_sequences < 1:
+            raise ValueError(f"num_sequences must be at least 1, got {request.num_sequences}")
+        if max_tokens is None or request.params.seed is None:
+            raise ValueError("max_tokens and seed must be set")
+        if len(prompt) + max_tokens > self.max_context_tokens:
+            raise ValueError(
+                f"prompt and max_tokens must be at most {self.max_context_tokens} tokens "
+                f"together, got {len(prompt)} + {max_tokens}"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a checked request."""
+        request.start(self._num_arrivals)
+        self._num_arrivals += 1
+        self._live[request] = None
+        self.scheduler.add(request)
+        if self.error:
+            self._end(request, "error")
+
+    def abort(self, request: Request) -> None:
+        """End every sequence of a request; one that has ended or is unknown is ignored."""
+        if request in self._live:
+            self._end(request, "abort")
+
+    def abort_sequence(self, request: Request, index: int) -> None:
+        """End one sequence of a request; one that has ended or is unknown is ignored."""
+        if request in self._live and index < request.num_sequences:
+            sequence = request.sequences[index]
+            if sequence.state is not SequenceState.FINISHED:
+                self._finish(sequence, SequenceOutput(index, None), "abort")
+
+    def abort_all(self) -> None:
+        """End every request."""
+        for request in list(self._live):
+            self._end(request, "abort")
+
+    def abandon(self, error: Exception) -> None:
+        """Give up after a fault of the engine itself: end every request, admit no more."""
+        self.error = f"the engine failed: {type(error).__name__}"
+        for request in self._live:
+            for sequence in request.sequences:
+                if sequence.state is not SequenceState.FINISHED:
+                    sequence.state = SequenceState.FINISHED
+                    self._emit(sequence, SequenceOutput(sequence.index, None, "error"))
+        self._live.clear()
+        self.scheduler.clear()
+
+    def take_outputs(self) -> Outputs:
+        """Hand out what has come out since the last call, by request."""
+        outputs, self._outputs = self._outputs, {}
+        return outputs
+
+    def step(self) -> Outputs:
+        """Compute one step if there is work.
+
+        Returns:
+            The new outputs of each request, those of aborts since the last step included.
+        """
+        if self._live:
+            chunks = self.scheduler.schedule()
+            assert chunks, "a sequence is waiting, but none can run"
+            with torch.inference_mode():
+                logits = self._forward(chunks)
+                if logits is not None:
+                    self.scheduler.commit(chunks)
+                    self._read_logits(chunks, logits)
+        return self.take_outputs()
+
+    def _forward(self, chunks: list[Chunk]) -> Tensor | None:
+        """Run the model; on a fault end all requests that run and return None."""
+        try:
+            logits = self._model.forward(self._packer.pack(chunks), self._cache)
+        except Exception as error:
+            logger.error("forward failed: %s", describe_error(error))
+            self._num_failures += 1
+            failed = {sequence.request: None for sequence in self.scheduler.running}
+            if self._num_failures >= MAX_FORWARD_FAILURES:
+                self.error = (
+                    f"forward failed {self._num_failures} times in a row: {type(error).__name__}"
+                )
+                failed = dict(self._live)
+            for request in failed:
+                self._end(request, "error")
+            return None
+        self._num_failures = 0
+        self.num_steps += 1
+        return logits
+
+    def _read_logits(self, chunks: list[Chunk], logits: Tensor) -> None:
+        """Turn the logits of a step into prompt log probabilities and new tokens."""
+        sequences: list[Sequence] = []
+        rows: list[int] = []
+        num_read = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            is_sound = True
+            if chunk.num_prompt_logits:
+                prompt_logits = logits[num_read : num_read + chunk.num_prompt_logits]
+                is_sound = self._score_prompt(sequence, prompt_logits)
+            num_read += chunk.num_logits
+            if chunk.is_last and is_sound:
+                if not sequence.request.params.max_tokens:
+                    self._finish(sequence, SequenceOutput(sequence.index, None), "length")
+                else:
+                    sequences.append(sequence)
+                    rows.append(num_read - 1)
+        if sequences:
+            self._sample(sequences, logits if len(rows) == len(logits) else logits[rows])
+
+    def _score_prompt(self, sequence: Sequence, logits: Tensor) -> bool:
+        """Append prompt log probabilities from (L, V) logits; False if that failed."""
+        request, scored = sequence.request, sequence.prompt_logprobs
+        assert scored is not None
+        assert request.prompt_logprobs is not None
+        first = len(scored) + 1
+        token_ids = request.prompt_token_ids[first : first + len(logits)]
+        try:
+            scored += token_logprobs(logits, token_ids, num_top=request.prompt_logprobs)
+        except Exception as error:
+            self._fail(sequence, error)
+            return False
+        return True
+
+    def _sample(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Draw the next token of each sequence; a fault costs only the sequence that has it."""
+        try:
+            sampled = self._draw(sequences, logits)
+        except Exception:
+            for i, sequence in enumerate(sequences):
+                self._sample_alone(sequence, logits[i : i + 1])
+            return
+        for i, sequence in enumerate(sequences):
+            self._append(sequence, sampled, i)
+
+    def _sample_alone(self, sequence: Sequence, logits: Tensor) -> None:
+        try:
+            if sequence.row is not None:
+                sequence.row.truncate(sequence.num_generated)
+            sampled = self._draw([sequence], logits)
+        except Exception as error:
+            self._fail(sequence, error)
+        else:
+            self._append(sequence, sampled, 0)
+
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> Sampled:
+        """Draw from (B, V) logits and let the sampler's rows know the tokens."""
+        rows = [self._row(sequence) for sequence in sequences]
+        sampled = self._sampler.sample(logits, rows)
+        for row, token_id in zip(rows, sampled.token_ids, strict=True):
+            row.append(token_id)
+        return sampled
+
+    def _row(self, sequence: Sequence) -> Row:
+        """Return the sampler's state of a sequence, made at its first draw."""
+        if sequence.row is None:
+            request = sequence.request
+            assert request.params.seed is not None
+            sequence.row = self._sampler.start(
+                request.params,
+                request.prompt_token_ids,
+                seed=derive_seed(request.params.seed, sequence.index),
+                prompt_is_template=request.prompt_is_template,
+                is_traced=request.is_traced,
+            )
+        return sequence.row
+
+    def _append(self, sequence: Sequence, sampled: Sampled, i: int) -> None:
+        """Add token `i` of a draw to its sequence, and finish the sequence if it was the last."""
+        token_id, params = sampled.token_ids[i], sequence.request.params
+        sequence.token_ids.append(token_id)
+        self.num_generated_tokens += 1
+        output = SequenceOutput(sequence.index, token_id)
+        logprob = sampled.logprobs[i]
+        if logprob is not None:
+            output.scored = (logprob, sampled.top[i])
+        entropy = sampled.entropies[i]
+        if entropy is not None:
+            output.token_class = sampled.classes[i]
+            output.temperature = sampled.temperatures[i]
+            output.entropy = entropy
+        is_eos = token_id in self._eos_token_ids and not params.ignore_eos
+        if is_eos or token_id in params.stop_token_ids:
+            self._finish(sequence, output, "stop")
+        elif sequence.num_generated == params.max_tokens:
+            self._finish(sequence, output, "length")
+        else:
+            self._emit(sequence, output)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        logger.error("a sequence failed: %s", describe_error(error))
+        self._finish(sequence, SequenceOutput(sequence.index, None), "error")
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        """End every unfinished sequence of a request."""
+        for sequence in request.sequences:
+            if sequence.state is not SequenceState.FINISHED:
+                self._finish(sequence, SequenceOutput(sequence.index, None), reason)
+
+    def _finish(self, sequence: Sequence, output: SequenceOutput, reason: FinishReason) -> None:
+        """End a sequence with its last output and free what it holds."""
+        self.scheduler.finish(sequence)
+        output.finish_reason = reason
+        self._emit(sequence, output)
+        sequence.row = None
+        request = sequence.request
+        request.num_unfinished -= 1
+        if not request.num_unfinished:
+            del self._live[request]
+
+    def _emit(self, sequence: Sequence, output: SequenceOutput) -> None:
+        if not sequence.has_output:
+            sequence.has_output = True
+            output.num_cached_prompt_tokens = sequence.num_cached_prompt_tokens or 0
+            if sequence.prompt_logprobs is not None and not sequence.num_missing_prompt_logprobs:
+                output.prompt_logprobs = [None, *sequence.prompt_logprobs]
+        self._outputs.setdefault(sequence.request, []).append(output)

@@ -1,0 +1,100 @@
+"""Lay the chunks of a step out as the packed batch a decoder reads."""
+
+from array import array
+
+import torch
+from torch import Tensor
+
+from models.batch import PackedBatch
+from serve.engine.scheduler import Chunk
+
+
+class _Buffer:
+    """An int32 buffer that Python fills through `view` and torch reads through `head`."""
+
+    def __init__(self, size: int) -> None:
+        storage = array("i", bytes(4 * size))
+        self.view = memoryview(storage)
+        self._tensor = torch.frombuffer(storage, dtype=torch.int32)
+        self._head = self._tensor
+
+    def head(self, size: int) -> Tensor:
+        """Give the first `size` elements; steps of one size share the tensor: slicing is slow."""
+        if len(self._head) != size:
+            self._head = self._tensor[:size]
+        return self._head
+
+
+class BatchPacker:
+    """Builds packed batches in buffers that every step overwrites."""
+
+    def __init__(
+        self,
+        *,
+        max_batch_tokens: int,
+        max_running_sequences: int,
+        max_context_tokens: int,
+        max_blocks: int,
+    ) -> None:
+        """Allocate the buffers.
+
+        Args:
+            max_batch_tokens: tokens in a batch at most.
+            max_running_sequences: sequences in a batch at most.
+            max_context_tokens: tokens in a sequence at most.
+            max_blocks: blocks in a sequence at most.
+        """
+        self._token_ids = _Buffer(max_batch_tokens)
+        self._positions = _Buffer(max_batch_tokens)
+        self._output_rows = _Buffer(max_batch_tokens)
+        self._query_starts = _Buffer(max_running_sequences + 1)
+        self._context_lens = _Buffer(max_running_sequences)
+        self._block_tables = _Buffer(max_running_sequences * max_blocks)
+        self._count_up = memoryview(array("i", range(max(max_context_tokens, max_batch_tokens))))
+
+    def pack(self, chunks: list[Chunk]) -> PackedBatch:
+        """Lay out one step.
+
+        Args:
+            chunks: at least one, within the limits given at the start.
+
+        Returns:
+            The batch; its tensors are valid until the next call.
+        """
+        token_ids, positions = self._token_ids.view, self._positions.view
+        output_rows, count_up = self._output_rows.view, self._count_up
+        query_starts, context_lens = self._query_starts.view, self._context_lens.view
+        block_tables = self._block_tables.view
+        num_columns = max(len(chunk.sequence.blocks) for chunk in chunks)
+        num_tokens = num_outputs = 0
+        for b, chunk in enumerate(chunks):
+            sequence, start, length = chunk.sequence, chunk.start, chunk.num_tokens
+            end = num_tokens + length
+            if length == 1:
+                token_ids[num_tokens] = sequence.token_ids[start]
+                positions[num_tokens] = start
+            else:
+                token_ids[num_tokens:end] = sequence.token_ids[start : start + length]
+                positions[num_tokens:end] = count_up[start : start + length]
+            if chunk.num_logits == 1:
+                output_rows[num_outputs] = end - 1
+            else:
+                first = end - chunk.num_logits
+                output_rows[num_outputs : num_outputs + chunk.num_logits] = count_up[first:end]
+            num_outputs += chunk.num_logits
+            num_tokens = end
+            query_starts[b + 1] = end
+            context_lens[b] = start + length
+            blocks = sequence.blocks
+            column = b * num_columns
+            block_tables[column : column + len(blocks)] = blocks
+        num_rows = len(chunks)
+        tables = self._block_tables.head(num_rows * num_columns)
+        return PackedBatch(
+            token_ids=self._token_ids.head(num_tokens),
+            positions=self._positions.head(num_tokens),
+            query_starts=self._query_starts.head(num_rows + 1),
+            context_lens=self._context_lens.head(num_rows),
+            block_tables=tables.view(num_rows, num_columns),
+            output_rows=self._output_rows.head(num_outputs),
+        )

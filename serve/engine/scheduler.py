@@ -1,0 +1,298 @@
+"""Decide what each step computes: host only, no model, no clock.
+
+Every step mixes decoding sequences (one token each) with chunks of prompts under one token budget.
+Admission is first come, first served; an admitted sequence gets blocks for all its known tokens at
+once, so only decoding can run out of blocks. Then the youngest sequence is preempted: it gives its
+blocks back and later computes all its tokens again.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+from serve.engine.cache_blocks import CacheBlocks
+from serve.engine.sequence import Request, Sequence, SequenceState
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
+
+
+def _discard(sequences: list[Sequence], sequence: Sequence) -> None:
+    i = bisect_left(sequences, sequence.order, key=_order)
+    assert sequences[i] is sequence, "a sequence is not where its state says"
+    del sequences[i]
+
+
+@dataclass(slots=True)
+class Chunk:
+    """The tokens of one sequence that a step computes.
+
+    Attributes:
+        sequence: whose tokens.
+        start: position of the first token, the sequence's `num_computed`.
+        num_tokens: how many, >= 1.
+        num_logits: how many of them, counted from the end, need logits.
+        num_prompt_logits: how many of those are for prompt log probabilities; they come first.
+        is_last: the chunk ends with the sequence's newest token: its last logits give the next one.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    num_logits: int
+    num_prompt_logits: int
+    is_last: bool
+
+
+class Scheduler:
+    """Waiting and running sequences, and the cache blocks of the latter.
+
+    Attributes:
+        waiting: sequences without blocks, oldest first.
+        running: sequences with blocks, oldest first.
+        num_preemptions: counter since start.
+        num_prompt_tokens, num_cached_prompt_tokens: counters since start, over the sequences that
+            were admitted.
+        num_queued_requests: requests of which nothing was admitted yet.
+        num_queued_tokens: their prompt tokens.
+    """
+
+    def __init__(
+        self,
+        blocks: CacheBlocks,
+        *,
+        block_size: int,
+        max_batch_tokens: int,
+        max_running_sequences: int,
+        max_prompt_logits: int = 128,
+        prefix_caching: bool = True,
+    ) -> None:
+        """Check the limits.
+
+        Args:
+            blocks: the cache's blocks.
+            block_size: positions in a block, >= 1.
+            max_batch_tokens: tokens a step computes at most; at least max_running_sequences.
+            max_running_sequences: sequences that own cache blocks at most, >= 1.
+            max_prompt_logits: rows of logits a step computes for prompt log probabilities at most.
+            prefix_caching: reuse blocks between sequences that start alike.
+
+        Raises:
+            ValueError: a limit is out of range.
+        """
+        for name, value in (
+            ("block_size", block_size),
+            ("max_running_sequences", max_running_sequences),
+            ("max_prompt_logits", max_prompt_logits),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if max_batch_tokens < max_running_sequences:
+            raise ValueError(
+                f"max_batch_tokens must be at least max_running_sequences "
+                f"({max_running_sequences}), since every running sequence decodes in each step; "
+                f"got {max_batch_tokens}"
+            )
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_prompt_tokens = 0
+        self.num_queued_requests = 0
+        self.num_queued_tokens = 0
+        self._blocks = blocks
+        self._block_size = block_size
+        self._max_batch_tokens = max_batch_tokens
+        self._max_running_sequences = max_running_sequences
+        self._max_prompt_logits = max_prompt_logits
+        self._prefix_caching = prefix_caching
+
+    def add(self, request: Request) -> None:
+        """Queue a started request.
+
+        When its sequences can share full blocks of the prompt, all but the first are held until
+        that one has computed it.
+        """
+        self.num_queued_requests += 1
+        self.num_queued_tokens += len(request.prompt_token_ids)
+        is_shared = self._prefix_caching and len(request.prompt_token_ids) > self._block_size
+        for sequence in request.sequences:
+            if is_shared and sequence.index:
+                sequence.state = SequenceState.HELD
+                request.held.append(sequence)
+            else:
+                self._wait(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take an unfinished sequence out, wherever it is, and free its blocks."""
+        request = sequence.request
+        state, sequence.state = sequence.state, SequenceState.FINISHED
+        if state is SequenceState.HELD:
+            request.held.remove(sequence)
+            return
+        if state is SequenceState.RUNNING:
+            _discard(self.running, sequence)
+            self._free(sequence)
+        else:
+            assert state is SequenceState.WAITING, "a sequence finishes once"
+            _discard(self.waiting, sequence)
+        if request.held:
+            self._wait(request.held.pop(0))
+        elif request.is_queued and all(
+            other.state is SequenceState.FINISHED for other in request.sequences
+        ):
+            self._leave_queue(request)
+
+    def clear(self) -> None:
+        """Forget every sequence, without giving blocks back."""
+        self.waiting.clear()
+        self.running.clear()
+        self.num_queued_requests = 0
+        self.num_queued_tokens = 0
+
+    def schedule(self) -> list[Chunk]:
+        """Choose the tokens of the next step: decoding first, then prompts, then new sequences.
+
+        Returns:
+            Chunks, at most one a sequence; empty only when no sequence is waiting or running.
+        """
+        chunks: list[Chunk] = []
+        prefilling: list[Sequence] = []
+        num_preemptions = self.num_preemptions
+        i = 0
+        while i < len(self.running):
+            sequence = self.running[i]
+            start = sequence.num_computed
+            if start + 1 < len(sequence.token_ids):
+                prefilling.append(sequence)
+            elif self._reserve_one(sequence):
+                chunks.append(Chunk(sequence, start, 1, 1, 0, True))
+            i += 1
+
+        budget = self._max_batch_tokens - len(chunks)
+        num_prompt_logits = self._max_prompt_logits
+        for sequence in prefilling:
+            if budget:
+                chunk = self._take_chunk(sequence, budget, num_prompt_logits)
+                if chunk:
+                    chunks.append(chunk)
+                    budget -= chunk.num_tokens
+                    num_prompt_logits -= chunk.num_prompt_logits
+        if self.num_preemptions > num_preemptions:
+            return chunks
+        while budget and self.waiting and self._admit(self.waiting[0]):
+            chunk = self._take_chunk(self.waiting.pop(0), budget, num_prompt_logits)
+            if chunk:
+                chunks.append(chunk)
+                budget -= chunk.num_tokens
+                num_prompt_logits -= chunk.num_prompt_logits
+        return chunks
+
+    def commit(self, chunks: list[Chunk]) -> None:
+        """Record that the chunks were computed: publish full blocks, let held siblings go."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.start + chunk.num_tokens
+            num_full = sequence.num_computed // self._block_size
+            if num_full > sequence.num_published:
+                self._publish(sequence, num_full)
+            held = sequence.request.held
+            if held and sequence.num_computed >= len(sequence.request.prompt_token_ids):
+                while held:
+                    self._wait(held.pop(0))
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.state = SequenceState.WAITING
+        insort(self.waiting, sequence, key=_order)
+
+    def _leave_queue(self, request: Request) -> None:
+        request.is_queued = False
+        self.num_queued_requests -= 1
+        self.num_queued_tokens -= len(request.prompt_token_ids)
+
+    def _free(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence.blocks)
+        del sequence.blocks[:]
+        sequence.num_computed = 0
+        sequence.num_published = 0
+
+    def _reserve_one(self, sequence: Sequence) -> bool:
+        """Make room for one more token, preempting the youngest while there is none.
+
+        Returns:
+            False if `sequence` itself was the youngest.
+        """
+        if sequence.num_computed < len(sequence.blocks) * self._block_size:
+            return True
+        while not self._blocks.num_available:
+            youngest = self.running.pop()
+            assert self.running, "a sequence that does not fit into the cache was admitted"
+            self._free(youngest)
+            self._wait(youngest)
+            self.num_preemptions += 1
+            if youngest is sequence:
+                return False
+        sequence.blocks.append(self._blocks.allocate())
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence its blocks if there is room; the caller takes it off the queue.
+
+        There must also be room for every running sequence to grow by a block, or the newcomer would
+        soon be preempted again.
+        """
+        if len(self.running) >= self._max_running_sequences:
+            return False
+        num_tokens = len(sequence.token_ids)
+        num_blocks = -(-num_tokens // self._block_size)
+        found = self._find_prefix(sequence, num_tokens)
+        num_new = num_blocks - len(found)
+        num_taken = num_new + self._blocks.count_idle(found)
+        if num_taken + len(self.running) > self._blocks.num_available:
+            return False
+        for block in found:
+            self._blocks.reference(block)
+        sequence.blocks.extend(found)
+        sequence.blocks.extend(self._blocks.allocate() for _ in range(num_new))
+        sequence.num_computed = len(found) * self._block_size
+        sequence.num_published = len(found)
+        sequence.state = SequenceState.RUNNING
+        insort(self.running, sequence, key=_order)
+        if sequence.num_cached_prompt_tokens is None:
+            num_prompt = len(sequence.request.prompt_token_ids)
+            sequence.num_cached_prompt_tokens = sequence.num_computed
+            self.num_prompt_tokens += num_prompt
+            self.num_cached_prompt_tokens += sequence.num_computed
+        if sequence.request.is_queued:
+            self._leave_queue(sequence.request)
+        return True
+
+    def _find_prefix(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """Find published blocks, short of the first token whose logits are needed."""
+        if not self._prefix_caching:
+            return []
+        num_reusable = num_tokens - 1
+        if sequence.num_missing_prompt_logprobs:
+            num_reusable = sequence.num_prompt_logprobs
+        num_blocks = num_reusable // self._block_size
+        return self._blocks.find(sequence.block_key(i, self._block_size) for i in range(num_blocks))
+
+    def _take_chunk(self, sequence: Sequence, budget: int, num_prompt_logits: int) -> Chunk | None:
+        """Cut the next chunk of a prefilling sequence; None when no prompt logits are left."""
+        start = sequence.num_computed
+        end = min(len(sequence.token_ids), start + budget)
+        num_wanted = 0
+        if sequence.num_missing_prompt_logprobs:
+            first = max(start, sequence.num_prompt_logprobs)
+            end = min(end, first + num_prompt_logits)
+            if end <= start:
+                return None
+            num_wanted = max(0, min(end, len(sequence.request.prompt_token_ids) - 1) - first)
+        is_last = end == len(sequence.token_ids)
+        return Chunk(sequence, start, end - start, num_wanted + is_last, num_wanted, is_last)
+
+    def _publish(self, sequence: Sequence, num_full: int) -> None:
+        if self._prefix_caching:
+            for i in range(sequence.num_published, num_full):
+                self._blocks.publish(sequence.blocks[i], sequence.block_key(i, self._block_size))
+        sequence.num_published = num_full

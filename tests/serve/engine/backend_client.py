@@ -1,0 +1,48 @@
+"""What the tests of the native backend ask of it."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from decoding import SamplingParams
+from serve.backends.native import NativeBackend
+from serve.backends.protocol import GenerationRequest, TokenOutput
+
+TIMEOUT_S = 30
+
+
+def ask(request_id: str = "a", prompt: list[int] | None = None, **fields: Any) -> GenerationRequest:
+    params = {"seed": 3, "max_tokens": 6, "ignore_eos": True}
+    for name in tuple(fields):
+        if name in SamplingParams.__dataclass_fields__:
+            params[name] = fields.pop(name)
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt or [1, 2, 3],
+        params=SamplingParams(**params),
+        **fields,
+    )
+
+
+async def collect(backend: NativeBackend, request: GenerationRequest) -> list[TokenOutput]:
+    async with aclosing(backend.generate(request)) as steps:
+        return [output async for outputs in steps for output in outputs]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
+
+
+def all_blocks_are_back(backend: NativeBackend) -> bool:
+    stats = backend.stats()
+    return (
+        stats.num_free_cache_blocks == stats.num_cache_blocks
+        and stats.num_running_sequences == stats.num_waiting_requests == 0
+    )
