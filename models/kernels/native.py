@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.batch import PackedBatch
+from models.kernels.memory import lazy_zeros, on_huge_pages
 from models.kernels.native_program import (
     ACTIVATIONS,
     OP_KINDS,
@@ -103,8 +104,8 @@ class NativeExecutor:
         if dtype not in (torch.float16, torch.float32):
             raise ValueError(f"cache dtype must be float16 or float32 on the CPU, not {dtype}")
         shapes = [(num_blocks, x.num_key_value_heads, x.head_dim, block_size) for x in spec.layers]
-        keys = [torch.zeros(n, k, e, b, dtype=dtype) for n, k, e, b in shapes]
-        values = [torch.zeros(n, k, b, e, dtype=dtype) for n, k, e, b in shapes]
+        keys = [lazy_zeros(n, k, e, b, dtype=dtype) for n, k, e, b in shapes]
+        values = [lazy_zeros(n, k, b, e, dtype=dtype) for n, k, e, b in shapes]
         return KVCache(keys=keys, values=values, num_blocks=num_blocks, block_size=block_size)
 
     def forward(self, batch: PackedBatch, cache: KVCache, taps: Tensor | None = None) -> Tensor:
@@ -137,9 +138,10 @@ class NativeExecutor:
         return logits
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
+        """Keep a copy of a tensor, free of the file it may be mapped from; return its address."""
         if tensor is None:
             return None
-        tensor = tensor.contiguous()
+        tensor = on_huge_pages(tensor)
         self._keep.append(tensor)
         return tensor.data_ptr()
 

@@ -19,7 +19,8 @@ constexpr int kVectors = kPanel / kLanes;  // vectors in a panel
 constexpr int kMaxRows = PROA_ROWS;        // rows that a micro kernel keeps in registers
 constexpr int kFewRows = 3;                // rows for which codes are expanded in registers
 constexpr int kMaxQueries = 6;
-constexpr int kTileBytes = 16 * 1024;      // expanded weights kept in the first-level cache
+constexpr int kTileBytes = 8 * 1024;       // expanded weights kept in the first-level cache
+constexpr int kAhead = 1536;               // bytes that weights read once are asked for ahead
 
 typedef float Floats __attribute__((vector_size(kLanes * 4), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4), aligned(4)));
@@ -31,6 +32,9 @@ inline Floats splat(float v) { return (Floats)_mm512_set1_ps(v); }
 #else
 inline Floats splat(float v) { return (Floats)_mm256_set1_ps(v); }
 #endif
+
+// Ask for the cache line at p; reading ahead of blocks that lie apart is not something the processor does by itself.
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 inline Floats load_half(const uint16_t* p) {
 #if PROA_LANES == 16
@@ -312,14 +316,16 @@ inline void add_scaled(float* cells, const Accumulator* sums, const float* weigh
 template <int ROWS>
 using Rows = std::make_index_sequence<ROWS>;
 
-// out(rows, 16) += activations x tile over `groups` groups; weight_scales are `scale_stride` bytes apart.
+// out(rows, 16) += activations x tile over `groups` groups; weight_scales are `scale_stride` bytes apart. Meanwhile the
+// bytes of the next tile are fetched from `next`.
 template <size_t... R>
-void multiply_codes(std::index_sequence<R...>, const int16_t* tile, const uint8_t* weight_scales, ptrdiff_t scale_stride,
-                    int groups, int group, const int16_t* codes, const float* scales, const Activations& act, float* out) {
-  const ptrdiff_t stride = act.stride, scales_stride = act.groups;
+void multiply_codes(std::index_sequence<R...>, const int16_t* tile, const uint8_t* next, const uint8_t* weight_scales,
+                    ptrdiff_t scale_stride, int groups, int group, const int16_t* codes, const float* scales, const Activations& act, float* out) {
+  const ptrdiff_t stride = act.stride, scales_stride = act.groups, next_step = scale_stride * 2 / group;
   for (int g = 0; g < groups; ++g, weight_scales += scale_stride) {
     Accumulator total[sizeof...(R)][kVectors] = {};
-    for (int pair = 0; pair < group / 2; ++pair, tile += 2 * kPanel, codes += 2) {
+    for (int pair = 0; pair < group / 2; ++pair, tile += 2 * kPanel, codes += 2, next += next_step) {
+      prefetch(next);
       const Accumulator weights[2] = {load_pairs(tile), load_pairs(tile + (kVectors - 1) * 2 * kLanes)};
       (multiply_pair(total[R], weights, codes + R * stride), ...);
     }
@@ -339,6 +345,7 @@ void multiply_few(std::index_sequence<R...>, bool is_codes4, const uint8_t* data
     Accumulator weights[2];
     if (is_codes4) {
       for (int pair = 0; pair < group / 2; pair += 2, data += 32, codes += 4) {
+        prefetch(data + kAhead);
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
         const __m256i first = _mm256_and_si256(bytes, mask), second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
         join_pairs(_mm256_shuffle_epi8(low_table, first), _mm256_shuffle_epi8(high_table, first), weights);
@@ -348,6 +355,7 @@ void multiply_few(std::index_sequence<R...>, bool is_codes4, const uint8_t* data
       }
     } else {
       for (int pair = 0; pair < group / 2; ++pair, data += 2 * kPanel, codes += 2) {
+        prefetch(data + kAhead);
         widen_pairs(data, weights);
         (multiply_pair(total[R], weights, codes + R * stride), ...);
       }
@@ -420,8 +428,9 @@ void panel_codes(const Piece& piece, int panel, int group, const Activations& ac
       else
         expand_codes8(reinterpret_cast<const int8_t*>(codes), group, target);
     }
+    const uint8_t* next = data + count * group_bytes;
     for_row_blocks<kMaxRows>(rows, [&](auto block, int row) {
-      multiply_codes(Rows<decltype(block)::value>(), tile, data + code_bytes, group_bytes, count, group,
+      multiply_codes(Rows<decltype(block)::value>(), tile, next, data + code_bytes, group_bytes, count, group,
                      act.codes + ptrdiff_t(row) * act.stride + first * group,
                      act.scales + ptrdiff_t(row) * groups + first, act, out + row * kPanel);
     });
@@ -466,71 +475,97 @@ inline float load_cached_one(const void* p, ptrdiff_t offset, bool is_half) {
   return is_half ? half_to_float(static_cast<const uint16_t*>(p)[offset]) : static_cast<const float*>(p)[offset];
 }
 
-template <int COUNT, bool HALF>
-void attend_queries(const AttentionItem& item) {
-  const int longest = *std::max_element(item.limit, item.limit + COUNT);
-  const int dim = item.head_dim;
-  for (int block = 0; block * kBlock < longest; ++block) {
-    const ptrdiff_t base = item.blocks[block] * item.block_stride;
-    Floats total[COUNT][kVectors] = {};
-    for (int e = 0; e < dim; ++e) {
-      Floats keys[kVectors];
+// Scores of COUNT queries against WIDE blocks of keys. Several blocks at once keep enough sums in flight.
+template <int COUNT, bool HALF, int WIDE>
+inline void score_blocks(const AttentionItem& item, int block, int last) {
+  ptrdiff_t base[WIDE];
+  const uint16_t* next[WIDE];  // in units of half the element, whatever it is
+  for (int w = 0; w < WIDE; ++w) {
+    base[w] = item.blocks[block + w] * item.block_stride;
+    const int ahead = std::min(block + w + WIDE, last);
+    next[w] = static_cast<const uint16_t*>(item.k_cache) + item.blocks[ahead] * item.block_stride * (HALF ? 1 : 2);
+  }
+  Floats total[COUNT][WIDE * kVectors] = {};
+  for (int e = 0; e < item.head_dim; ++e) {
+    Floats keys[WIDE * kVectors];
+    for (int w = 0; w < WIDE; ++w) prefetch(next[w] + e * kBlock * (HALF ? 1 : 2));
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) keys[v] = load_cached(item.k_cache, base + e * kBlock + v * kLanes, HALF);
+    for (int v = 0; v < WIDE * kVectors; ++v)
+      keys[v] = load_cached(item.k_cache, base[v / kVectors] + e * kBlock + v % kVectors * kLanes, HALF);
+#pragma GCC unroll 8
+    for (int q = 0; q < COUNT; ++q)
+#pragma GCC unroll 4
+      for (int v = 0; v < WIDE * kVectors; ++v) total[q][v] += keys[v] * splat(item.query[q][e]);
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < COUNT; ++q)
+#pragma GCC unroll 4
+    for (int v = 0; v < WIDE * kVectors; ++v)
+      store(item.scores + q * item.score_stride + block * kBlock + v * kLanes, total[q][v]);
+}
+
+// Channels e .. e + 16 * WIDE of what COUNT queries attend to; scores hold unnormalised weights.
+template <int COUNT, bool HALF, int WIDE>
+inline void mix_values(const AttentionItem& item, int longest, int e, const float* inverse) {
+  Floats total[COUNT][WIDE * kVectors] = {};
+  for (int block = 0; block * kBlock < longest; ++block) {
+    const ptrdiff_t base = item.blocks[block] * item.block_stride + e;
+    const int count = std::min(kBlock, longest - block * kBlock);
+    const float* weights = item.scores + block * kBlock;
+    const int ahead = std::min(block + 1, (longest - 1) / kBlock);
+    const uint16_t* next = static_cast<const uint16_t*>(item.v_cache) +
+                           (item.blocks[ahead] * item.block_stride + e) * (HALF ? 1 : 2);
+    for (int p = 0; p < count; ++p) {
+      prefetch(next + p * item.head_dim * (HALF ? 1 : 2));
+      Floats values[WIDE * kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < WIDE * kVectors; ++v)
+        values[v] = load_cached(item.v_cache, base + p * item.head_dim + v * kLanes, HALF);
 #pragma GCC unroll 8
       for (int q = 0; q < COUNT; ++q)
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) total[q][v] += keys[v] * splat(item.query[q][e]);
+        for (int v = 0; v < WIDE * kVectors; ++v) total[q][v] += values[v] * splat(weights[q * item.score_stride + p]);
     }
-#pragma GCC unroll 8
-    for (int q = 0; q < COUNT; ++q)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        store(item.scores + q * item.score_stride + block * kBlock + v * kLanes, total[q][v]);
   }
+#pragma GCC unroll 8
+  for (int q = 0; q < COUNT; ++q)
+#pragma GCC unroll 4
+    for (int v = 0; v < WIDE * kVectors; ++v) store(item.out[q] + e + v * kLanes, total[q][v] * splat(inverse[q]));
+}
+
+// Turn scores into weights exp(score - max), 0 beyond the limit; return 1 / their sum.
+inline float softmax(float* scores, int limit, int padded) {
+  std::fill(scores + limit, scores + padded, -std::numeric_limits<float>::infinity());
+  Floats largest = load(scores);
+  for (int i = kLanes; i < padded; i += kLanes) {
+    const Floats x = load(scores + i);
+    largest = x > largest ? x : largest;
+  }
+  float max = largest[0];
+  for (int i = 1; i < kLanes; ++i) max = std::max(max, largest[i]);
+  Floats total = {};
+  for (int i = 0; i < padded; i += kLanes) {
+    const Floats weight = exponential(load(scores + i) - splat(max));
+    store(scores + i, weight);
+    total += weight;
+  }
+  return 1.f / sum(total);
+}
+
+template <int COUNT, bool HALF>
+void attend_queries(const AttentionItem& item) {
+  constexpr int kWide = COUNT <= 3 ? 2 : 1;
+  const int longest = *std::max_element(item.limit, item.limit + COUNT);
+  const int blocks = (longest + kBlock - 1) / kBlock, dim = item.head_dim;
+  int block = 0;
+  for (; block + kWide <= blocks; block += kWide) score_blocks<COUNT, HALF, kWide>(item, block, blocks - 1);
+  if (block < blocks) score_blocks<COUNT, HALF, 1>(item, block, blocks - 1);
   float inverse[COUNT];
-  const int padded = (longest + kBlock - 1) / kBlock * kBlock;
-  for (int q = 0; q < COUNT; ++q) {
-    float* scores = item.scores + q * item.score_stride;
-    const int limit = item.limit[q];
-    std::fill(scores + limit, scores + padded, -std::numeric_limits<float>::infinity());
-    Floats largest = load(scores);
-    for (int i = kLanes; i < padded; i += kLanes) {
-      const Floats x = load(scores + i);
-      largest = x > largest ? x : largest;
-    }
-    float max = largest[0];
-    for (int i = 1; i < kLanes; ++i) max = std::max(max, largest[i]);
-    Floats total = {};
-    for (int i = 0; i < padded; i += kLanes) {
-      const Floats weight = exponential(load(scores + i) - splat(max));
-      store(scores + i, weight);
-      total += weight;
-    }
-    inverse[q] = 1.f / sum(total);
-  }
+  for (int q = 0; q < COUNT; ++q)
+    inverse[q] = softmax(item.scores + q * item.score_stride, item.limit[q], blocks * kBlock);
   int e = 0;
-  for (; e + kPanel <= dim; e += kPanel) {
-    Floats total[COUNT][kVectors] = {};
-    for (int block = 0; block * kBlock < longest; ++block) {
-      const ptrdiff_t base = item.blocks[block] * item.block_stride + e;
-      const int count = std::min(kBlock, longest - block * kBlock);
-      const float* weights = item.scores + block * kBlock;
-      for (int p = 0; p < count; ++p) {
-        Floats values[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) values[v] = load_cached(item.v_cache, base + p * dim + v * kLanes, HALF);
-#pragma GCC unroll 8
-        for (int q = 0; q < COUNT; ++q)
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) total[q][v] += values[v] * splat(weights[q * item.score_stride + p]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int q = 0; q < COUNT; ++q)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) store(item.out[q] + e + v * kLanes, total[q][v] * splat(inverse[q]));
-  }
+  for (; e + kWide * kPanel <= dim; e += kWide * kPanel) mix_values<COUNT, HALF, kWide>(item, longest, e, inverse);
+  for (; e + kPanel <= dim; e += kPanel) mix_values<COUNT, HALF, 1>(item, longest, e, inverse);
   for (; e < dim; ++e) {
     for (int q = 0; q < COUNT; ++q) {
       float total = 0;

@@ -163,7 +163,9 @@ class Program {
     }
     int total = 0;
     for (int p = 0; p < op.num_pieces; ++p) total += (op.pieces[p].outputs + kPanel - 1) / kPanel;
-    const int chunk = std::max(1, (total + threads * 8 - 1) / (threads * 8));
+    // Small shares even out the threads; with few rows a share must still outweigh the counter.
+    const int shares = threads * (rows > 4 ? 32 : 8);
+    const int chunk = (total + shares - 1) / shares;
     for (int first; (first = counter.fetch_add(chunk, std::memory_order_relaxed)) < total;) {
       int piece = 0, index = first;
       const auto panels_of = [&](int p) { return (op.pieces[p].outputs + kPanel - 1) / kPanel; };

@@ -1,0 +1,37 @@
+"""Memory for what the native kernels read: weights on huge pages, caches that start empty."""
+
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+_HUGE_PAGE_BYTES = 2 << 20
+
+
+def on_huge_pages(tensor: Tensor) -> Tensor:
+    """Copy a tensor to memory that the system may back with huge pages.
+
+    Weights are read from end to end at every step; large pages save most of the address
+    translation that costs.
+    """
+    if tensor.nbytes < _HUGE_PAGE_BYTES:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    copy = _map(tensor.nbytes, is_huge=True).view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return zeros that take no memory until they are written."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return _map(num_bytes, is_huge=False).view(dtype).view(shape)
+
+
+def _map(num_bytes: int, is_huge: bool) -> Tensor:
+    slack = _HUGE_PAGE_BYTES if is_huge else 0
+    region = mmap.mmap(-1, num_bytes + slack)
+    data = torch.frombuffer(region, dtype=torch.uint8)
+    start = -data.data_ptr() % _HUGE_PAGE_BYTES if is_huge else 0
+    if is_huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return data[start : start + num_bytes]
