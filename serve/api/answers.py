@@ -1,0 +1,118 @@
+"""Send or collect the answer to a generation; shared by chat and text completions."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import TypeVar
+
+from serve.api.chunks import DONE, ChunkWriter, Details
+from serve.api.errors import ApiError
+from serve.api.generation import Generation, Piece
+from serve.api.schema import StreamOptions
+from serve.text.tokenizer import TextTooLongError
+
+_LONG_TEXT_CHARS = 20_000
+_NO_DETAILS = Details()
+
+Result = TypeVar("Result")
+
+
+async def stream_answer(
+    generation: Generation,
+    writer: ChunkWriter,
+    *,
+    num_choices: int,
+    opening: Callable[[int, str | None], str],
+    describe: Callable[[Piece], Details] | None,
+    options: StreamOptions | None,
+) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a streamed answer, one item for each step.
+
+    Args:
+        generation: gives the pieces.
+        writer: writes the chunks.
+        num_choices: how many answers there are.
+        opening: writes what comes before a choice's first text, given its index and the usage.
+        describe: gives log probabilities and trace of a piece, if the client asked for any.
+        options: which usage to send.
+    """
+    with_usage = options is not None and bool(options.include_usage)
+    is_continuous = options is not None and with_usage and bool(options.continuous_usage_stats)
+    is_open = [False] * num_choices
+    async with aclosing(generation.steps()) as steps:
+        async for pieces in steps:
+            usage = writer.usage_field(generation.usage()) if is_continuous else None
+            events = []
+            for piece in pieces:
+                index = piece.choice
+                if not is_open[index]:
+                    is_open[index] = True
+                    events.append(opening(index, usage))
+                details = None
+                if describe is not None and piece.output.token_id is not None:
+                    details = describe(piece)
+                if piece.text and details is None:
+                    events.append(writer.text(index, piece.text, usage))
+                elif piece.text or (details is not None and piece.finish_reason is None):
+                    assert details is not None
+                    events.append(writer.detailed(index, piece.text, details, usage))
+                    details = None
+                if piece.finish_reason is not None:
+                    end = details or _NO_DETAILS
+                    events.append(writer.finish(index, piece.finish_reason, end, usage))
+            data = "".join(events)
+            if data:
+                yield data.encode()
+    if with_usage:
+        yield writer.usage_only(generation.usage()).encode() + DONE
+    else:
+        yield DONE
+
+
+class Answer:
+    """A whole choice.
+
+    Attributes:
+        text: all of its text.
+        pieces: its tokens.
+        finish_reason: why it ended.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.pieces: list[Piece] = []
+        self.finish_reason: str | None = None
+
+
+async def collect_answers(generation: Generation, num_choices: int) -> list[Answer]:
+    """Return the choices when all have ended."""
+    answers = [Answer() for _ in range(num_choices)]
+    texts: list[list[str]] = [[] for _ in answers]
+    async with aclosing(generation.steps()) as steps:
+        async for pieces in steps:
+            for piece in pieces:
+                answer = answers[piece.choice]
+                texts[piece.choice].append(piece.text)
+                if piece.output.token_id is not None:
+                    answer.pieces.append(piece)
+                answer.finish_reason = piece.finish_reason
+    for answer, parts in zip(answers, texts, strict=True):
+        answer.text = "".join(parts)
+    return answers
+
+
+async def run_text_work(num_chars: int, work: Callable[[], Result], *, param: str) -> Result:
+    """Run tokenising work, in a thread where it would hold up other requests.
+
+    Raises:
+        ApiError: the text, which is the field `param`, cannot fit the context.
+    """
+    try:
+        return work() if num_chars < _LONG_TEXT_CHARS else await asyncio.to_thread(work)
+    except TextTooLongError as error:
+        raise ApiError(
+            f"The context is {error.limit} tokens, but {param} has at least {error.num_tokens}; "
+            "shorten it.",
+            param=param,
+            code="context_length_exceeded",
+        ) from None

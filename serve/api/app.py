@@ -1,0 +1,67 @@
+"""Put the application together."""
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
+from decoding import ParameterError
+from serve.api.access import AccessMiddleware
+from serve.api.chat import build_chat_router
+from serve.api.completions import build_completions_router
+from serve.api.context import ApiContext
+from serve.api.errors import ApiError, handle_error
+from serve.api.metrics import Metrics
+from serve.api.middleware import RequestMiddleware
+from serve.api.models import build_models_router
+from serve.api.openapi import build_openapi
+from serve.api.operations import build_operations_router
+from serve.api.settings import ApiSettings
+from serve.api.tokenization import build_tokenization_router
+from serve.backends.protocol import Backend, BackendUnavailableError, QueueFullError
+from serve.text.chat_template import ChatTemplateError
+from serve.text.tokenizer import Tokenizer
+from serve.version import VERSION
+
+_ROUTERS = (
+    build_chat_router,
+    build_completions_router,
+    build_models_router,
+    build_tokenization_router,
+    build_operations_router,
+)
+_HANDLED = (
+    ApiError,
+    BackendUnavailableError,
+    ChatTemplateError,
+    HTTPException,
+    ParameterError,
+    QueueFullError,
+)
+
+
+def create_app(backend: Backend, tokenizer: Tokenizer, *, settings: ApiSettings) -> FastAPI:
+    """Build the HTTP API of one model.
+
+    Args:
+        backend: runs the requests.
+        tokenizer: the model's.
+        settings: id, access and limits.
+
+    Returns:
+        An ASGI application. It starts and stops nothing; the caller drains the backend.
+    """
+    metrics = Metrics(backend, settings.model_id)
+    context = ApiContext(backend=backend, tokenizer=tokenizer, settings=settings, metrics=metrics)
+    app = FastAPI(
+        title="Proa",
+        version=VERSION,
+        docs_url=None,  # the pages of FastAPI load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers=dict.fromkeys(_HANDLED, handle_error),
+    )
+    for build_router in _ROUTERS:
+        app.include_router(build_router(context))
+    app.openapi = lambda: build_openapi(app)  # type: ignore[method-assign]
+    app.add_middleware(AccessMiddleware, settings=settings)
+    app.add_middleware(RequestMiddleware, metrics=metrics)
+    return app

@@ -1,0 +1,228 @@
+"""POST /v1/completions."""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve.api.answers import Answer, collect_answers, run_text_work, stream_answer
+from serve.api.body import read_request
+from serve.api.chunks import ChunkWriter, Details, make_completion_writer
+from serve.api.context import ApiContext
+from serve.api.errors import ApiError
+from serve.api.generation import Generation, Job, Piece
+from serve.api.identity import make_id
+from serve.api.logprobs import LegacyLogprobs, make_trace_entry
+from serve.api.openapi import describe_body
+from serve.api.resolve import (
+    build_params,
+    check_num_sequences,
+    check_stream_options,
+    check_token_ids,
+    resolve_max_tokens,
+    resolve_strategy,
+    split_model,
+)
+from serve.api.schema import CompletionBody
+from serve.api.transport import EventStream, JsonWhenDone
+
+_DEFAULT_MAX_TOKENS = 16
+
+
+def build_completions_router(context: ApiContext) -> APIRouter:
+    """Return the routes of text completions."""
+    router = APIRouter()
+
+    @router.post("/v1/completions", openapi_extra=describe_body(CompletionBody))
+    async def create_completion(request: Request) -> Response:
+        body = await read_request(request, CompletionBody, context.settings)
+        model, suffix = split_model(body.model, context.settings.model_id)
+        _check(body)
+        job = await _make_job(context, body, suffix, make_id("cmpl"))
+        head: dict[str, object] = {
+            "id": job.request_id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+        completion = _Completion(context, body, job)
+        if not body.stream:
+            return JsonWhenDone(completion.answer(head))
+        return EventStream(
+            completion.stream(head), ping_interval_s=context.settings.ping_interval_s
+        )
+
+    return router
+
+
+def _check(body: CompletionBody) -> None:
+    check_stream_options(body)
+    if body.best_of is not None and body.best_of != (1 if body.n is None else body.n):
+        raise ApiError(
+            "best_of is supported only where it equals n.", param="best_of", code="invalid_value"
+        )
+    if body.suffix and body.echo:
+        raise ApiError("echo does not go with suffix.", param="echo", code="invalid_value")
+
+
+async def _make_job(
+    context: ApiContext, body: CompletionBody, suffix: str | None, job_id: str
+) -> Job:
+    num_sequences = check_num_sequences(body.n, len(body.prompt), context.settings)
+    strategy = resolve_strategy(body.decoding, suffix)
+    num_chars = sum(len(prompt) for prompt in body.prompt) + len(body.suffix or "")
+    prompts = await run_text_work(
+        num_chars, partial(_encode_prompts, context, body), param="prompt"
+    )
+    max_tokens = resolve_max_tokens(
+        {"max_tokens": body.max_tokens},
+        default=_DEFAULT_MAX_TOKENS,
+        minimum=0,
+        num_prompt_tokens=max(map(len, prompts)),
+        prompt_param="prompt",
+        context=context.backend.max_context_tokens,
+    )
+    prompt_logprobs = body.logprobs if body.echo else None
+    params = build_params(
+        body,
+        strategy=strategy,
+        max_tokens=max_tokens,
+        logprobs=body.logprobs,
+        vocab_size=context.backend.vocab_size,
+    )
+    return Job(
+        request_id=job_id,
+        prompts=prompts,
+        params=params,
+        num_sequences=num_sequences,
+        is_traced=bool(body.return_decoding_trace),
+        prompt_logprobs=prompt_logprobs,
+        is_dry=max_tokens == 0 and prompt_logprobs is None,
+    )
+
+
+def _encode_prompts(context: ApiContext, body: CompletionBody) -> list[list[int]]:
+    tokenizer, limit = context.tokenizer, context.backend.max_context_tokens
+    if not body.prompt:
+        raise _empty()
+    if body.suffix and tokenizer.fim_tokens is None:
+        raise ApiError(
+            "suffix is not supported: the model has no fill-in-the-middle tokens.",
+            param="suffix",
+            code="unsupported_field",
+        )
+    prompts = []
+    for prompt in body.prompt:
+        if not prompt:
+            raise _empty()
+        if isinstance(prompt, str):
+            if body.suffix:
+                token_ids = tokenizer.encode_infill(prompt, body.suffix, limit=limit)
+            else:
+                token_ids = tokenizer.encode(
+                    prompt, allow_special=True, add_special_tokens=True, limit=limit
+                )
+            if not token_ids:
+                raise _empty()
+        else:
+            check_token_ids(prompt, vocab_size=context.backend.vocab_size, param="prompt")
+            if body.suffix:
+                raise ApiError(
+                    "suffix needs a prompt that is text.", param="suffix", code="invalid_value"
+                )
+            token_ids = prompt
+        prompts.append(token_ids)
+    return prompts
+
+
+def _empty() -> ApiError:
+    return ApiError("prompt must not be empty.", param="prompt", code="invalid_value")
+
+
+class _Completion:
+    """The answer to one request."""
+
+    def __init__(self, context: ApiContext, body: CompletionBody, job: Job) -> None:
+        self._tokenizer = context.tokenizer
+        self._body = body
+        self._job = job
+        self._generation = Generation(context, job)
+        self._echoes = [self._echo(prompt) for prompt in body.prompt]
+
+    def _echo(self, prompt: str | Sequence[int]) -> str:
+        if not self._body.echo:
+            return ""
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+
+    async def answer(self, head: dict[str, object]) -> dict[str, object]:
+        """Return the whole answer."""
+        answers = await collect_answers(self._generation, self._job.num_choices)
+        choices = [self._make_choice(index, answer) for index, answer in enumerate(answers)]
+        return {**head, "choices": choices, "usage": self._generation.usage()}
+
+    def _make_choice(self, index: int, answer: Answer) -> dict[str, object]:
+        prompt = index // self._job.num_sequences
+        echo = self._echoes[prompt]
+        logprobs = None
+        if self._body.logprobs is not None:
+            logprobs = self._prompt_logprobs(prompt)
+            for piece in answer.pieces:
+                logprobs.add_piece(piece, len(echo))
+        choice: dict[str, object] = {
+            "index": index,
+            "text": echo + answer.text,
+            "logprobs": None if logprobs is None else logprobs.value(),
+            "finish_reason": answer.finish_reason,
+        }
+        if self._body.return_decoding_trace:
+            choice["decoding_trace"] = [
+                make_trace_entry(self._tokenizer, piece.output) for piece in answer.pieces
+            ]
+        return choice
+
+    def _prompt_logprobs(self, prompt: int) -> LegacyLogprobs:
+        logprobs = LegacyLogprobs(self._tokenizer)
+        found = self._generation.prompt_logprobs[prompt]
+        if found is not None:
+            logprobs.add_prompt(self._job.prompts[prompt], found, self._echoes[prompt])
+        return logprobs
+
+    def stream(self, head: dict[str, object]) -> AsyncGenerator[bytes, None]:
+        """Return the events of the streamed answer."""
+        body = self._body
+        options = body.stream_options
+        writer = make_completion_writer(head, with_usage=bool(options and options.include_usage))
+        return stream_answer(
+            self._generation,
+            writer,
+            num_choices=self._job.num_choices,
+            opening=partial(self._open, writer),
+            describe=(
+                self._describe if body.logprobs is not None or body.return_decoding_trace else None
+            ),
+            options=options,
+        )
+
+    def _open(self, writer: ChunkWriter, index: int, usage: str | None) -> str:
+        prompt = index // self._job.num_sequences
+        if not self._body.echo:
+            return ""
+        value = None
+        if self._body.logprobs is not None:
+            value = self._prompt_logprobs(prompt).value()
+        return writer.detailed(index, self._echoes[prompt], Details(value), usage)
+
+    def _describe(self, piece: Piece) -> Details:
+        value = None
+        if self._body.logprobs is not None:
+            logprobs = LegacyLogprobs(self._tokenizer)
+            prompt = piece.choice // self._job.num_sequences
+            logprobs.add_piece(piece, len(self._echoes[prompt]))
+            value = logprobs.value()
+        trace = None
+        if self._body.return_decoding_trace:
+            trace = [make_trace_entry(self._tokenizer, piece.output)]
+        return Details(value, trace)

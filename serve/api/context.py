@@ -1,0 +1,24 @@
+"""What every endpoint needs."""
+
+import time
+from dataclasses import dataclass, field
+
+from serve.api.metrics import Metrics
+from serve.api.settings import ApiSettings
+from serve.backends.protocol import Backend
+from serve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApiContext:
+    """The served model and the means to serve it.
+
+    Attributes:
+        created: Unix time at which the application was made, in seconds.
+    """
+
+    backend: Backend
+    tokenizer: Tokenizer
+    settings: ApiSettings
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))

@@ -1,0 +1,190 @@
+"""From the fields of a request to sampling parameters."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from decoding import STRATEGIES, SamplingParams, Strategy, parse_strategy
+from decoding.options import options_of
+from serve.api.errors import ApiError
+from serve.api.schema import GenerationBody
+from serve.api.settings import ApiSettings
+
+DEFAULT_STRATEGY = SamplingParams().strategy
+MAX_LOGPROBS = int(options_of(SamplingParams)["logprobs"][0].maximum or 0)
+
+_PLAIN_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+)
+
+
+def split_model(model: str | None, model_id: str) -> tuple[str, str | None]:
+    """Return the model's id as the client spelt it, and the strategy that it names.
+
+    Raises:
+        ApiError: 404, no such model or strategy.
+    """
+    if model is None or model == model_id:
+        return model_id, None
+    base, _, strategy = model.rpartition("@")
+    if base != model_id or strategy not in STRATEGIES:
+        raise ApiError(
+            "There is no such model; /v1/models lists what is served.",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
+    return model, strategy
+
+
+def resolve_strategy(decoding: Mapping[str, Any] | None, suffix: str | None) -> Strategy:
+    """Return the strategy that the `decoding` object and the model id's suffix agree on.
+
+    Raises:
+        ApiError: they name different strategies.
+        ParameterError: an unknown strategy or a bad parameter.
+    """
+    if decoding is None:
+        return DEFAULT_STRATEGY if suffix is None else parse_strategy({"strategy": suffix})
+    fields = {key: value for key, value in decoding.items() if value is not None}
+    if suffix is not None and fields.setdefault("strategy", suffix) != suffix:
+        raise ApiError(
+            f"decoding.strategy differs from the model id's '@{suffix}'; give one of them.",
+            param="decoding.strategy",
+            code="invalid_value",
+        )
+    return parse_strategy(fields)
+
+
+def build_params(
+    body: GenerationBody,
+    *,
+    strategy: Strategy,
+    max_tokens: int,
+    logprobs: int | None,
+    vocab_size: int,
+) -> SamplingParams:
+    """Return the sampling parameters of a request; an unset seed is drawn.
+
+    Raises:
+        ParameterError: a value is out of range.
+    """
+    fields = {name: getattr(body, name) for name in _PLAIN_FIELDS}
+    params = SamplingParams(
+        **{name: value for name, value in fields.items() if value is not None},
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        strategy=strategy,
+    )
+    params.check_vocabulary(vocab_size)
+    return params
+
+
+def resolve_max_tokens(
+    asked: Mapping[str, int | None],
+    *,
+    default: int | None,
+    minimum: int,
+    num_prompt_tokens: int,
+    prompt_param: str,
+    context: int,
+) -> int:
+    """Return how many tokens to generate at most.
+
+    Args:
+        asked: value of each field that limits them; the smallest counts.
+        default: used when none is set; None is the rest of the context.
+        minimum: smallest value allowed.
+        num_prompt_tokens: length of the longest prompt.
+        prompt_param: the field that has it.
+        context: longest prompt + continuation.
+
+    Raises:
+        ApiError: a value is too small, or the prompt and the continuation exceed the context.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name, value in given.items():
+        if value < minimum:
+            raise ApiError(
+                f"{name} must be at least {minimum}, got {value if value > -1e9 else 'less'}.",
+                param=name,
+                code="invalid_value",
+            )
+    param = min(given, key=lambda name: given[name]) if given else None
+    if param is not None:
+        max_tokens = given[param]
+    else:
+        max_tokens = max(1, context - num_prompt_tokens) if default is None else default
+    if num_prompt_tokens + max_tokens > context:
+        size = str(max_tokens) if max_tokens < 10**12 else "a huge number of"
+        limit_param = param or "max_tokens"
+        is_prompt_too_long = num_prompt_tokens + max(1, minimum) > context
+        raise ApiError(
+            f"The context is {context} tokens, but the prompt has {num_prompt_tokens} tokens and "
+            f"{size} more are asked for; shorten the prompt or lower {limit_param}.",
+            param=prompt_param if is_prompt_too_long else limit_param,
+            code="context_length_exceeded",
+        )
+    return max_tokens
+
+
+def check_num_sequences(n: int | None, num_prompts: int, settings: ApiSettings) -> int:
+    """Return `n`.
+
+    Raises:
+        ApiError: it is out of range, or makes too many sequences with this many prompts.
+    """
+    n = 1 if n is None else n
+    limit = settings.max_sequences_per_prompt
+    if not 1 <= n <= limit:
+        raise ApiError(f"n must be from 1 to {limit}.", param="n", code="invalid_value")
+    if n * num_prompts > settings.max_sequences_per_request:
+        raise ApiError(
+            f"{num_prompts} prompts with n {n} are more than "
+            f"{settings.max_sequences_per_request} sequences.",
+            param="prompt" if n == 1 else "n",
+            code="invalid_value",
+        )
+    return n
+
+
+def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -> None:
+    """Check that ids are in the vocabulary.
+
+    Raises:
+        ApiError: one is not.
+    """
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        bad = next(i for i in token_ids if not 0 <= i < vocab_size)
+        name = str(bad) if abs(bad) < 10**12 else "a huge number"
+        raise ApiError(
+            f"{param} must have token ids from 0 to {vocab_size - 1}, got {name}.",
+            param=param,
+            code="invalid_value",
+        )
+
+
+def check_stream_options(body: GenerationBody) -> None:
+    """Check that `stream_options` goes with `stream`.
+
+    Raises:
+        ApiError: it does not.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(
+            "stream_options needs stream: true.", param="stream_options", code="invalid_value"
+        )

@@ -1,0 +1,322 @@
+"""Wire models of the requests.
+
+Unset and null mean the same everywhere. Descriptions, ranges and defaults of sampling parameters
+come from `decoding`, which also checks the ranges.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
+
+from decoding import SamplingParams
+from decoding.options import options_of, schema_of
+
+# Fields of the OpenAI API that are accepted and have no effect.
+HARMLESS_FIELDS = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+)
+
+# Fields that would change the answer, with the values that ask for nothing. Other values are
+# refused by name, whatever `unknown_fields` says.
+UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
+    "audio": (None,),
+    "best_of": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "documents": (None, []),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "prompt_logprobs": (None,),
+    "reasoning_effort": (None,),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+
+_OPTIONS = options_of(SamplingParams)
+_MAX_METADATA = 16
+
+
+def _sampling(name: str) -> Any:
+    spec, default = _OPTIONS[name]
+    schema = schema_of(spec, default)
+    schema.pop("type")
+    return Field(None, json_schema_extra=schema)  # type: ignore[arg-type]
+
+
+def _check_stop(value: object) -> object:
+    if isinstance(value, str):
+        return [value]
+    if value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        return value
+    raise ValueError("must be a string or a list of strings")
+
+
+def _check_token_ids(value: object) -> object:
+    if value is None or (isinstance(value, list) and all(type(v) is int for v in value)):
+        return value
+    raise ValueError("must be a list of token ids")
+
+
+def _check_logit_bias(value: object) -> object:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError("must be an object from token ids to numbers")
+    biases = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+            raise ValueError("must have token ids as keys")
+        if type(bias) not in (int, float):
+            raise ValueError("must have numbers as values")
+        biases[int(key)] = bias
+    return biases
+
+
+def _check_metadata(value: object) -> object:
+    if value is not None and not (
+        isinstance(value, dict)
+        and len(value) <= _MAX_METADATA
+        and all(isinstance(item, str) for item in value.values())
+    ):
+        raise ValueError(f"must be an object with at most {_MAX_METADATA} strings")
+    return value
+
+
+def _check_prompt(value: object) -> object:
+    """Return a list of prompts, each a string or a list of token ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        if value and all(type(item) is int for item in value):
+            return [value]
+        if all(
+            isinstance(item, str)
+            or (isinstance(item, list) and all(type(token) is int for token in item))
+            for item in value
+        ):
+            return value
+    raise ValueError("must be a string, a list of strings, token ids, or a list of token id lists")
+
+
+_TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+StopTexts = Annotated[
+    Any,
+    BeforeValidator(_check_stop),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+TokenIds = Annotated[Any, BeforeValidator(_check_token_ids), WithJsonSchema(_TOKEN_IDS_SCHEMA)]
+LogitBias = Annotated[
+    Any,
+    BeforeValidator(_check_logit_bias),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+]
+Metadata = Annotated[
+    Any,
+    BeforeValidator(_check_metadata),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}}),
+]
+Prompt = Annotated[
+    Any,
+    BeforeValidator(_check_prompt),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                _TOKEN_IDS_SCHEMA,
+                {"type": "array", "items": _TOKEN_IDS_SCHEMA},
+            ]
+        }
+    ),
+]
+
+
+class WireModel(BaseModel):
+    """Base of all wire models: exact types, finite numbers, no unknown fields."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class StreamOptions(WireModel):
+    """What an event stream carries besides text."""
+
+    include_usage: bool | None = Field(None, description="End with a chunk that has the usage.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: every chunk has the usage so far."
+    )
+
+
+class GenerationBody(WireModel):
+    """Fields that chat and text completions share."""
+
+    model: str | None = Field(
+        None, description="Id of the served model, or id@strategy. Default: the served model."
+    )
+    temperature: float | None = _sampling("temperature")
+    top_p: float | None = _sampling("top_p")
+    top_k: int | None = _sampling("top_k")
+    min_p: float | None = _sampling("min_p")
+    typical_p: float | None = _sampling("typical_p")
+    presence_penalty: float | None = _sampling("presence_penalty")
+    frequency_penalty: float | None = _sampling("frequency_penalty")
+    repetition_penalty: float | None = _sampling("repetition_penalty")
+    logit_bias: LogitBias = _sampling("logit_bias")
+    seed: int | None = _sampling("seed")
+    stop: StopTexts = _sampling("stop")
+    stop_token_ids: TokenIds = _sampling("stop_token_ids")
+    include_stop_str_in_output: bool | None = _sampling("include_stop_str_in_output")
+    ignore_eos: bool | None = _sampling("ignore_eos")
+    min_tokens: int | None = _sampling("min_tokens")
+    max_tokens: int | None = _sampling("max_tokens")
+    n: int | None = Field(None, description="How many answers to each prompt. Default: 1.")
+    stream: bool | None = Field(None, description="Send the answer as server-sent events.")
+    stream_options: StreamOptions | None = None
+    decoding: dict[str, Any] | None = Field(
+        None, description="A decoding strategy and its parameters; see /v1/decoding_strategies."
+    )
+    return_decoding_trace: bool | None = Field(
+        None, description="Give each choice a decoding_trace: one entry for each generated token."
+    )
+    user: str | None = Field(None, description="Accepted, no effect.")
+    metadata: Metadata = Field(None, description="Accepted, no effect.")
+    store: Literal[False] | None = Field(None, description="Accepted; nothing is stored.")
+    service_tier: str | None = Field(None, description="Accepted, no effect.")
+    safety_identifier: str | None = Field(None, description="Accepted, no effect.")
+    prompt_cache_key: str | None = Field(None, description="Accepted, no effect.")
+    parallel_tool_calls: bool | None = Field(None, description="Accepted, no effect.")
+
+
+def _check_content(value: object) -> object:
+    """Join text parts by newlines; refuse other parts without looking into them."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a string or a list of text parts")
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError("must have text parts only; images, audio and files are not supported")
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError("must have parts with a type and a text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _check_role(value: object) -> object:
+    if value in ("tool", "function"):
+        raise ValueError("must not be 'tool' or 'function': tools are not supported")
+    return "system" if value == "developer" else value
+
+
+def _check_nothing(value: object) -> None:
+    if value not in (None, [], {}):
+        raise ValueError("is not supported")
+
+
+Content = Annotated[
+    str,
+    BeforeValidator(_check_content),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        "required": ["type", "text"],
+                    },
+                },
+            ]
+        }
+    ),
+]
+Role = Annotated[
+    Literal["system", "user", "assistant"],
+    BeforeValidator(_check_role),
+    WithJsonSchema({"enum": ["system", "developer", "user", "assistant"]}),
+]
+# What the openai client's own message objects hold when nothing is in it.
+Nothing = Annotated[Any, BeforeValidator(_check_nothing), WithJsonSchema({"type": "null"})]
+
+
+class Message(WireModel):
+    """One turn of a conversation. The role `developer` counts as `system`."""
+
+    role: Role
+    content: Content
+    name: str | None = Field(None, description="Accepted, no effect.")
+    refusal: Nothing = None
+    annotations: Nothing = None
+    audio: Nothing = None
+    function_call: Nothing = None
+    tool_calls: Nothing = None
+    reasoning_content: Nothing = None
+
+
+class ResponseFormat(WireModel):
+    """Only plain text."""
+
+    type: Literal["text"]
+
+
+Messages = Annotated[list[Message], FailFast()]
+
+
+class ChatBody(GenerationBody):
+    """Body of /v1/chat/completions."""
+
+    messages: Messages
+    max_completion_tokens: int | None = Field(
+        None, description="Like max_tokens; the smaller one counts. Default: fill the context."
+    )
+    logprobs: bool | None = Field(None, description="Report log probabilities.")
+    top_logprobs: int | None = Field(None, description="Alternatives per token, 0 to 20.")
+    response_format: ResponseFormat | None = None
+
+
+class CompletionBody(GenerationBody):
+    """Body of /v1/completions."""
+
+    prompt: Prompt
+    max_tokens: int | None = Field(None, description="Most tokens to generate. Default: 16.")
+    suffix: str | None = Field(None, description="Text after the completion, if the model can.")
+    echo: bool | None = Field(None, description="Repeat the prompt before the completion.")
+    logprobs: int | None = _sampling("logprobs")
+    best_of: int | None = Field(None, description="Only the value of n.")
+
+
+class TokenizeBody(WireModel):
+    """Body of /tokenize: one of prompt, content (as in llama.cpp) and messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    messages: Annotated[list[Message] | None, FailFast()] = None
+    add_special_tokens: bool | None = Field(None, description="With prompt; default true.")
+    add_special: bool | None = Field(None, description="With content; default false.")
+    parse_special: bool | None = Field(None, description="With content; default true.")
+    add_generation_prompt: bool | None = Field(None, description="With messages; default true.")
+    return_token_strs: bool | None = Field(None, description="Return token_strs as well.")
+    with_pieces: bool | None = Field(None, description="With content: tokens as objects.")
+
+
+class DetokenizeBody(WireModel):
+    """Body of /detokenize."""
+
+    model: str | None = None
+    tokens: TokenIds

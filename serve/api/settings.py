@@ -1,0 +1,57 @@
+"""Settings of the HTTP API."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+UnknownFields = Literal["refuse", "ignore"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApiSettings:
+    """How the API serves one model.
+
+    Attributes:
+        model_id: id of the model; `model_id@strategy` chooses a decoding strategy as well.
+        api_keys: keys that open the API. Without any, only loopback addresses are served.
+        allowed_hosts: names and addresses accepted in `Host` and `Origin` while there are no keys,
+            so that a web page cannot reach the server through its visitor's browser.
+        unknown_fields: "refuse" a request with a field that the API does not know, or "ignore" the
+            field.
+        max_body_bytes: longest request body.
+        body_timeout_s: longest time that a request body may take to arrive.
+        max_sequences_per_prompt: largest `n`.
+        max_sequences_per_request: largest number of prompts times `n`.
+        max_concurrent_prompts: prompts of one request that are in the backend at a time.
+        ping_interval_s: time without data after which an event stream gets a comment line.
+    """
+
+    model_id: str
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
+    unknown_fields: UnknownFields = "refuse"
+    max_body_bytes: int = 8 * 2**20
+    body_timeout_s: float = 30.0
+    max_sequences_per_prompt: int = 128
+    max_sequences_per_request: int = 1024
+    max_concurrent_prompts: int = 32
+    ping_interval_s: float = 15.0
+
+    def __post_init__(self) -> None:
+        if not self.model_id:
+            raise ValueError("model_id must not be empty")
+        if self.unknown_fields not in ("refuse", "ignore"):
+            raise ValueError(
+                f"unknown_fields must be 'refuse' or 'ignore', got {self.unknown_fields!r}"
+            )
+        if any(not key or not key.isascii() for key in self.api_keys):
+            raise ValueError("api_keys must be non-empty ASCII texts")
+        for name in (
+            "max_body_bytes",
+            "body_timeout_s",
+            "max_sequences_per_prompt",
+            "max_sequences_per_request",
+            "max_concurrent_prompts",
+            "ping_interval_s",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

@@ -1,0 +1,104 @@
+"""POST /tokenize and /detokenize, with the bodies of vLLM and of llama.cpp."""
+
+from functools import partial
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve.api.answers import run_text_work
+from serve.api.body import read_request
+from serve.api.chat import encode_messages
+from serve.api.context import ApiContext
+from serve.api.errors import ApiError, encode_json
+from serve.api.logprobs import name_token
+from serve.api.openapi import describe_body
+from serve.api.resolve import check_token_ids, split_model
+from serve.api.schema import DetokenizeBody, TokenizeBody
+
+# Which of prompt, content and messages an option goes with.
+_OPTION_OF = {
+    "add_special_tokens": "prompt",
+    "add_special": "content",
+    "parse_special": "content",
+    "with_pieces": "content",
+    "add_generation_prompt": "messages",
+}
+
+
+def build_tokenization_router(context: ApiContext) -> APIRouter:
+    """Return the routes that show the tokenizer."""
+    router = APIRouter()
+
+    @router.post("/tokenize", openapi_extra=describe_body(TokenizeBody))
+    async def tokenize(request: Request) -> Response:
+        body = await read_request(request, TokenizeBody, context.settings)
+        split_model(body.model, context.settings.model_id)
+        token_ids = await _tokenize(context, body)
+        names = None
+        if body.return_token_strs:
+            names = [name_token(context.tokenizer, token_id) for token_id in token_ids]
+        tokens: list[object] = list(token_ids)
+        if body.with_pieces:
+            tokens = [
+                {"id": token_id, "piece": name_token(context.tokenizer, token_id)}
+                for token_id in token_ids
+            ]
+        return _json(
+            {
+                "count": len(token_ids),
+                "max_model_len": context.backend.max_context_tokens,
+                "tokens": tokens,
+                "token_strs": names,
+            }
+        )
+
+    @router.post("/detokenize", openapi_extra=describe_body(DetokenizeBody))
+    async def detokenize(request: Request) -> Response:
+        body = await read_request(request, DetokenizeBody, context.settings)
+        split_model(body.model, context.settings.model_id)
+        if body.tokens is None:
+            raise ApiError("tokens must be a list.", param="tokens", code="invalid_type")
+        vocab_size = context.backend.vocab_size
+        check_token_ids(body.tokens, vocab_size=vocab_size, param="tokens")
+        work = partial(context.tokenizer.decode, body.tokens)
+        text = await run_text_work(len(body.tokens), work, param="tokens")
+        return _json({"prompt": text, "content": text})
+
+    return router
+
+
+async def _tokenize(context: ApiContext, body: TokenizeBody) -> list[int]:
+    given = [name for name in ("prompt", "content", "messages") if getattr(body, name) is not None]
+    if len(given) != 1:
+        raise ApiError(
+            "Give exactly one of prompt, content and messages.",
+            param=given[1] if given else "prompt",
+            code="invalid_value",
+        )
+    for option, owner in _OPTION_OF.items():
+        if getattr(body, option) is not None and owner != given[0]:
+            raise ApiError(f"{option} needs {owner}.", param=option, code="invalid_value")
+    if body.messages is not None:
+        return await encode_messages(
+            context,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt is not False,
+        )
+    if body.prompt is not None:
+        text, allow, add = body.prompt, True, body.add_special_tokens is not False
+    else:
+        assert body.content is not None
+        text, allow, add = body.content, body.parse_special is not False, bool(body.add_special)
+    work = partial(
+        context.tokenizer.encode,
+        text,
+        allow_special=allow,
+        add_special_tokens=add,
+        limit=context.backend.max_context_tokens,
+    )
+    return await run_text_work(len(text), work, param=given[0])
+
+
+def _json(value: object) -> Response:
+    return Response(encode_json(value), media_type="application/json")

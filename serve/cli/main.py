@@ -1,0 +1,111 @@
+"""The `proa` command: finds the command, loads only its module, and turns errors into one line."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from serve.cli.arguments import CommandError, Parser, UserError
+from serve.options import ConfigError
+from serve.version import VERSION
+
+COMMANDS = {
+    "serve": "serve a model over an OpenAI-style HTTP API",
+    "chat": "chat with a running server in the terminal",
+    "generate": "continue a prompt in this process, without a server",
+    "quantize": "write a 4-bit checkpoint that transformers loads too",
+    "bench": "measure decode and prefill speed",
+}
+
+DESCRIPTION = """\
+Proa serves one 4-bit language model over an OpenAI-style API, with decoding strategies that adapt
+the temperature token by token.
+"""
+
+EXAMPLES = """\
+examples:
+  proa serve                              the demo model on http://127.0.0.1:8000
+  proa serve ./Llama-3.2-1B --port 9000   a Hugging Face folder; a hub id or a .gguf file work too
+  proa chat --decoding adapt              talk to it from another terminal
+  proa generate "def fibonacci(n):" --decoding adapt --max-tokens 100
+  proa quantize ./Llama-3.2-1B ./Llama-3.2-1B-nf4
+  proa bench --streams 1,8,32
+
+'proa COMMAND --help' describes a command's options. Exit status: 0 done, 1 failed, 2 wrong usage.
+"""
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser, with the options of one command, or with none of them.
+
+    Args:
+        command: whose module to load; None loads no command, which keeps `proa --help` instant.
+    """
+    parser = Parser(prog="proa", description=DESCRIPTION, epilog=EXAMPLES)
+    parser.set_defaults(parser=parser)
+    parser.add_argument("--version", action="version", version=f"proa {VERSION}")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", parser_class=Parser
+    )
+    for name, summary in COMMANDS.items():
+        if name == command:
+            module = importlib.import_module(f"serve.cli.{name}")
+            sub = commands.add_parser(name, help=summary, description=summary)
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run, parser=sub)
+        else:
+            commands.add_parser(name, help=summary, add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 wrong usage.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    named = next((word for word in words if not word.startswith("-")), None)
+    try:
+        parser = build_parser(named)
+        arguments, unknown = parser.parse_known_args(words)
+        if unknown:
+            arguments.parser.error(_explain_unknown(unknown[0], arguments.parser))
+        if arguments.command is None:
+            build_parser().print_help()
+            return 2
+        return int(arguments.run(arguments) or 0)
+    except (UserError, ConfigError) as error:
+        print(f"proa: error: {error}", file=sys.stderr)
+        return 2
+    except CommandError as error:
+        print(f"proa: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("proa: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`proa generate ... | head`); nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"proa: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _explain_unknown(word: str, parser: argparse.ArgumentParser) -> str:
+    flag = word.partition("=")[0]
+    if not flag.startswith("-"):
+        return f"unexpected argument {word!r}"
+    known = [text for action in parser._actions for text in action.option_strings]
+    close = get_close_matches(flag, known, n=1)
+    return f"no option {flag}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

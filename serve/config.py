@@ -1,0 +1,335 @@
+"""What a server can be told, with every default; flags, variables and YAML keys come from here.
+
+Precedence: command line, then environment, then the YAML file, then the default.
+"""
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve import environment
+from serve.options import (
+    BYTES,
+    FLAG,
+    INTEGER,
+    INTEGER_OR_AUTO,
+    PATH,
+    SECONDS,
+    TEXT,
+    ConfigError,
+    option,
+    options_of,
+)
+
+MODEL = "Model"
+NETWORK = "Network and access"
+COMPUTE = "Where and how it computes"
+CAPACITY = "Capacity"
+LIMITS = "Requests"
+PROCESS = "Process"
+
+CPU_KERNELS = ("native", "avx2", "avx512")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Everything a server can be told.
+
+    Raises:
+        ConfigError: a value is out of range, or two options contradict each other.
+    """
+
+    model: str | None = option(
+        None,
+        "A Hugging Face folder, a hub id, or a .gguf file. Without it: the demo model, "
+        "SmolLM2-135M-Instruct.",
+        kind=PATH,
+        group=MODEL,
+        is_positional=True,
+    )
+    served_model_name: str | None = option(
+        None,
+        "The model id clients use. Without it: the last part of the folder or hub id; smollm2 for "
+        "the demo model.",
+        kind=TEXT,
+        group=MODEL,
+    )
+    quantization: str = option(
+        "nf4",
+        "How weights that are not in 4 bits yet are held; nf4 quantises once and keeps the result "
+        "in the cache folder.",
+        kind=TEXT,
+        group=MODEL,
+        choices=("nf4", "none"),
+    )
+    head: str = option(
+        "int8",
+        "Precision of the output layer, a large part of a small model's bytes.",
+        kind=TEXT,
+        group=MODEL,
+        choices=("int8", "nf4", "dense"),
+    )
+    cache_dir: str | None = option(
+        None,
+        "Where downloaded and quantised models are kept. Without it: ~/.cache/proa.",
+        kind=PATH,
+        group=MODEL,
+    )
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on. One that other machines can reach needs an API key.",
+        kind=TEXT,
+        group=NETWORK,
+    )
+    port: int = option(
+        8000,
+        "Port to listen on; 0 takes a free one.",
+        kind=INTEGER,
+        group=NETWORK,
+        minimum=0,
+        maximum=65535,
+    )
+    api_key: tuple[str, ...] = option(
+        (),
+        "A key that clients must send. May be given several times; the environment variable and "
+        "--api-key-file keep it out of the process list.",
+        kind=TEXT,
+        group=NETWORK,
+        is_repeatable=True,
+        is_secret=True,
+    )
+    api_key_file: str | None = option(
+        None, "A file with one API key on each line.", kind=PATH, group=NETWORK
+    )
+    allowed_host: tuple[str, ...] = option(
+        ("localhost", "127.0.0.1", "::1"),
+        "A name or address that Host and Origin headers may have while there is no API key; others "
+        "are refused, so that no web page reaches the server through its visitor's browser. May "
+        "be given several times.",
+        kind=TEXT,
+        group=NETWORK,
+        is_repeatable=True,
+    )
+    device: str = option(
+        "auto",
+        "auto takes the GPU if there is one.",
+        kind=TEXT,
+        group=COMPUTE,
+        choices=("auto", "cpu", "cuda"),
+    )
+    kernels: str = option(
+        "auto",
+        "auto takes cuda on a GPU, the native kernels on a processor that has AVX2, else reference "
+        "(plain torch). native takes the better of avx512 and avx2.",
+        kind=TEXT,
+        group=COMPUTE,
+        choices=("auto", "native", "avx2", "avx512", "reference", "cuda"),
+    )
+    threads: int | str = option(
+        "auto",
+        "Threads that compute; auto is one for each processor this process may use.",
+        kind=INTEGER_OR_AUTO,
+        group=COMPUTE,
+        minimum=1,
+        maximum=1024,
+    )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Number format of the KV cache; auto is what suits the kernels.",
+        kind=TEXT,
+        group=COMPUTE,
+        choices=("auto", "float16", "float32"),
+    )
+    kv_cache_tokens: int | str = option(
+        "auto",
+        "Tokens the KV cache holds; auto is 192 for each running sequence and at least one full "
+        "context, within half of the free memory.",
+        kind=INTEGER_OR_AUTO,
+        group=CAPACITY,
+        minimum=1,
+    )
+    block_size: int = option(
+        16,
+        "Tokens in a block of the KV cache; the native kernels read blocks of 16.",
+        kind=INTEGER,
+        group=CAPACITY,
+        minimum=1,
+        maximum=1024,
+    )
+    max_running_sequences: int = option(
+        64,
+        "Sequences computed together.",
+        kind=INTEGER,
+        group=CAPACITY,
+        minimum=1,
+        maximum=4096,
+    )
+    max_batch_tokens: int = option(
+        512,
+        "Tokens computed in one step; longer prompts are split over steps.",
+        kind=INTEGER,
+        group=CAPACITY,
+        minimum=1,
+        maximum=65536,
+    )
+    max_waiting_requests: int = option(
+        256,
+        "Requests that may wait; further ones get status 503 with Retry-After.",
+        kind=INTEGER,
+        group=CAPACITY,
+        minimum=1,
+        maximum=1_000_000,
+    )
+    max_waiting_tokens: int = option(
+        131_072,
+        "Prompt tokens that may wait, over all requests.",
+        kind=INTEGER,
+        group=CAPACITY,
+        minimum=1,
+    )
+    prefix_caching: bool = option(
+        True,
+        "Reuse the KV cache of equal beginnings.",
+        kind=FLAG,
+        group=CAPACITY,
+    )
+    max_context: int | str = option(
+        "auto",
+        "Longest prompt and answer together, in tokens; auto is what model and KV cache allow.",
+        kind=INTEGER_OR_AUTO,
+        group=LIMITS,
+        minimum=1,
+    )
+    max_sequences_per_prompt: int = option(
+        128,
+        "Largest n: answers to one prompt.",
+        kind=INTEGER,
+        group=LIMITS,
+        minimum=1,
+        maximum=4096,
+    )
+    max_sequences_per_request: int = option(
+        1024,
+        "Largest number of prompts times n of one request.",
+        kind=INTEGER,
+        group=LIMITS,
+        minimum=1,
+        maximum=65536,
+    )
+    max_body_bytes: int = option(
+        8 * 2**20,
+        "Largest request body; larger ones get status 413.",
+        kind=BYTES,
+        group=LIMITS,
+        minimum=1024,
+    )
+    unknown_fields: str = option(
+        "refuse",
+        "What happens to a request with a field that is not documented: status 400, or nothing.",
+        kind=TEXT,
+        group=LIMITS,
+        choices=("refuse", "ignore"),
+    )
+    drain_timeout_s: float = option(
+        30.0,
+        "How long running requests may finish once the server is asked to stop.",
+        kind=SECONDS,
+        group=PROCESS,
+        minimum=0,
+        maximum=86400,
+    )
+    log_level: str = option(
+        "info",
+        "How much is logged on the standard error output.",
+        kind=TEXT,
+        group=PROCESS,
+        choices=("debug", "info", "warning", "error"),
+    )
+
+    def __post_init__(self) -> None:
+        for name, declared in OPTIONS.items():
+            declared.check(getattr(self, name), name)
+        if self.kernels == "cuda" and self.device == "cpu":
+            raise ConfigError("kernels: 'cuda' needs device 'cuda' or 'auto', got 'cpu'")
+        if self.kernels in CPU_KERNELS and self.device == "cuda":
+            raise ConfigError(f"kernels: {self.kernels!r} computes on the CPU, got device 'cuda'")
+        if self.max_batch_tokens < self.max_running_sequences:
+            raise ConfigError(
+                f"max_batch_tokens: {self.max_batch_tokens} is less than max_running_sequences "
+                f"{self.max_running_sequences}; every running sequence computes a token a step"
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+OPTIONS = options_of(ServeConfig)
+
+
+def build_config(
+    arguments: Mapping[str, Any],
+    *,
+    environ: Mapping[str, str],
+    file: Path | None = None,
+) -> ServeConfig:
+    """Combine command line, environment, YAML file and defaults.
+
+    Args:
+        arguments: text (or a list of texts) of the options given on the command line, by name.
+        environ: the process environment.
+        file: YAML file, or None.
+
+    Raises:
+        ConfigError: names the flag, variable or file and key at fault.
+    """
+    values: dict[str, Any] = {} if file is None else read_file(file)
+    for name, text in environment.read_options(environ, OPTIONS).items():
+        value: object = text.split(",") if OPTIONS[name].is_repeatable else text
+        values[name] = OPTIONS[name].parse(value, environment.environment_name(name))
+    for name, text in arguments.items():
+        declared = OPTIONS[name]
+        spelled = name.upper() if declared.is_positional else declared.flag
+        values[name] = declared.parse(text, spelled)
+    return ServeConfig(**values)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read options from a YAML file: a mapping of option names, with dashes or underscores.
+
+    Raises:
+        ConfigError: the file cannot be read, is no mapping, or has an unknown key or a bad value.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"--config: {path} is not a YAML file: {problem}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config: {path} must hold 'option: value' lines")
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in OPTIONS:
+            close = get_close_matches(name, OPTIONS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"--config: {path} has an unknown option {key!r}{hint}")
+        if name in values:
+            raise ConfigError(f"--config: {path} sets {name} twice")
+        values[name] = OPTIONS[name].parse(value, f"{key} in {path}")
+    return values

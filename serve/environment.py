@@ -1,0 +1,48 @@
+"""Read the process environment; nothing else in the server does.
+
+Every option of `serve.config` has a variable named `PROA_` and its name in capitals.
+"""
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+PREFIX = "PROA_"
+
+# Variables that are no server option: the terminal client's address.
+OTHER_VARIABLES = ("PROA_URL",)
+
+
+def environment_name(option: str) -> str:
+    """Return the variable of an option: `max_context` gives `PROA_MAX_CONTEXT`."""
+    return PREFIX + option.upper()
+
+
+def read_options(environ: Mapping[str, str], options: Iterable[str]) -> dict[str, str]:
+    """Return the text of every option the environment sets; an empty variable counts as unset."""
+    names = {option: environment_name(option) for option in options}
+    return {option: environ[name] for option, name in names.items() if environ.get(name)}
+
+
+def unknown_variables(environ: Mapping[str, str], options: Iterable[str]) -> list[str]:
+    """Describe variables with our prefix that nothing reads, with the likely name meant.
+
+    They are reported and not refused, because container platforms add variables of their own (a
+    Kubernetes service called `proa` gives every pod a `PROA_SERVICE_HOST`).
+    """
+    known = [environment_name(option) for option in options] + list(OTHER_VARIABLES)
+    messages = []
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            messages.append(f"environment variable {name} is not one of ours{hint}")
+    return messages
+
+
+def client_settings(environ: Mapping[str, str]) -> tuple[str, str | None]:
+    """Return the address and the key that a client in the terminal uses unless told otherwise.
+
+    Of several server keys it takes the first.
+    """
+    keys = environ.get(environment_name("api_key"), "").split(",")
+    return environ.get("PROA_URL") or "http://127.0.0.1:8000", keys[0] or None

@@ -1,0 +1,101 @@
+"""Turn what a configuration leaves open into values; each function returns a new configuration."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from serve.config import CPU_KERNELS, ServeConfig
+from serve.options import ConfigError
+
+TOKENS_PER_SEQUENCE = 192
+"""KV cache tokens for each running sequence, where the size is left open."""
+
+
+def resolve_access(config: ServeConfig) -> ServeConfig:
+    """Read the API key file and refuse an open address without a key.
+
+    Returns:
+        A config whose `api_key` has all keys and whose `api_key_file` is None.
+
+    Raises:
+        ConfigError: the key file is missing or empty, or the address is open to other machines.
+    """
+    keys = list(config.api_key)
+    if config.api_key_file is not None:
+        try:
+            lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise ConfigError(
+                f"api_key_file: cannot read {config.api_key_file}: {reason}"
+            ) from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ConfigError(f"api_key_file: {config.api_key_file} holds no key")
+        keys += found
+    if not keys and not config.is_loopback:
+        raise ConfigError(
+            f"host: {config.host} can be reached from other machines; set an API key "
+            "(PROA_API_KEY, --api-key-file or --api-key)"
+        )
+    return replace(config, api_key=tuple(keys), api_key_file=None)
+
+
+def resolve_device(config: ServeConfig, *, has_cuda: bool) -> ServeConfig:
+    """Replace the device "auto" by "cuda" or "cpu".
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    if config.device == "auto":
+        wants_cpu = config.kernels in CPU_KERNELS or not has_cuda
+        config = replace(config, device="cpu" if wants_cpu and config.kernels != "cuda" else "cuda")
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigError("device: 'cuda' is asked for, but torch finds no CUDA device")
+    return config
+
+
+def resolve_threads(config: ServeConfig, *, num_processors: int) -> ServeConfig:
+    """Replace the thread count "auto" by the number of processors this process may use."""
+    if config.threads != "auto":
+        return config
+    return replace(config, threads=max(1, num_processors))
+
+
+def resolve_capacity(
+    config: ServeConfig, *, model_context: int, bytes_per_block: int, free_bytes: int
+) -> ServeConfig:
+    """Replace "auto" in the KV cache size and the context by numbers that fit.
+
+    The cache size is rounded up to whole blocks.
+
+    Args:
+        config: what was asked for.
+        model_context: longest sequence of the model, in tokens.
+        bytes_per_block: memory of one KV cache block.
+        free_bytes: memory that is free now, where the cache will be.
+
+    Raises:
+        ConfigError: the model's context is smaller than asked, or the cache cannot hold it.
+    """
+    if config.max_context != "auto" and int(config.max_context) > model_context:
+        raise ConfigError(
+            f"max_context: {config.max_context} is more than the model's {model_context} tokens"
+        )
+    context = model_context if config.max_context == "auto" else int(config.max_context)
+    block = config.block_size
+    if config.kv_cache_tokens == "auto":
+        affordable = free_bytes // 2 // bytes_per_block * block
+        tokens = max(
+            block, min(max(TOKENS_PER_SEQUENCE * config.max_running_sequences, context), affordable)
+        )
+    else:
+        tokens = int(config.kv_cache_tokens)
+    tokens = -(-tokens // block) * block
+    if config.max_context == "auto":
+        context = min(context, tokens)
+    if context > tokens:
+        raise ConfigError(
+            f"max_context: {context} tokens do not fit the KV cache of {tokens} "
+            "(see kv_cache_tokens)"
+        )
+    return replace(config, kv_cache_tokens=tokens, max_context=context)

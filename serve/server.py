@@ -1,0 +1,342 @@
+"""Put the parts of a server together: checkpoint, decoder, sampler, engine, API, HTTP."""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from decoding import Sampler, TokenTables, build_token_tables
+from models.checkpoints import Checkpoint, CheckpointError, load_checkpoint
+from models.decoder import Decoder, HeadPrecision, KernelChoice
+from serve.api import ApiSettings, create_app
+from serve.api.settings import UnknownFields
+from serve.backends.native import NativeBackend
+from serve.config import ServeConfig
+from serve.machine import (
+    count_processors,
+    free_memory_bytes,
+    release_mapped_pages,
+    trim_heap,
+)
+from serve.options import ConfigError
+from serve.resolve import resolve_access, resolve_capacity, resolve_device, resolve_threads
+from serve.text.chat_template import ChatTemplateError
+from serve.text.token_bytes import TokenizerError
+from serve.text.tokenizer import Tokenizer
+
+CACHE_DTYPES = {"auto": None, "float16": torch.float16, "float32": torch.float32}
+HEALTH_CHECK_S = 1.0
+CLOSE_TIMEOUT_S = 5
+
+Report = Callable[[str], None]
+
+
+class ServerError(RuntimeError):
+    """The server cannot start."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Service:
+    """A model behind the API, not yet on the network.
+
+    Attributes:
+        config: with nothing left at "auto".
+        model_id: id of the base model.
+        backend: runs the requests.
+        app: the ASGI application.
+        has_chat_template: whether the model can chat.
+    """
+
+    config: ServeConfig
+    model_id: str
+    backend: NativeBackend
+    app: FastAPI
+    has_chat_template: bool
+
+
+def build_service(config: ServeConfig, *, report: Report) -> Service:
+    """Load the model and build everything that serves it.
+
+    Raises:
+        ConfigError: an option does not suit the model or the machine, or the model cannot be
+            loaded.
+    """
+    config = resolve_device(resolve_access(config), has_cuda=torch.cuda.is_available())
+    config = resolve_threads(config, num_processors=count_processors())
+    try:
+        checkpoint = load_checkpoint(
+            config.model,
+            quantization=config.quantization,
+            cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
+            report=report,
+        )
+        # The tokenizer loads while the decoder packs its weights: both leave Python's lock alone.
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(_load_tokenizer, checkpoint)
+            decoder = _build_decoder(config, checkpoint)
+            tokenizer, tables = loading.result()
+    except (CheckpointError, TokenizerError, ChatTemplateError) as error:
+        raise ConfigError(str(error)) from error
+    model_id = config.served_model_name or checkpoint.name
+    folder, eos_token_ids = checkpoint.folder, checkpoint.eos_token_ids
+    # Its weights are mapped from disk; what the decoder needs of them, it has.
+    del checkpoint
+    _settle_memory(folder.resolve())
+    config = _size_cache(config, decoder, report)
+    backend = _build_backend(config, decoder, tables, eos_token_ids)
+    app = create_app(backend, tokenizer, settings=_api_settings(config, model_id))
+    gc.collect()
+    gc.freeze()
+    return Service(
+        config=config,
+        model_id=model_id,
+        backend=backend,
+        app=app,
+        has_chat_template=tokenizer.chat_template is not None,
+    )
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, TokenTables]:
+    """Return the tokenizer, and the tables of its tokens with one entry for each logit."""
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    vocab_size = checkpoint.spec.vocab_size
+    token_bytes = tokenizer.token_bytes()[:vocab_size]
+    padding = [None] * (vocab_size - len(token_bytes))
+    return tokenizer, build_token_tables([*token_bytes, *padding])
+
+
+def _build_decoder(config: ServeConfig, checkpoint: Checkpoint) -> Decoder:
+    try:
+        decoder = Decoder(
+            checkpoint.spec,
+            checkpoint.weights,
+            kernels=cast(KernelChoice, config.kernels),
+            device=config.device,
+            head=cast(HeadPrecision, config.head),
+            num_threads=int(config.threads),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    # The native kernels have their own threads; torch's would only get in their way.
+    torch.set_num_threads(int(config.threads) if decoder.kernels == "reference" else 1)
+    return decoder
+
+
+def _size_cache(config: ServeConfig, decoder: Decoder, report: Report) -> ServeConfig:
+    block_bytes = decoder.cache_bytes_per_block(
+        block_size=config.block_size, dtype=CACHE_DTYPES[config.kv_cache_dtype]
+    )
+    if config.device == "cuda":
+        free_bytes = torch.cuda.mem_get_info()[0]
+    else:
+        free_bytes = free_memory_bytes()
+    model_context = decoder.spec.max_position_embeddings
+    config = resolve_capacity(
+        config, model_context=model_context, bytes_per_block=block_bytes, free_bytes=free_bytes
+    )
+    size_mb = int(config.kv_cache_tokens) // config.block_size * block_bytes / 1e6
+    report(
+        f"{decoder.kernels} kernels, {config.threads} threads; KV cache for "
+        f"{config.kv_cache_tokens} tokens (at most {size_mb:.0f} MB), context {config.max_context}"
+    )
+    # The engine takes the longest sequence from the spec.
+    decoder.spec = replace(decoder.spec, max_position_embeddings=int(config.max_context))
+    return config
+
+
+def _build_backend(
+    config: ServeConfig, decoder: Decoder, tables: TokenTables, eos_token_ids: tuple[int, ...]
+) -> NativeBackend:
+    sampler = Sampler(tables, eos_token_ids=eos_token_ids, device=config.device)
+    try:
+        return NativeBackend(
+            decoder,
+            sampler,
+            eos_token_ids=eos_token_ids,
+            num_cache_blocks=int(config.kv_cache_tokens) // config.block_size,
+            block_size=config.block_size,
+            max_batch_tokens=config.max_batch_tokens,
+            max_running_sequences=config.max_running_sequences,
+            max_waiting_requests=config.max_waiting_requests,
+            max_waiting_tokens=config.max_waiting_tokens,
+            prefix_caching=config.prefix_caching,
+            cache_dtype=CACHE_DTYPES[config.kv_cache_dtype],
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _api_settings(config: ServeConfig, model_id: str) -> ApiSettings:
+    return ApiSettings(
+        model_id=model_id,
+        api_keys=config.api_key,
+        allowed_hosts=config.allowed_host,
+        unknown_fields=cast(UnknownFields, config.unknown_fields),
+        max_body_bytes=config.max_body_bytes,
+        max_sequences_per_prompt=config.max_sequences_per_prompt,
+        max_sequences_per_request=config.max_sequences_per_request,
+    )
+
+
+async def close_service(service: Service) -> None:
+    """Stop the engine without waiting for requests."""
+    await service.backend.drain(0.0)
+
+
+def run_server(config: ServeConfig, *, report: Report) -> int:
+    """Serve until SIGTERM or SIGINT, then let running requests finish.
+
+    Returns:
+        0 after a clean stop, 1 if the engine broke.
+
+    Raises:
+        ConfigError: an option does not suit the model or the machine.
+        ServerError: the address cannot be listened on.
+    """
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    config = resolve_access(config)
+    # Bound before the model is loaded: an address in use is told at once.
+    listener = bind(config.host, config.port)
+    with listener:
+        service = build_service(config, report=report)
+        settings = uvicorn.Config(
+            service.app,
+            http="httptools",
+            ws="none",
+            log_config=None,
+            log_level="debug" if config.log_level == "debug" else "warning",
+            access_log=config.log_level == "debug",
+            server_header=False,
+            timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+        )
+        with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
+            return runner.run(_serve(service, settings, listener, report))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket bound to an address, not listening yet.
+
+    Raises:
+        ServerError: the address is in use, not this machine's, or not allowed.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ServerError(f"cannot resolve the address {host}: {error.strerror}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ServerError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port"
+        ) from error
+    return listener
+
+
+def describe_start(service: Service, url: str) -> list[str]:
+    """Return the lines that say where the server is and how to try it."""
+    key = ' -H "Authorization: Bearer $PROA_API_KEY"' if service.config.api_key else ""
+    if service.has_chat_template:
+        path = "/v1/chat/completions"
+        body = f'{{"model": "{service.model_id}@adapt", "stream": true, "messages": '
+        body += '[{"role": "user", "content": "Write a Python function that adds two numbers."}]}'
+    else:
+        path = "/v1/completions"
+        body = (
+            f'{{"model": "{service.model_id}@adapt", "stream": true, "prompt": "def add(a, b):"}}'
+        )
+    return [
+        f"{service.model_id} is ready on {url} (Ctrl-C stops it); try:",
+        f"  curl -N {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'",
+    ]
+
+
+async def _serve(
+    service: Service,
+    settings: uvicorn.Config,
+    listener: socket.socket,
+    report: Report,
+) -> int:
+    server = uvicorn.Server(settings)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if serving.done():
+        await serving
+        raise ServerError("the HTTP server did not start")
+    stop = _StopSignals(report)
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    for line in describe_start(service, url):
+        report(line)
+    broken = asyncio.create_task(_wait_until_broken(service.backend))
+    waited: list[asyncio.Future[Any]] = [broken, stop.requested]
+    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    if broken.done():
+        report(f"error: the engine broke: {broken.result()}")
+    else:
+        broken.cancel()
+        timeout_s = service.config.drain_timeout_s
+        report(f"stopping; running requests have {timeout_s:g} s (Ctrl-C again: at once)")
+        end_s = time.monotonic() + timeout_s
+        await service.backend.drain(timeout_s)
+        # What was generated in time may still be on its way to a slow client.
+        settings.timeout_graceful_shutdown = max(CLOSE_TIMEOUT_S, int(end_s - time.monotonic()))
+    server.should_exit = True
+    await serving
+    report("stopped")
+    return 1 if broken.done() and not broken.cancelled() else 0
+
+
+class _StopSignals:
+    """Turns the first SIGTERM or SIGINT into a finished future and ends the process at the second.
+
+    Installed once uvicorn has started, in place of its own handlers, which stop listening at once.
+    """
+
+    def __init__(self, report: Report) -> None:
+        loop = asyncio.get_running_loop()
+        self.requested: asyncio.Future[None] = loop.create_future()
+        self._report = report
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if not self.requested.done():
+            self.requested.set_result(None)
+        elif number == signal.SIGINT:
+            self._report("stopped without waiting")
+            sys.stderr.flush()
+            os._exit(130)
+
+
+async def _wait_until_broken(backend: NativeBackend) -> str:
+    while (error := backend.stats().error) is None:
+        await asyncio.sleep(HEALTH_CHECK_S)
+    return error
+
+
+def _settle_memory(folder: Path) -> None:
+    """Give back what loading has used and nothing needs any more."""
+    gc.collect()
+    trim_heap()
+    release_mapped_pages(folder)

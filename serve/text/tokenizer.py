@@ -1,0 +1,354 @@
+"""Tokenizer of a model folder: text to token ids and back, chat templates, fill-in-the-middle."""
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from serve.text.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from serve.text.detokenizer import Detokenizer, build_token_texts
+from serve.text.fim import FIM_SPELLINGS, find_fim_tokens
+from serve.text.token_bytes import TokenizerError, build_token_bytes
+
+_CONTROL_SHAPE = re.compile(r"<[|\uff5c].*[|\uff5c]>")
+_LONG_TEXT_CHARS = 20_000
+_MAX_COMPOSED_CHARS = 4  # that Unicode normalisation makes one of
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+class TextTooLongError(ValueError):
+    """A text has certainly more tokens than the limit; it was not encoded.
+
+    Attributes:
+        num_tokens: it has at least as many.
+        limit: tokens allowed.
+    """
+
+    def __init__(self, num_tokens: int, limit: int) -> None:
+        super().__init__(f"the text has at least {num_tokens} tokens; the limit is {limit}")
+        self.num_tokens = num_tokens
+        self.limit = limit
+
+
+class Tokenizer:
+    """Text to token ids and back, as the model was trained with.
+
+    Control tokens are the added tokens marked special, those spelt `<|...|>` and the
+    fill-in-the-middle markers. Text that merely looks like one stays text unless the caller allows
+    it: a second tokenizer knows control tokens only behind a random mark, which is put before those
+    that the chat template writes.
+
+    Args:
+        description: contents of `tokenizer.json`.
+        tokenizer_config: contents of `tokenizer_config.json`.
+        eos_token_ids: ids that end a sequence besides the `eos_token` of `tokenizer_config`.
+        chat_template: template for conversations.
+
+    Raises:
+        TokenizerError: the files are broken or the kind of tokenizer is not supported.
+    """
+
+    def __init__(
+        self,
+        description: Mapping[str, Any],
+        tokenizer_config: Mapping[str, Any],
+        *,
+        eos_token_ids: Sequence[int] = (),
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        self._description = {**description, "truncation": None, "padding": None}
+        try:
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(self._description))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"tokenizer.json is broken: {error}") from error
+        self.chat_template = chat_template
+        self.fim_tokens = find_fim_tokens(self._library.token_to_id)
+        self._control_texts = _find_control_tokens(description.get("added_tokens", []))
+        self.control_ids = frozenset(self._control_texts)
+        unknown = description.get("model", {}).get("unk_token")
+        self._unwanted_ids = self.control_ids - {self._library.token_to_id(unknown or "")}
+        self._mark = f"\ue000{secrets.token_hex(16)}\ue001"
+        self._marked = self._build_marked()
+        self._control_pattern = re.compile(
+            "|".join(
+                re.escape(text)
+                for text in sorted(self._control_texts.values(), key=len, reverse=True)
+            )
+            or r"(?!)"
+        )
+        named = _named_tokens(tokenizer_config)
+        eos_token_id = self._library.token_to_id(named.get("eos_token", ""))
+        extra = () if eos_token_id is None else (eos_token_id,)
+        self.eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, *extra)))
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> "Tokenizer":
+        """Load a model folder's tokenizer.
+
+        Args:
+            folder: has `tokenizer.json`; `tokenizer_config.json`, `chat_template.jinja`,
+                `generation_config.json` and `config.json` are read where they exist.
+
+        Raises:
+            TokenizerError: `tokenizer.json` is missing, or a file is broken.
+            ChatTemplateError: the chat template is no Jinja template.
+        """
+        folder = Path(folder)
+        description = _load_json(folder / "tokenizer.json")
+        if not description:
+            raise TokenizerError(f"{folder}: no tokenizer.json")
+        tokenizer_config = _load_json(folder / "tokenizer_config.json")
+        eos_token_ids: list[int] = []
+        for name in ("generation_config.json", "config.json"):
+            value = _load_json(folder / name).get("eos_token_id")
+            if value is not None:
+                eos_token_ids += value if isinstance(value, list) else [value]
+        template = load_chat_template(folder, tokenizer_config, _named_tokens(tokenizer_config))
+        return cls(
+            description, tokenizer_config, eos_token_ids=eos_token_ids, chat_template=template
+        )
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Largest id plus one; the model's vocabulary may be padded beyond it."""
+        return len(self._token_bytes)
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes | None]:
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        return build_token_bytes(self._description, vocabulary, self.control_ids)
+
+    @cached_property
+    def _token_texts(self) -> list[str | None]:
+        return build_token_texts(self._token_bytes)
+
+    def token_bytes(self) -> list[bytes | None]:
+        """Return the bytes of each id, None for control tokens and unused ids; read-only."""
+        return self._token_bytes
+
+    def token_text(self, token_id: int) -> str | None:
+        """Return a token's text, spelt out for control tokens; None if it is no whole UTF-8."""
+        if token_id in self._control_texts:
+            return self._control_texts[token_id]
+        return self._token_texts[token_id] if token_id < self.vocab_size else ""
+
+    def make_detokenizer(self) -> Detokenizer:
+        """Return a detokeniser for a new sequence."""
+        return Detokenizer(self._token_bytes, self._token_texts)
+
+    @cached_property
+    def _max_token_chars(self) -> int:
+        """Most characters of a text that one token can stand for."""
+        longest = max((len(data) for data in self._token_bytes if data), default=1)
+        normalizer = json.dumps(self._description.get("normalizer"))
+        kinds = set(re.findall(r'"type": "(\w+)"', normalizer))
+        is_shrinking = not kinds <= {"Sequence", "Prepend", "Replace"}
+        return longest * (_MAX_COMPOSED_CHARS if is_shrinking else 1)
+
+    def _check_length(self, text: str, limit: int | None) -> None:
+        if limit is not None and len(text) // self._max_token_chars > limit:
+            raise TextTooLongError(len(text) // self._max_token_chars, limit)
+
+    def encode(
+        self,
+        text: str,
+        *,
+        allow_special: bool = False,
+        add_special_tokens: bool = False,
+        limit: int | None = None,
+    ) -> list[int]:
+        """Encode text.
+
+        Args:
+            text: without lone surrogates.
+            allow_special: text spelt like a control token becomes that token.
+            add_special_tokens: add what the tokenizer puts around a text (BOS).
+            limit: refuse, before any work, a text that must have more tokens.
+
+        Raises:
+            TextTooLongError: the text is certainly over `limit`.
+        """
+        self._check_length(text, limit)
+        if allow_special:
+            return list(_encode(self._library, text, add_special_tokens=add_special_tokens))
+        return self._encode_marked(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Decode a whole text, as the library does."""
+        return self._library.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_bytes(self, token_ids: Sequence[int]) -> str:
+        """Decode the continuation of a text: the tokens' bytes joined, control tokens left out."""
+        table = self._token_bytes
+        data = b"".join(table[i] or b"" for i in token_ids if i < len(table))
+        return data.decode(errors="replace")
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Return the text of a conversation as the chat template writes it.
+
+        Raises:
+            ChatTemplateError: there is no template, or it refuses the conversation.
+        """
+        if self.chat_template is None:
+            raise ChatTemplateError("The model has no chat template; use /v1/completions.")
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        limit: int | None = None,
+    ) -> list[int]:
+        """Return the token ids of a conversation.
+
+        The template's control tokens become their ids; the same spellings inside messages stay
+        text. Without such spellings the result equals encoding the rendered text.
+
+        Raises:
+            ChatTemplateError: there is no template, or it refuses the conversation.
+            TextTooLongError: the rendered text is certainly over `limit` tokens.
+        """
+        held: list[str] = []
+
+        def hold(match: re.Match[str]) -> str:
+            held.append(match[0])
+            return f"{self._mark}{len(held) - 1}\ue002"
+
+        safe = [
+            {key: self._control_pattern.sub(hold, value) for key, value in message.items()}
+            for message in messages
+        ]
+        text = self.render_chat(safe, add_generation_prompt=add_generation_prompt)
+        self._check_length(text, limit)
+        text = self._control_pattern.sub(lambda match: self._mark + match[0], text)
+        if held:
+            slots = re.compile(re.escape(self._mark) + "([0-9]+)\ue002")
+            text = slots.sub(lambda match: held[int(match[1])], text)
+        return self._encode_marked(text, add_special_tokens=False)
+
+    def encode_infill(self, prefix: str, suffix: str, *, limit: int | None = None) -> list[int]:
+        """Return the prompt that asks for the text between `prefix` and `suffix`.
+
+        Raises:
+            TokenizerError: the vocabulary has no fill-in-the-middle tokens.
+            TextTooLongError: the text is certainly over `limit` tokens.
+        """
+        self._check_length(prefix + suffix, limit)
+        fim = self.fim_tokens
+        if fim is None:
+            raise TokenizerError("the model has no fill-in-the-middle tokens")
+        return [
+            *self.encode("", add_special_tokens=True),
+            fim.prefix_id,
+            *self.encode(prefix),
+            fim.suffix_id,
+            *self._encode_continuation(suffix),
+            fim.middle_id,
+        ]
+
+    def _encode_continuation(self, text: str) -> list[int]:
+        """Encode without the space that SentencePiece-like tokenizers put before a text."""
+        guard = "\u263a"
+        if self.decode(self.encode(guard)) == self.decode_bytes(self.encode(guard)):
+            return self.encode(text)
+        return self.encode(guard + text)[len(self.encode(guard)) :]
+
+    def _build_marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """Return the tokenizer of marked control tokens, and a map from its ids to the model's."""
+        library = tokenizers.Tokenizer.from_str(
+            json.dumps({**self._description, "added_tokens": []})
+        )
+        tokens, ids = [], []
+        for entry in self._description.get("added_tokens", []):
+            flags = {key: entry[key] for key in ("single_word", "lstrip", "rstrip", "normalized")}
+            text = entry["content"]
+            if entry["id"] in self._control_texts:
+                text = self._mark + text
+                flags.update(normalized=False, single_word=False)
+            tokens.append(tokenizers.AddedToken(text, **flags))
+            ids.append(entry["id"])
+        library.add_tokens(tokens)
+        vocabulary = library.get_added_tokens_decoder()
+        new_id = {token.content: token_id for token_id, token in vocabulary.items()}
+        return library, {
+            new_id[token.content]: token_id for token, token_id in zip(tokens, ids, strict=True)
+        }
+
+    def _encode_marked(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        library, id_of = self._marked
+        ids: list[int] = []
+        for token_id in _encode(library, text, add_special_tokens=False):
+            if token_id in self._unwanted_ids and token_id not in id_of:
+                ids += self._spell(token_id)
+            else:
+                ids.append(id_of.get(token_id, token_id))
+        if add_special_tokens:
+            return [*self._around[0], *ids, *self._around[1]]
+        return ids
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer's post-processor puts before and after a text."""
+        body = list(self._library.encode("a", add_special_tokens=False).ids)
+        whole = list(self._library.encode("a", add_special_tokens=True).ids)
+        start = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
+        return whole[:start], whole[start + len(body) :]
+
+    def _spell(self, token_id: int) -> list[int]:
+        """Encode a control token's spelling where the merges of the vocabulary would make it."""
+        library, _ = self._marked
+        ids: list[int] = []
+        for char in self._control_texts[token_id]:
+            char_id = library.token_to_id(char)
+            encoded = library.encode(char, add_special_tokens=False).ids
+            ids += encoded if char_id is None else [char_id]
+        return ids
+
+
+def _encode(library: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool) -> Sequence[int]:
+    if len(text) < _LONG_TEXT_CHARS:
+        return library.encode(text, add_special_tokens=add_special_tokens).ids
+    # Only the batch call lets other threads run meanwhile.
+    (encoding,) = library.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    return encoding.ids
+
+
+def _find_control_tokens(added_tokens: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    fim = {name for spelling in FIM_SPELLINGS for name in spelling}
+    return {
+        entry["id"]: entry["content"]
+        for entry in added_tokens
+        if entry["special"] or entry["content"] in fim or _CONTROL_SHAPE.fullmatch(entry["content"])
+    }
+
+
+def _named_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens by name; older files hold an object with `content` for each."""
+    named = {}
+    for name in _NAMED_TOKENS:
+        value = tokenizer_config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            named[name] = value
+    return named
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: not a JSON object")
+    return value

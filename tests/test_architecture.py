@@ -1,0 +1,224 @@
+"""Who may import whom, what never appears in the source, and what imports must not load."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = [
+    name
+    for name in ("models", "decoding", "adapters", "serve", "evaluation")
+    if (ROOT / name).is_dir()
+]
+FILES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
+
+# Package or subpackage: what of ours it may import. The longest matching entry counts.
+MAY_IMPORT = {
+    "decoding": ("decoding",),
+    "models": ("models",),
+    "adapters": ("adapters", "models"),
+    "evaluation": ("evaluation",),
+    "serve": ("serve", "models", "decoding", "adapters"),
+    "serve.text": ("serve.text",),
+    "serve.engine": ("serve.engine", "models", "decoding", "adapters"),
+    "serve.engine.scheduler": ("serve.engine",),
+    "serve.backends": ("serve.backends", "serve.engine", "models", "decoding", "adapters"),
+    "serve.backends.protocol": ("decoding",),
+    "serve.api": (
+        "serve.api",
+        "serve.text",
+        "serve.backends.protocol",
+        "serve.version",
+        "decoding",
+    ),
+    "serve.ui": ("serve.ui",),
+}
+
+# Third-party modules of the packages that keep their own short list.
+THIRD_PARTY = {
+    "decoding": {"torch"},
+    "models": {
+        "torch", "safetensors", "bitsandbytes", "transformers", "tokenizers", "gguf",
+        "huggingface_hub", "numpy", "triton",
+    },
+    "serve.engine": {"torch"},
+    "serve.engine.scheduler": set(),
+    "evaluation": {"openai", "httpx"},
+    "serve.ui": {"gradio", "httpx"},
+}  # fmt: skip
+
+# What may be imported inside a function: optional, or too slow for the paths that do not need it.
+SLOW_OR_OPTIONAL = {
+    "transformers", "bitsandbytes", "gguf", "huggingface_hub", "numpy", "triton", "readline",
+    "models.checkpoints", "models.checkpoints.conversion", "models.kernels.cuda", "serve.server",
+    "serve.cli.bench_engine",
+}  # fmt: skip
+
+# Requirements that nothing imports by name.
+IMPLIED_REQUIREMENTS = {"uvloop", "httptools"}
+IMPORT_NAMES = {"pyyaml": "yaml", "prometheus-client": "prometheus_client"}
+
+
+def module_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            yield node.module, node.lineno
+            for alias in node.names:
+                if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists():
+                    yield f"{node.module}.{alias.name}", node.lineno
+
+
+def is_within(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+def rule_for(module: str, rules: dict) -> object | None:
+    matching = [prefix for prefix in rules if is_within(module, prefix)]
+    return rules[max(matching, key=len)] if matching else None
+
+
+def test_packages_import_only_what_they_may() -> None:
+    breaches = []
+    for path, tree in TREES.items():
+        allowed = rule_for(module_name(path), MAY_IMPORT)
+        assert isinstance(allowed, tuple), path
+        for name, line in imported(tree):
+            if name.split(".")[0] not in PACKAGES or name in PACKAGES:
+                is_fine = name not in PACKAGES or any(is_within(a, name) for a in allowed)
+            else:
+                is_fine = any(is_within(name, a) or is_within(a, name) for a in allowed)
+            if not is_fine:
+                breaches.append(f"{path}:{line} imports {name}")
+    assert breaches == []
+
+
+def test_packages_use_only_their_third_party_modules() -> None:
+    breaches = []
+    for path, tree in TREES.items():
+        allowed = rule_for(module_name(path), THIRD_PARTY)
+        for name, line in imported(tree):
+            top = name.split(".")[0]
+            if allowed is not None and top not in sys.stdlib_module_names and top not in PACKAGES:
+                assert isinstance(allowed, set)
+                if top not in allowed:
+                    breaches.append(f"{path}:{line} imports {name}")
+    assert breaches == []
+
+
+def test_scheduler_has_no_clock() -> None:
+    names = {name for name, _ in imported(TREES["serve/engine/scheduler.py"])}
+    assert names.isdisjoint({"time", "datetime", "asyncio", "torch"})
+
+
+def test_imports_inside_functions_are_slow_or_optional_ones() -> None:
+    breaches = []
+    for path, tree in TREES.items():
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                breaches += [
+                    f"{path}:{line} imports {name}"
+                    for name, line in imported(function)
+                    if not any(is_within(name, allowed) for allowed in SLOW_OR_OPTIONAL)
+                ]
+    assert breaches == []
+
+
+def forbidden_calls(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if (
+            called in ("eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "getenv")
+            or called in ("os.getenv", "__import__")
+            or (called == "torch.load" and keywords.get("weights_only") != "True")
+            or keywords.get("shell") == "True"
+            or keywords.get("trust_remote_code", "False") != "False"
+        ):
+            yield called, node.lineno
+
+
+def test_no_pickle_and_no_code_from_data() -> None:
+    breaches = []
+    for path, tree in TREES.items():
+        for name, line in imported(tree):
+            if name.split(".")[0] in ("pickle", "cPickle", "dill", "marshal", "shelve", "joblib"):
+                breaches.append(f"{path}:{line} imports {name}")
+        breaches += [f"{path}:{line} calls {called}" for called, line in forbidden_calls(tree)]
+    assert breaches == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["eval(x)", "torch.load(x)", "torch.load(x, weights_only=False)", "run(x, shell=True)",
+     "load(x, trust_remote_code=True)"],
+)  # fmt: skip
+def test_forbidden_calls_are_found(source: str) -> None:
+    assert list(forbidden_calls(ast.parse(source)))
+
+
+def test_environment_is_read_in_one_module() -> None:
+    pattern = re.compile(r"os\.environ(\[|\.get\b|\.setdefault\b)")
+    found = [path for path, text in SOURCES.items() if pattern.search(text)]
+    assert set(found) <= {"serve/environment.py"}
+
+
+def test_no_file_has_a_name_that_says_nothing() -> None:
+    vague = {"utils.py", "util.py", "misc.py", "helpers.py", "common.py"}
+    assert [str(path) for path in FILES if path.name in vague] == []
+
+
+def test_no_python_file_is_too_long() -> None:
+    assert {p: n for p, text in SOURCES.items() if (n := text.count("\n")) > 600} == {}
+
+
+def test_sources_are_ascii() -> None:
+    assert [path for path, text in SOURCES.items() if not text.isascii()] == []
+
+
+def test_every_requirement_is_imported_and_every_import_required() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {
+        re.split(r"[^\w-]", text, maxsplit=1)[0].lower() for text in project["dependencies"]
+    }
+    names = {IMPORT_NAMES.get(name, name) for name in required}
+    used = {name.split(".")[0] for tree in TREES.values() for name, _ in imported(tree)}
+    third_party = used - set(sys.stdlib_module_names) - set(PACKAGES) - {"triton"}
+    assert third_party - names == set()
+    assert names - third_party - IMPLIED_REQUIREMENTS == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("decoding", {"transformers", "bitsandbytes", "vllm", "fastapi", "uvicorn", "models"}),
+        ("models.decoder", {"transformers", "bitsandbytes", "vllm", "fastapi", "serve"}),
+        ("serve.api", {"transformers", "bitsandbytes", "models", "vllm"}),
+        ("serve.server", {"transformers", "bitsandbytes", "gguf", "vllm", "huggingface_hub"}),
+        ("serve.cli.main", {"torch", "numpy", "fastapi", "httpx", "yaml"}),
+    ],
+)
+def test_import_in_a_fresh_process_does_not_load(module: str, unwanted: set[str]) -> None:
+    code = f"import sys, {module}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert unwanted & set(done.stdout.split()) == set()
