@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,8 +54,9 @@ class Service:
     """A model behind the API, not yet on the network.
 
     Attributes:
-        config: with nothing left at "auto".
+        config: with every size and limit resolved.
         model_id: id of the base model.
+        kernels: what the decoder computes with, such as "native-avx2".
         backend: runs the requests.
         app: the ASGI application.
         has_chat_template: whether the model can chat.
@@ -62,6 +64,7 @@ class Service:
 
     config: ServeConfig
     model_id: str
+    kernels: str
     backend: NativeBackend
     app: FastAPI
     has_chat_template: bool
@@ -103,6 +106,7 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
     return Service(
         config=config,
         model_id=model_id,
+        kernels=decoder.kernels,
         backend=backend,
         app=app,
         has_chat_template=tokenizer.chat_template is not None,
@@ -152,8 +156,6 @@ def _size_cache(config: ServeConfig, decoder: Decoder, report: Report) -> ServeC
         f"{decoder.kernels} kernels, {config.threads} threads; KV cache for "
         f"{config.kv_cache_tokens} tokens (at most {size_mb:.0f} MB), context {config.max_context}"
     )
-    # The engine takes the longest sequence from the spec.
-    decoder.spec = replace(decoder.spec, max_position_embeddings=int(config.max_context))
     return config
 
 
@@ -174,6 +176,7 @@ def _build_backend(
             max_waiting_tokens=config.max_waiting_tokens,
             prefix_caching=config.prefix_caching,
             cache_dtype=CACHE_DTYPES[config.kv_cache_dtype],
+            max_context_tokens=int(config.max_context),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -255,15 +258,19 @@ def bind(host: str, port: int) -> socket.socket:
 def describe_start(service: Service, url: str) -> list[str]:
     """Return the lines that say where the server is and how to try it."""
     key = ' -H "Authorization: Bearer $PROA_API_KEY"' if service.config.api_key else ""
+    fields: dict[str, object] = {
+        "model": f"{service.model_id}@adapt",
+        "stream": True,
+        "max_tokens": 200,
+    }
     if service.has_chat_template:
         path = "/v1/chat/completions"
-        body = f'{{"model": "{service.model_id}@adapt", "stream": true, "messages": '
-        body += '[{"role": "user", "content": "Write a Python function that adds two numbers."}]}'
+        question = "Write a Python function that adds two numbers."
+        fields["messages"] = [{"role": "user", "content": question}]
     else:
         path = "/v1/completions"
-        body = (
-            f'{{"model": "{service.model_id}@adapt", "stream": true, "prompt": "def add(a, b):"}}'
-        )
+        fields["prompt"] = "def add(a, b):"
+    body = json.dumps(fields)
     return [
         f"{service.model_id} is ready on {url} (Ctrl-C stops it); try:",
         f"  curl -N {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'",

@@ -29,7 +29,8 @@ def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _map(num_bytes: int, is_huge: bool) -> Tensor:
     slack = _HUGE_PAGE_BYTES if is_huge else 0
-    region = mmap.mmap(-1, num_bytes + slack)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    region = mmap.mmap(-1, num_bytes + slack, flags=flags)
     data = torch.frombuffer(region, dtype=torch.uint8)
     start = -data.data_ptr() % _HUGE_PAGE_BYTES if is_huge else 0
     if is_huge and hasattr(mmap, "MADV_HUGEPAGE"):

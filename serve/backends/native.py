@@ -66,6 +66,7 @@ class NativeBackend:
         max_waiting_tokens: int = 131_072,
         prefix_caching: bool = True,
         cache_dtype: torch.dtype | None = None,
+        max_context_tokens: int | None = None,
     ) -> None:
         """Allocate the cache and start the engine's thread.
 
@@ -82,6 +83,7 @@ class NativeBackend:
                 no other waits.
             prefix_caching: reuse the cache between sequences that start alike.
             cache_dtype: of keys and values; None leaves it to the model.
+            max_context_tokens: longest prompt + continuation; None: what model and cache allow.
 
         Raises:
             ValueError: a limit is out of range.
@@ -102,6 +104,7 @@ class NativeBackend:
             max_running_sequences=max_running_sequences,
             prefix_caching=prefix_caching,
             cache_dtype=cache_dtype,
+            max_context_tokens=max_context_tokens,
         )
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens

@@ -20,6 +20,7 @@ from serve.cli.bench_measure import Plan, measure, summarise
 from serve.cli.bench_timing import Decoding
 from serve.config import CAPACITY, COMPUTE, MODEL, OPTIONS, ServeConfig, build_config
 from serve.environment import client_settings
+from serve.resolve import TOKENS_PER_SEQUENCE
 from serve.version import VERSION
 
 DESCRIPTION = """\
@@ -200,7 +201,7 @@ def cpu_name() -> str:
 def _run_engine(plan: Plan, decoding: Decoding, given: dict[str, Any]) -> dict[str, Any]:
     config = fit_cache(build_config(given, environ=os.environ), plan)
     # Loads torch, which takes seconds: wrong arguments are refused first.
-    from serve.cli.bench_engine import EngineStreams, kernels_name, stream_params
+    from serve.cli.bench_engine import EngineStreams, stream_params
     from serve.server import ServerError, build_service, close_service
 
     stream_params(decoding, num_tokens=plan.new_tokens, seed=0)
@@ -227,7 +228,7 @@ def _run_engine(plan: Plan, decoding: Decoding, given: dict[str, Any]) -> dict[s
         return figures | {
             "max_rss_mb": _peak_memory_mb(),
             "model": service.model_id,
-            "kernels": kernels_name(resolved),
+            "kernels": service.kernels,
             "config": {name: getattr(resolved, name) for name in names},
         }
 
@@ -247,7 +248,8 @@ def fit_cache(config: ServeConfig, plan: Plan) -> ServeConfig:
             f"does not run {most} streams at once; raise it"
         )
     blocks = -(-(plan.prompt_tokens + plan.new_tokens) // config.block_size) * most
-    is_small = blocks * config.block_size > 256 * config.max_running_sequences
+    automatic = TOKENS_PER_SEQUENCE * config.max_running_sequences
+    is_small = blocks * config.block_size > automatic
     if config.kv_cache_tokens != "auto" or not is_small:
         return config
     return replace(config, kv_cache_tokens=blocks * config.block_size)

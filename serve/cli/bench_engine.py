@@ -4,11 +4,9 @@ import asyncio
 import time
 from collections.abc import Sequence
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 from decoding import ParameterError, SamplingParams, parse_strategy
-from models.decoder import KernelChoice, resolve_kernels
-from models.kernels.native import is_native_available
 from serve.backends.protocol import (
     Backend,
     BackendUnavailableError,
@@ -17,7 +15,6 @@ from serve.backends.protocol import (
 )
 from serve.cli.arguments import UserError
 from serve.cli.bench_timing import BenchmarkError, Decoding, StreamTiming
-from serve.config import ServeConfig
 
 
 class EngineStreams:
@@ -87,11 +84,3 @@ def stream_params(decoding: Decoding, *, num_tokens: int, seed: int) -> Sampling
         return SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=seed, **chosen)
     except ParameterError as error:
         raise UserError(str(error)) from error
-
-
-def kernels_name(config: ServeConfig) -> str:
-    """Name the kernels that a resolved configuration computes with, such as "native-avx2"."""
-    kernels = resolve_kernels(cast(KernelChoice, config.kernels), config.device)
-    if kernels == "native":
-        kernels = "avx512" if is_native_available("avx512") else "avx2"
-    return f"native-{kernels}" if kernels in ("avx2", "avx512") else kernels

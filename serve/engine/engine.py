@@ -1,6 +1,7 @@
 """Run the steps: schedule, forward, sample, finish. Synchronous, for one thread."""
 
 import logging
+import sys
 import traceback
 from collections.abc import Sequence as TokenIds
 from typing import Protocol
@@ -76,6 +77,7 @@ class Engine:
         max_running_sequences: int = 64,
         prefix_caching: bool = True,
         cache_dtype: torch.dtype | None = None,
+        max_context_tokens: int | None = None,
     ) -> None:
         """Allocate the cache.
 
@@ -89,6 +91,7 @@ class Engine:
             max_running_sequences: sequences that own cache blocks at most.
             prefix_caching: reuse the cache between sequences that start alike.
             cache_dtype: of keys and values; None leaves it to the model.
+            max_context_tokens: longest prompt + continuation; None: what model and cache allow.
 
         Raises:
             ValueError: a limit is out of range.
@@ -102,7 +105,9 @@ class Engine:
             prefix_caching=prefix_caching,
         )
         self.max_context_tokens = min(
-            model.spec.max_position_embeddings, num_cache_blocks * block_size
+            model.spec.max_position_embeddings,
+            num_cache_blocks * block_size,
+            max_context_tokens or sys.maxsize,
         )
         self.vocab_size = model.spec.vocab_size
         self.num_steps = 0

@@ -231,7 +231,8 @@ def test_second_interrupt_does_not_wait(
         httpx.Client(base_url=server.url, timeout=60) as client,
         open_stream(client, 16000) as response,
     ):
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         os.kill(server.process.pid, signal.SIGINT)
         wait_until_draining(server.url)
         assert server.stop(signal.SIGINT) == 130

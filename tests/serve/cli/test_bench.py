@@ -82,7 +82,9 @@ def tiny_service(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
     def build_service(config: ServeConfig, *, report: object) -> SimpleNamespace:
         asked.append(config)
         resolved = replace(config, device="cpu", kernels="reference")
-        return SimpleNamespace(config=resolved, model_id="tiny", backend=make_backend())
+        return SimpleNamespace(
+            config=resolved, model_id="tiny", kernels="reference", backend=make_backend()
+        )
 
     monkeypatch.setattr(serve.server, "build_service", build_service)
     return asked
