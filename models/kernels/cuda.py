@@ -16,16 +16,15 @@ from torch import Tensor
 from models.batch import PackedBatch
 from models.kernels.reference import (
     Linear,
-    apply_linear,
     attend_sequences,
     make_plain_cache,
     run_program,
 )
 from models.kv_cache import KVCache
-from models.program import AttentionOp, LinearOp, Program
+from models.program import AttentionOp, LinearOp, Piece, Program
 from models.quantization import NF4_CODEBOOK
 from models.spec import DecoderSpec
-from models.weights import Matrix, Quantized4Bit
+from models.weights import Matrix, Quantized4Bit, dense
 
 
 class CudaExecutor:
@@ -44,7 +43,7 @@ class CudaExecutor:
     ) -> None:
         self._device = torch.device(device)
         self._dtype = compute_dtype
-        self._program = _to_device(program, self._device)
+        self._program = place_program(program, self._device, compute_dtype)
         self._states = {
             id(piece.weight): _quant_state(piece.weight, compute_dtype)
             for op in self._program.ops
@@ -84,9 +83,8 @@ class CudaExecutor:
         if isinstance(weight, Quantized4Bit):
             packed, state = weight.packed.view(-1, 1), self._states[id(weight)]
             return bnb.matmul_4bit(x, packed.t(), quant_state=state).float()
-        if isinstance(weight, Tensor):
-            return F.linear(x, weight.to(self._dtype)).float()
-        return apply_linear(x.float(), weight)
+        assert isinstance(weight, Tensor)
+        return F.linear(x, weight).float()
 
     def _graph(self, batch: PackedBatch, cache: KVCache) -> "_DecodeGraph":
         rows = _next_power_of_two(len(batch.token_ids))
@@ -132,7 +130,7 @@ def _capture(
     all_rows = torch.arange(rows, device=device)
 
     def attend(op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attend_decode(op, q, k, v, positions, tables, cache)
+        return attend_decode(op, q, k, v, positions, tables, cache)
 
     def step() -> Tensor:
         return run_program(
@@ -154,7 +152,7 @@ def _capture(
     )  # fmt: skip
 
 
-def _attend_decode(
+def attend_decode(
     op: AttentionOp, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, tables: Tensor,
     cache: KVCache,
 ) -> Tensor:  # fmt: skip
@@ -195,20 +193,24 @@ def _quant_state(weight: Quantized4Bit, dtype: torch.dtype) -> QuantState:
     )  # fmt: skip
 
 
-def _to_device(program: Program, device: torch.device) -> Program:
-    """Copy every tensor inside nested dataclasses and tuples; shared tensors stay shared."""
+def place_program(program: Program, device: torch.device, dtype: torch.dtype) -> Program:
+    """Copy a program to a device; matrices that are not 4-bit become dense ones of `dtype`."""
     copies: dict[int, Tensor] = {}
 
-    def copy(item: object) -> object:
+    def move(item: object) -> object:
         if isinstance(item, Tensor):
             return copies.setdefault(id(item), item.to(device))
         if isinstance(item, tuple):
-            return tuple(copy(part) for part in item)
+            return tuple(move(part) for part in item)
+        if isinstance(item, Piece) and not isinstance(item.weight, Quantized4Bit):
+            matrix = dense(item.weight).to(device, dtype)
+            bias = None if item.bias is None else item.bias.to(device)
+            return Piece(weight=matrix, bias=bias, offset=item.offset)
         if dataclasses.is_dataclass(item) and not isinstance(item, type):
-            fields = {f.name: copy(getattr(item, f.name)) for f in dataclasses.fields(item)}
+            fields = {f.name: move(getattr(item, f.name)) for f in dataclasses.fields(item)}
             return dataclasses.replace(item, **fields)
         return item
 
-    moved = copy(program)
+    moved = move(program)
     assert isinstance(moved, Program)
     return moved

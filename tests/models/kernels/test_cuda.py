@@ -1,16 +1,22 @@
-"""The CUDA executor against the reference. Only on a machine with a CUDA device."""
+"""The CUDA executor: on a CUDA device against the reference, and its parts on the CPU."""
 
 import pytest
 import torch
+from torch import Tensor
 
 from models.decoder import Decoder
-from tests.models.kernels.random_decoders import KINDS, make_decoder_parts, pack_batch
+from models.kernels.cuda import CudaExecutor, attend_decode, place_program
+from models.kernels.reference import make_plain_cache, run_program
+from models.program import AttentionOp, LinearOp, build_program
+from models.weights import Quantized4Bit, quantize_8bit
+from tests.models.kernels.random_decoders import KINDS, make_decoder_parts, pack_batch, run_alone
 
-pytestmark = pytest.mark.gpu
 SEQUENCES = [[(7 * i + 3 * s) % 100 for i in range(n)] for s, n in enumerate((37, 5, 64))]
 TABLES = [[3, 1, 5, 7], [0, 9, 9, 9], [2, 4, 6, 8]]
+STEPS = [[(0, 30), (0, 3), (0, 62)], [(30, 31), (3, 4), (62, 63)], [(31, 32), (4, 5), (63, 64)]]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("is_quantized", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_decoder_equals_reference(kind: str, is_quantized: bool) -> None:
@@ -19,19 +25,69 @@ def test_cuda_decoder_equals_reference(kind: str, is_quantized: bool) -> None:
     for kernels, device in (("cuda", "cuda"), ("reference", "cpu")):
         decoder = Decoder(spec, weights, kernels=kernels, device=device, head="dense")  # type: ignore[arg-type]
         cache = decoder.make_cache(num_blocks=12, dtype=torch.float32)
-        steps = [[(0, 30), (0, 3), (0, 62)], [(30, 31), (3, 4), (62, 63)],
-                 [(31, 32), (4, 5), (63, 64)]]  # fmt: skip
-        logits = [decoder.forward(pack_batch(SEQUENCES, TABLES, spans), cache) for spans in steps]
+        logits = [decoder.forward(pack_batch(SEQUENCES, TABLES, spans), cache) for spans in STEPS]
         results.append(torch.cat(logits).cpu())
     error = (results[0] - results[1]).std() / results[1].std()
     assert error < 0.02  # bfloat16 operands
 
 
+@pytest.mark.gpu
 def test_cuda_decode_graph_replays_for_other_batches() -> None:
     spec, weights = make_decoder_parts("llama", is_quantized=True)
     decoder = Decoder(spec, weights, kernels="cuda", device="cuda")
     cache = decoder.make_cache(num_blocks=12, dtype=torch.float32)
-    decoder.forward(pack_batch(SEQUENCES, TABLES, [(0, 30), (0, 3), (0, 62)]), cache)
-    three = decoder.forward(pack_batch(SEQUENCES, TABLES, [(30, 31), (3, 4), (62, 63)]), cache)
-    two = decoder.forward(pack_batch(SEQUENCES[:2], TABLES[:2], [(30, 31), (3, 4)]), cache)
+    decoder.forward(pack_batch(SEQUENCES, TABLES, STEPS[0]), cache)
+    three = decoder.forward(pack_batch(SEQUENCES, TABLES, STEPS[1]), cache)
+    two = decoder.forward(pack_batch(SEQUENCES[:2], TABLES[:2], STEPS[1][:2]), cache)
     torch.testing.assert_close(two, three[:2], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_attention_without_host_values_equals_reference(kind: str) -> None:
+    """What a graph captures, run on the CPU: prompts go through the reference first."""
+    spec, weights = make_decoder_parts(kind)
+    program = build_program(spec, weights, _head(weights))
+    reference = Decoder(spec, weights, kernels="reference", head="dense")
+    cache = make_plain_cache(spec, 12, 16, torch.float32, torch.device("cpu"))
+    lengths = (30, 3, 62)
+    reference.forward(pack_batch(SEQUENCES, TABLES, [(0, n) for n in lengths]), cache)
+    positions, tables = torch.tensor(lengths), torch.tensor(TABLES)
+
+    def attend(op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_decode(op, q, k, v, positions, tables, cache)
+
+    tokens = torch.tensor([s[n] for s, n in zip(SEQUENCES, lengths, strict=True)])
+    logits = run_program(program, tokens, positions, torch.arange(3), attend=attend)
+    for row, (sequence, length) in zip(logits, zip(SEQUENCES, lengths, strict=True), strict=True):
+        expected = run_alone(reference, sequence[: length + 1])[-1]
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cuda_executor_prefills_with_bitsandbytes_matmul() -> None:
+    """bitsandbytes' 4-bit matmul runs on the CPU too, right only where widths are whole blocks."""
+    spec, weights = make_decoder_parts("llama", is_quantized=True)
+    wide = {n: w for n, w in weights.items() if ".down." not in n}
+    wide |= {n: torch.zeros(w.shape) for n, w in weights.items() if ".down." in n}
+    executor = CudaExecutor(build_program(spec, wide, _head(wide)), "cpu", torch.float32)
+    cache = executor.make_cache(spec, 4, 16, torch.float32)
+    logits = executor.forward(pack_batch(SEQUENCES[:1], [[2, 0, 1, 3]], [(0, 37)]), cache)
+    expected = run_alone(Decoder(spec, wide, kernels="reference", head="dense"), SEQUENCES[0])
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_place_program_makes_all_but_4_bit_matrices_dense() -> None:
+    spec, weights = make_decoder_parts("llama", is_quantized=True)
+    program = build_program(spec, weights, quantize_8bit(_head(weights)))
+    placed = place_program(program, torch.device("cpu"), torch.bfloat16)
+    linears = [op for op in placed.ops if isinstance(op, LinearOp)]
+    kinds = {type(piece.weight) for op in linears[:-1] for piece in op.pieces}
+    assert kinds == {Quantized4Bit}
+    head = linears[-1].pieces[0].weight
+    assert isinstance(head, Tensor)
+    assert head.dtype == torch.bfloat16
+
+
+def _head(weights: dict) -> Tensor:  # type: ignore[type-arg]
+    head = weights.get("head.weight", weights["embed.weight"])
+    assert isinstance(head, Tensor)
+    return head
