@@ -140,7 +140,8 @@ def describe_run() -> dict[str, Any]:
         "cpu": cpu_name(),
         "kernel": platform.release(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "command": shlex.join(sys.argv),
+        # Paths say where something lay on one machine; their last part is what counts.
+        "command": shlex.join(Path(argument).name for argument in sys.argv),
     }
 
 

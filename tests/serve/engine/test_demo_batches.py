@@ -1,0 +1,58 @@
+"""The demo model in the engine: a batch gives each request the tokens it gets alone."""
+
+import pytest
+import torch
+
+from decoding import Sampler, SamplingParams, build_token_tables, parse_strategy
+from models.checkpoints import load_checkpoint
+from models.decoder import Decoder
+from serve.engine.engine import Engine
+from serve.engine.sequence import Request
+from serve.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.model
+
+PROMPTS = (
+    "def quicksort(items):\n    if len(items) < 2:\n",
+    "The capital of France is",
+    "Once upon a time there was a sailor who",
+    "def quicksort(items):\n    if len(items) < 2:\n        return items\n    pivot =",
+)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_demo_model_samples_the_same_tokens_alone_and_in_a_batch(quantization: str) -> None:
+    checkpoint = load_checkpoint(None, quantization=quantization, report=print)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    sampler = Sampler(build_token_tables(tokenizer.token_bytes()))
+    decoder = Decoder(checkpoint.spec, checkpoint.weights, head="dense")
+
+    def make_requests() -> list[Request]:
+        strategies = ({"strategy": "fixed"}, {"strategy": "adapt", "a": 1.2, "b": 0.4})
+        return [
+            Request(
+                prompt_token_ids=tokenizer.encode(prompt),
+                params=SamplingParams(
+                    temperature=1.0, top_p=0.95, seed=i, max_tokens=24, ignore_eos=True,
+                    strategy=parse_strategy(strategies[i % 2]),
+                ),
+            )
+            for i, prompt in enumerate(PROMPTS)
+        ]  # fmt: skip
+
+    def run(requests: list[Request], max_batch_tokens: int) -> list[list[int]]:
+        engine = Engine(
+            decoder, sampler, eos_token_ids=checkpoint.eos_token_ids, num_cache_blocks=64,
+            max_batch_tokens=max_batch_tokens, max_running_sequences=8,
+            cache_dtype=torch.float32,
+        )  # fmt: skip
+        for request in requests:
+            engine.add(request)
+        while engine.has_work:
+            engine.step()
+        return [request.sequences[0].token_ids for request in requests]
+
+    alone = [run([request], 512)[0] for request in make_requests()]
+    assert run(make_requests(), 512) == alone
+    assert run(make_requests(), 8) == alone
+    assert len({tuple(ids) for ids in alone}) == len(PROMPTS)
