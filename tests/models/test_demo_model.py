@@ -18,7 +18,7 @@ pytestmark = pytest.mark.model
 PROMPTS = (
     "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-    "In 1969, 3 astronauts flew 384400 km; the caf\u00e9 \u00e0 la carte said \u2018na\u00efve\u2019.",
+    "In 1969, 3 men flew 384400 km; the caf\u00e9 \u00e0 la carte said \u2018na\u00efve\u2019.",
 )
 
 
