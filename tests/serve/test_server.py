@@ -128,6 +128,7 @@ def test_start_message_has_address_and_command(
     service = Service(
         config=ServeConfig(api_key=keys),
         model_id="tiny",
+        kernels="reference",
         backend=None,  # type: ignore[arg-type]
         app=FastAPI(),
         has_chat_template=has_template,
@@ -160,7 +161,12 @@ def test_broken_engine_ends_the_server_with_status_1(monkeypatch: pytest.MonkeyP
     backend = SimpleNamespace(stats=lambda: SimpleNamespace(error="out of order"))
     app = FastAPI()
     service = Service(
-        config=ServeConfig(), model_id="tiny", backend=backend, app=app, has_chat_template=False
+        config=ServeConfig(),
+        model_id="tiny",
+        kernels="reference",
+        backend=backend,
+        app=app,
+        has_chat_template=False,
     )  # type: ignore[arg-type]
     lines: list[str] = []
     with bind("127.0.0.1", 0) as listener:

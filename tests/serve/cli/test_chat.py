@@ -112,6 +112,8 @@ def test_ctrl_c_stops_the_answer_on_the_server_and_keeps_the_chat(server) -> Non
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # A shell starts its background jobs, these tests perhaps among them, deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
