@@ -67,6 +67,7 @@ def test_documents_are_ascii(path: Path) -> None:
 def test_documented_commands_parse(line: str) -> None:
     words = COMMAND_LINES[line][1:]
     arguments = build_parser(words[0]).parse_args(words)
+    assert arguments.command == words[0]
     given = {n: v for n, v in vars(arguments).items() if n in OPTIONS}
     if words[0] == "serve":
         build_config(given, environ={})
@@ -91,11 +92,14 @@ def test_examples_in_help_parse(command: str) -> None:
     parser = build_parser(command)
     action = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     text = action.choices[command].format_help()
+    num_examples = 0
     for line in text.replace("\\\n", " ").splitlines():
         found = re.search(r"^  (?:.*\| |PROA_\w+=\S+ )?(proa .*)$", line)
         if found:
             words = shlex.split(re.split(" {3,}", found[1])[0])[1:]
-            build_parser(words[0]).parse_args(words)
+            assert build_parser(words[0]).parse_args(words).command == words[0]
+            num_examples += 1
+    assert num_examples
 
 
 def test_configuration_lists_every_option_with_its_default() -> None:

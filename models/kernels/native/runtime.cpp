@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -303,15 +302,15 @@ void* proa_program_create(const proa::Op* ops, int num_ops, const int32_t* width
 void proa_program_destroy(void* program) { delete static_cast<proa::Program*>(program); }
 void proa_program_run(void* program, const proa::Step* step) { static_cast<proa::Program*>(program)->run(*step); }
 
-// Repack 4-bit codes, one byte each in `codes` (outputs, inputs), and scales (outputs, groups) into panels.
+// Repack 4-bit codes, two in a byte of `packed`, row after row, and scales (outputs, groups) into panels.
 void proa_pack_codes4(const uint8_t* packed, const float* scales, int outputs, int inputs, int group, uint8_t* out) {
   const int groups = inputs / group, panels = (outputs + 15) / 16;
-  // Where each (output, parity) of a pair goes in 32 bytes, so that unpacking interleaves them in order.
   for (int p = 0; p < panels; ++p) {
     for (int g = 0; g < groups; ++g) {
       for (int pair = 0; pair < group / 2; pair += 2, out += 32) {
         for (int o = 0; o < 16; ++o) {
           const int64_t row = int64_t(p) * 16 + o;
+          // Where a pair of this output goes in 32 bytes, so that unpacking interleaves them in order.
           const int at = (o / 4 % 2) * 16 + (o / 8) * 8 + (o % 4) * 2;
           for (int k = 0; k < 2; ++k) {
             uint8_t low = 0, high = 0;
