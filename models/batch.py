@@ -4,6 +4,32 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from models.kv_cache import KVCache
+from models.side import AttachedSide
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SideBatch:
+    """Side networks to run on the tokens of a step.
+
+    One entry is one side network that reads all of the step's tokens of one sequence. Several may
+    read the same sequence; at most one of them has a scale above 0.
+
+    Attributes:
+        networks: S of them, from `Decoder.attach`.
+        caches: the cache of each, from `Decoder.make_side_cache`; equal shapes may share one.
+        sequences: (S,) int32, which sequence of the batch each reads.
+        block_tables: (S, M) int32, cache block of each run of `block_size` positions.
+        scales: (S,) float32 in 0 .. 1: how much of it goes into the sequence's logits. 0: none, it
+            only fills its cache.
+    """
+
+    networks: tuple[AttachedSide, ...]
+    caches: tuple[KVCache, ...]
+    sequences: Tensor
+    block_tables: Tensor
+    scales: Tensor
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
@@ -21,6 +47,9 @@ class PackedBatch:
         block_tables: (B, M) cache block of each run of `block_size` positions; entries past the
             context are ignored.
         output_rows: (L,) which of the T tokens to compute logits for, increasing.
+        write_starts: (B,) first position whose keys and values are written; earlier ones are in
+            the cache already and are left alone. None: all of them are written.
+        side: side networks on these tokens, or None.
     """
 
     token_ids: Tensor
@@ -29,3 +58,5 @@ class PackedBatch:
     context_lens: Tensor
     block_tables: Tensor
     output_rows: Tensor
+    write_starts: Tensor | None = None
+    side: SideBatch | None = None

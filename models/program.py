@@ -104,10 +104,10 @@ class AttentionOp:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TapOp:
-    """Copy the residual stream after a layer to the caller's taps."""
+    """Hand out the residual stream: tap 0 is the embedding, tap i + 1 what layer i leaves."""
 
     src: str
-    layer: int
+    index: int
 
 
 Op = EmbedOp | LinearOp | AttentionOp | TapOp
@@ -259,7 +259,30 @@ class _Builder:
             attention, attention_out, mlp, mlp_out)  # fmt: skip
         for emit in order:
             emit()
-        self.ops.append(TapOp(src="x", layer=i))
+
+
+def rotation(spec: DecoderSpec) -> tuple[Tensor, float]:
+    """Return the inverse frequencies, empty without rotation, and the factor on cos and sin."""
+    rotary = spec.rotary
+    inv_freq = torch.tensor(rotary.inv_freq if rotary else [], dtype=torch.float32)
+    return inv_freq, rotary.attention_scale if rotary else 1.0
+
+
+def build_layers(
+    spec: DecoderSpec, weights: Mapping[str, Weight]
+) -> tuple[tuple[tuple[Op, ...], ...], Norm | None, Mapping[str, int]]:
+    """Lay out the operations of the layers alone, whose stream is the buffer "x".
+
+    Returns:
+        The operations of each layer, the final norm if there is one, and the buffers' widths.
+    """
+    builder = _Builder(spec, weights)
+    layers = []
+    for i, layer in enumerate(spec.layers):
+        builder.layer(i, layer)
+        layers.append(tuple(builder.ops))
+        builder.ops = []
+    return tuple(layers), builder.norm("final_norm") if spec.final_norm else None, builder.widths
 
 
 def build_program(spec: DecoderSpec, weights: Mapping[str, Weight], head: Matrix) -> Program:
@@ -284,16 +307,18 @@ def build_program(spec: DecoderSpec, weights: Mapping[str, Weight], head: Matrix
             positions_offset=spec.learned_positions_offset or 0,
         )
     )
+    builder.ops.append(TapOp(src="x", index=0))
     for i, layer in enumerate(spec.layers):
         builder.layer(i, layer)
+        builder.ops.append(TapOp(src="x", index=i + 1))
     final = builder.norm("final_norm") if spec.final_norm else None
     builder.linear(["head"], src="x", dst=LOGITS, prologue=final, selects_rows=True)
-    rotary = spec.rotary
+    inv_freq, rotary_scale = rotation(spec)
     return Program(
         ops=tuple(builder.ops),
         widths=builder.widths,
-        inv_freq=torch.tensor(rotary.inv_freq if rotary else [], dtype=torch.float32),
-        rotary_scale=rotary.attention_scale if rotary else 1.0,
+        inv_freq=inv_freq,
+        rotary_scale=rotary_scale,
         num_layers=len(spec.layers),
         vocab_size=spec.vocab_size,
     )

@@ -24,17 +24,70 @@ class BackendUnavailableError(Exception):
     """The backend is draining, stopped or broken."""
 
 
+class AdapterNotFoundError(Exception):
+    """No adapter has this name."""
+
+
+class AdapterConflictError(Exception):
+    """The name is taken, or the adapter is in use."""
+
+
+class AdapterLoadError(Exception):
+    """The adapter cannot be attached: outside the root, damaged, or made for another base."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterInfo:
+    """An attached adapter.
+
+    Attributes:
+        name: what follows the base's id in a model id: `base:name`.
+        method: "qst".
+        description: free text from the adapter's card; may be empty.
+        num_parameters: of the adapter.
+        num_bytes: memory that it takes while it is loaded.
+        is_loaded: in memory; if not, its next request loads it.
+        num_running: requests that use it now.
+        created: Unix time at which it was attached, in seconds.
+    """
+
+    name: str
+    method: str
+    description: str
+    num_parameters: int
+    num_bytes: int
+    is_loaded: bool
+    num_running: int
+    created: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """Continuations of a request's prompt that are made alike.
+
+    Attributes:
+        params: sampling parameters; `seed` and `max_tokens` are set (the API resolves them).
+        num_sequences: how many; number i draws with `decoding.derive_seed(params.seed, i)`.
+        adapter: name of an attached adapter, or None for the base.
+        adapter_scale: how much of the adapter, 0 .. 1; 0 is the base, exactly.
+    """
+
+    params: SamplingParams
+    num_sequences: int = 1
+    adapter: str | None = None
+    adapter_scale: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """One prompt, `num_sequences` continuations.
+    """One prompt and its continuations. The base computes the prompt once for all arms.
 
     Attributes:
         request_id: unique among the requests in flight.
         prompt_token_ids: at least one id, each in the vocabulary, prompt + max_tokens within the
             context (checked by the API).
-        params: sampling parameters; `seed` and `max_tokens` are set (the API resolves them).
+        arms: at least one; their sequences are numbered through, in order.
         prompt_is_template: the prompt ends in a chat template, which the answer does not continue.
-        num_sequences: continuations; sequence i draws with `decoding.derive_seed(params.seed, i)`.
         prompt_logprobs: None, or how many alternatives to report beside each prompt token's own
             log probability.
         is_traced: fill `TokenOutput.trace`.
@@ -42,9 +95,8 @@ class GenerationRequest:
 
     request_id: str
     prompt_token_ids: list[int]
-    params: SamplingParams
+    arms: tuple[Arm, ...]
     prompt_is_template: bool = False
-    num_sequences: int = 1
     prompt_logprobs: int | None = None
     is_traced: bool = False
 
@@ -82,13 +134,14 @@ class TokenOutput:
     """One new token of one sequence, or the end of a sequence.
 
     Attributes:
-        sequence_index: 0 .. num_sequences - 1.
+        sequence_index: number of the sequence in the request, from 0.
         token_id: the token; None when the sequence ended without a new one (abort, error).
         logprob: set when `params.logprobs` is, or the request is traced.
         trace: set when the request is traced.
         finish_reason: set on a sequence's last output. "stop": the token is an end-of-sequence or
             stop token.
-        cached_prompt_tokens: prompt tokens found in the prefix cache; on a sequence's first output.
+        cached_prompt_tokens: prompt tokens that were not computed again; on a sequence's first
+            output.
         prompt_logprobs: one entry for each prompt token (None for the first); on sequence 0's first
             output if asked for.
     """
@@ -147,6 +200,27 @@ class Backend(Protocol):
         Raises:
             QueueFullError: no room in the queue (raised at the first `anext`).
             BackendUnavailableError: draining, stopped or broken.
+            AdapterNotFoundError: an arm names an adapter that is not attached.
+            AdapterLoadError: an adapter that had left memory cannot be read any more.
+        """
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Return what is attached, in the order of names."""
+
+    async def attach_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Load the adapter in a folder and serve it under a name.
+
+        Raises:
+            AdapterConflictError: the name is taken.
+            AdapterLoadError: a bad name or path, or the folder does not hold a fitting adapter.
+        """
+
+    async def detach_adapter(self, name: str) -> None:
+        """Serve an adapter no more.
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name.
+            AdapterConflictError: requests use it.
         """
 
     def abort_sequence(self, request_id: str, sequence_index: int) -> None:
