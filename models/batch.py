@@ -20,6 +20,7 @@ class SideBatch:
         caches: the cache of each, from `Decoder.make_side_cache`; equal shapes may share one.
         sequences: (S,) int32, which sequence of the batch each reads.
         block_tables: (S, M) int32, cache block of each run of `block_size` positions.
+        write_starts: (S,) int32, as in `PackedBatch`, of each side network's own cache.
         scales: (S,) float32 in 0 .. 1: how much of it goes into the sequence's logits. 0: none, it
             only fills its cache.
     """
@@ -28,6 +29,7 @@ class SideBatch:
     caches: tuple[KVCache, ...]
     sequences: Tensor
     block_tables: Tensor
+    write_starts: Tensor
     scales: Tensor
 
 

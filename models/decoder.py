@@ -1,6 +1,6 @@
 """The base decoder: a spec and weights made runnable."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from models.kernels.reference import ReferenceExecutor
 from models.kv_cache import KVCache, cache_bytes_per_block
 from models.program import build_program
 from models.quantization import quantize_4bit
+from models.side import AttachedSide, SideNetwork, SideProgram, build_side_program
 from models.spec import DecoderSpec
 from models.weights import Matrix, Weight, dense, quantize_8bit
 
@@ -29,6 +30,14 @@ class Executor(Protocol):
     ) -> KVCache: ...
 
     def forward(self, batch: PackedBatch, cache: KVCache, taps: Tensor | None = None) -> Tensor: ...
+
+    def hidden_states(self, batch: PackedBatch) -> Iterator[Tensor]: ...
+
+    def apply_final_norm(self, states: Tensor) -> Tensor: ...
+
+    def apply_head(self, states: Tensor) -> Tensor: ...
+
+    def attach(self, program: SideProgram) -> AttachedSide: ...
 
 
 class Decoder:
@@ -93,20 +102,69 @@ class Decoder:
         dtype = dtype or self._default_cache_dtype
         return self._executor.make_cache(self.spec, num_blocks, block_size, dtype)
 
-    def forward(
-        self, batch: PackedBatch, cache: KVCache, *, taps: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, batch: PackedBatch, cache: KVCache, *, taps: Tensor | None = None) -> Tensor:
         """Run one step: write the step's keys and values to the cache, return logits.
 
         Args:
             batch: the step's tokens.
             cache: from `make_cache`.
-            taps: (layers, T, D) float32 to receive the residual stream after each layer.
+            taps: (layers + 1, T, D) float32 to receive the embedding and the residual stream
+                after each layer.
 
         Returns:
             (L, V) float32 logits of `batch.output_rows`, on the decoder's device.
         """
         return self._executor.forward(batch, cache, taps)
+
+    def hidden_states(self, batch: PackedBatch) -> Iterator[Tensor]:
+        """Compute whole sequences one layer at a time, without logits.
+
+        Each layer is computed when it is asked for; nothing else may run on the decoder before the
+        last one was. Keys and values are kept for one layer only, so no cache is needed.
+
+        Args:
+            batch: all tokens of each sequence, from position 0; its block tables, output rows and
+                side networks are ignored.
+
+        Yields:
+            h[0] .. h[N], the embedding and the residual stream after each layer: new (T, D) float32
+            tensors on the decoder's device.
+        """
+        return self._executor.hidden_states(batch)
+
+    def apply_final_norm(self, states: Tensor) -> Tensor:
+        """Apply the final norm, if there is one, to (T, D) float32 states."""
+        return self._executor.apply_final_norm(states)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the (T, V) float32 logits of (T, D) float32 states that are normed already."""
+        return self._executor.apply_head(states)
+
+    def attach(self, network: SideNetwork) -> AttachedSide:
+        """Make a side network ready to run on this decoder's steps.
+
+        Raises:
+            SpecError: it does not fit; every reason is named.
+        """
+        return self._executor.attach(build_side_program(network, self.spec))
+
+    def make_side_cache(
+        self,
+        side: AttachedSide,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        dtype: torch.dtype | None = None,
+    ) -> KVCache:
+        """Return an empty cache for a side network and all others of its `cache_shape`."""
+        dtype = dtype or self._default_cache_dtype
+        return self._executor.make_cache(side.spec, num_blocks, block_size, dtype)
+
+    def side_cache_bytes_per_block(
+        self, side: AttachedSide, *, block_size: int = 16, dtype: torch.dtype | None = None
+    ) -> int:
+        """Return the bytes that one block of a side network's cache takes over all layers."""
+        return cache_bytes_per_block(side.spec, block_size, dtype or self._default_cache_dtype)
 
 
 def resolve_kernels(kernels: KernelChoice, device: str) -> KernelChoice:
@@ -131,9 +189,7 @@ def resolve_kernels(kernels: KernelChoice, device: str) -> KernelChoice:
     return kernels
 
 
-def _head_matrix(
-    spec: DecoderSpec, weights: Mapping[str, Weight], head: HeadPrecision
-) -> Matrix:
+def _head_matrix(spec: DecoderSpec, weights: Mapping[str, Weight], head: HeadPrecision) -> Matrix:
     matrix = weights.get("embed.weight" if spec.tied_head else "head.weight")
     if matrix is None:
         return torch.empty(0, 0)  # reported by build_program with everything else that is missing

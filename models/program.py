@@ -119,7 +119,7 @@ class Program:
     """A decoder's operations.
 
     Attributes:
-        ops: in order.
+        ops: in order; the last one makes the logits.
         widths: most columns that an operation uses of each buffer, by name.
         inv_freq: (rotary_dim / 2,) float32, empty without rotation.
         rotary_scale: factor on cos and sin.
@@ -132,6 +132,13 @@ class Program:
     rotary_scale: float
     num_layers: int
     vocab_size: int
+
+    @property
+    def head(self) -> LinearOp:
+        """The last operation: final norm and LM head."""
+        head = self.ops[-1]
+        assert isinstance(head, LinearOp)
+        return head
 
 
 def check_weights(spec: DecoderSpec, weights: Mapping[str, Weight]) -> None:

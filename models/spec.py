@@ -114,6 +114,7 @@ class DecoderSpec:
 
 def linear_shapes(spec: DecoderSpec, layer: LayerSpec) -> dict[str, tuple[int, int]]:
     """Give (out_features, in_features) of every linear of a layer, by canonical name."""
+
     def width(kept: tuple[int, ...] | None) -> int:
         return spec.hidden_size if kept is None else len(kept)
 

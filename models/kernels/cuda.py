@@ -5,6 +5,7 @@ so that launching its kernels costs one call. Other steps run operation by opera
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
@@ -16,13 +17,18 @@ from torch import Tensor
 from models.batch import PackedBatch
 from models.kernels.reference import (
     Linear,
-    attend_sequences,
+    apply_head,
+    apply_prologue,
+    attach_plain,
+    forward_batch,
     make_plain_cache,
     run_program,
+    walk_whole_sequences,
 )
 from models.kv_cache import KVCache
 from models.program import AttentionOp, LinearOp, Piece, Program
 from models.quantization import NF4_CODEBOOK
+from models.side import AttachedSide, SideProgram
 from models.spec import DecoderSpec
 from models.weights import Matrix, Quantized4Bit, dense
 
@@ -63,20 +69,28 @@ class CudaExecutor:
     def forward(self, batch: PackedBatch, cache: KVCache, taps: Tensor | None = None) -> Tensor:
         """Run one step; see `Decoder.forward`."""
         is_decode = len(batch.token_ids) == len(batch.context_lens) == len(batch.output_rows)
-        if is_decode and taps is None:
+        is_plain = batch.side is None and batch.write_starts is None
+        if is_decode and taps is None and is_plain:
             return self._graph(batch, cache).replay(batch)
-        token_ids, positions, rows = (
-            t.to(self._device, non_blocking=True).long()
-            for t in (batch.token_ids, batch.positions, batch.output_rows)
+        return forward_batch(
+            self._program, batch, cache, device=self._device, taps=taps, linear=self._linear
         )
 
-        def attend(op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend_sequences(op, q, k, v, batch, cache)
+    def hidden_states(self, batch: PackedBatch) -> Iterator[Tensor]:
+        """See `Decoder.hidden_states`."""
+        return walk_whole_sequences(self._program, batch, device=self._device, linear=self._linear)
 
-        return run_program(
-            self._program, token_ids, positions, rows, attend=attend, linear=self._linear,
-            taps=taps,
-        )  # fmt: skip
+    def apply_final_norm(self, states: Tensor) -> Tensor:
+        """See `Decoder.apply_final_norm`."""
+        return apply_prologue(self._program.head, states)
+
+    def apply_head(self, states: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        return apply_head(self._program, states, linear=self._linear)
+
+    def attach(self, program: SideProgram) -> AttachedSide:
+        """See `Decoder.attach`; a side network is computed in float32."""
+        return attach_plain(program, self._device)
 
     def _linear(self, x: Tensor, weight: Matrix) -> Tensor:
         x = x.to(self._dtype)
@@ -133,9 +147,7 @@ def _capture(
         return attend_decode(op, q, k, v, positions, tables, cache)
 
     def step() -> Tensor:
-        return run_program(
-            program, token_ids, positions, all_rows, attend=attend, linear=linear
-        )
+        return run_program(program, token_ids, positions, all_rows, attend=attend, linear=linear)
 
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

@@ -7,6 +7,7 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
 OP_KINDS = {"embed": 0, "linear": 1, "attention": 2, "tap": 3}
 PROLOGUES = {"plain": 0, "rms_norm": 1, "layer_norm": 2, "activation": 3, "gated_activation": 4}
+POOLS = {None: 0, "max": 1, "avg": 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
@@ -34,15 +35,38 @@ class NativeOp(ctypes.Structure):
     ]  # fmt: skip
 
 
+class NativeSide(ctypes.Structure):
+    """`Side` in program.h."""
+
+    _fields_: ClassVar = [
+        *((name, _P) for name in (
+            "downs", "ops", "op_starts", "up", "gates", "base_share", "inv_freq", "widths")),
+        *((name, _I) for name in (
+            "num_buffers", "num_layers", "width", "hidden", "pool", "rotary_dim", "max_inputs")),
+        ("rotary_scale", _F),
+    ]  # fmt: skip
+
+
+class NativeSideEntry(ctypes.Structure):
+    """`SideEntry` in program.h."""
+
+    _fields_: ClassVar = [
+        ("side", _P), ("k_cache", _P), ("v_cache", _P), ("blocks", _P), ("sequence", _I),
+        ("write_start", _I), ("scale", _F), ("reserved", _I),
+    ]  # fmt: skip
+
+
 class NativeStep(ctypes.Structure):
     """`Step` in program.h."""
 
     _fields_: ClassVar = [
         *((name, _P) for name in (
             "token_ids", "positions", "query_starts", "context_lens", "block_tables",
-            "output_rows", "k_cache", "v_cache", "inv_freq", "logits", "taps")),
+            "output_rows", "write_starts", "k_cache", "v_cache", "inv_freq", "sides", "states",
+            "logits", "taps")),
         *((name, _I) for name in (
-            "num_tokens", "num_sequences", "num_outputs", "block_table_stride", "cache_format")),
+            "num_tokens", "num_sequences", "num_outputs", "block_table_stride", "cache_format",
+            "num_sides", "first_op", "last_op", "first_tap")),
         ("rotary_scale", _F),
     ]  # fmt: skip
 

@@ -108,6 +108,4 @@ def _pack_codes8(weight: Quantized8Bit, group: int) -> Panels:
     codes = codes.permute(0, 2, 3, 1, 4).reshape(-1, groups, group * PANEL)
     scales = _pad_rows(weight.scales).view(-1, PANEL, groups).transpose(1, 2).contiguous()
     data = torch.cat((codes, scales.view(torch.int8)), dim=2).contiguous()
-    return Panels(
-        data=data, codebook=None, format=_FORMATS["codes8"], group=group, outputs=outputs
-    )
+    return Panels(data=data, codebook=None, format=_FORMATS["codes8"], group=group, outputs=outputs)

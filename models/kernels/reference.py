@@ -3,7 +3,9 @@
 This is what every other executor is held against.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,18 @@ from torch import Tensor
 
 from models.batch import PackedBatch
 from models.kv_cache import KVCache
-from models.program import LOGITS, Activate, AttentionOp, EmbedOp, LinearOp, Norm, Program
+from models.program import (
+    Activate,
+    AttentionOp,
+    EmbedOp,
+    LinearOp,
+    Norm,
+    Op,
+    Piece,
+    Program,
+    TapOp,
+)
+from models.side import AttachedSide, Downsample, SideProgram
 from models.spec import Activation, DecoderSpec
 from models.weights import Matrix, dense
 
@@ -70,6 +83,84 @@ def apply_rotary(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
+def rotary_angles(inv_freq: Tensor, scale: float, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (T, rotary_dim / 2) float32, of (T,) positions."""
+    angles = positions[:, None].float() * inv_freq
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def run_ops(
+    ops: Iterable[Op],
+    buffers: dict[str, Tensor],
+    widths: Mapping[str, int],
+    angles: tuple[Tensor, Tensor],
+    *,
+    attend: Attend,
+    linear: Linear = apply_linear,
+) -> None:
+    """Compute operations of layers over named buffers of (T, width) rows, in place of the old rows.
+
+    Args:
+        ops: linears, attention.
+        buffers: by name; entries are replaced, tensors are not changed.
+        widths: of the buffers.
+        angles: cos and sin of the rows' positions.
+        attend: stores keys and values and returns what the queries attend to.
+        linear: multiplies rows with a weight.
+    """
+    for op in ops:
+        if isinstance(op, LinearOp):
+            _run_linear(op, buffers, widths, linear)
+        elif isinstance(op, AttentionOp):
+            buffers[op.dst] = attend(op, *_split_heads(op, buffers[op.src], *angles))
+
+
+def walk_layers(
+    program: Program,
+    token_ids: Tensor,
+    positions: Tensor,
+    *,
+    attend: Attend,
+    linear: Linear = apply_linear,
+    buffers: dict[str, Tensor] | None = None,
+) -> Iterator[Tensor]:
+    """Yield the (T, D) embedding, then what each layer leaves of the residual stream.
+
+    Args:
+        program: on the device of the other tensors.
+        token_ids, positions: (T,) int64.
+        attend, linear: as for `run_ops`.
+        buffers: receives the rows, by name.
+    """
+    angles = rotary_angles(program.inv_freq, program.rotary_scale, positions)
+    buffers = {} if buffers is None else buffers
+    for op in program.ops:
+        if isinstance(op, EmbedOp):
+            x = op.table[token_ids].float()
+            if op.positions_table is not None:
+                x = x + op.positions_table[positions + op.positions_offset].float()
+            buffers[op.dst] = x
+        elif isinstance(op, TapOp):
+            yield buffers[op.src]
+        elif op is not program.head:
+            run_ops((op,), buffers, program.widths, angles, attend=attend, linear=linear)
+
+
+def apply_prologue(op: LinearOp, x: Tensor) -> Tensor:
+    """Make (T, width) rows of a buffer ready for a linear: (T, in_features)."""
+    if isinstance(op.prologue, Norm):
+        return apply_norm(x, op.prologue)
+    if isinstance(op.prologue, Activate):
+        return apply_activation(x[:, : op.in_features * (1 + op.prologue.is_gated)], op.prologue)
+    return x[:, : op.in_features]
+
+
+def apply_head(program: Program, states: Tensor, *, linear: Linear = apply_linear) -> Tensor:
+    """Return the (T, V) logits of normed (T, D) states."""
+    outs = [_apply_piece(states, piece, linear) for piece in program.head.pieces]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+
 def run_program(
     program: Program,
     token_ids: Tensor,
@@ -86,62 +177,111 @@ def run_program(
         program: on the device of the other tensors.
         token_ids, positions: (T,) int64.
         output_rows: (L,) int64.
-        attend: stores keys and values and returns what the queries attend to.
-        linear: multiplies rows with a weight.
+        attend, linear: as for `run_ops`.
         taps: see `Decoder.forward`.
 
     Returns:
         (L, V) float32 logits.
     """
-    angles = positions[:, None].float() * program.inv_freq
-    cos, sin = angles.cos() * program.rotary_scale, angles.sin() * program.rotary_scale
     buffers: dict[str, Tensor] = {}
-    for op in program.ops:
-        if isinstance(op, EmbedOp):
-            x = op.table[token_ids].float()
-            if op.positions_table is not None:
-                x = x + op.positions_table[positions + op.positions_offset].float()
-            buffers[op.dst] = x
-        elif isinstance(op, LinearOp):
-            _run_linear(op, buffers, output_rows, program.widths, linear)
-        elif isinstance(op, AttentionOp):
-            buffers[op.dst] = attend(op, *_split_heads(op, buffers[op.src], cos, sin))
-        elif taps is not None:
-            taps[op.layer] = buffers[op.src]
-    return buffers[LOGITS]
+    layers = walk_layers(
+        program, token_ids, positions, attend=attend, linear=linear, buffers=buffers
+    )
+    for i, state in enumerate(layers):
+        if taps is not None:
+            taps[i] = state
+    ready = apply_prologue(program.head, buffers[program.head.src][output_rows])
+    return apply_head(program, ready, linear=linear)
+
+
+def _apply_piece(x: Tensor, piece: Piece, linear: Linear) -> Tensor:
+    out = linear(x, piece.weight)
+    return out if piece.bias is None else out + piece.bias
 
 
 def _run_linear(
-    op: LinearOp,
-    buffers: dict[str, Tensor],
-    output_rows: Tensor,
-    widths: Mapping[str, int],
-    linear: Linear,
+    op: LinearOp, buffers: dict[str, Tensor], widths: Mapping[str, int], linear: Linear
 ) -> None:
-    x = buffers[op.src]
-    if op.selects_rows:
-        x = x[output_rows]
-    if isinstance(op.prologue, Norm):
-        x = apply_norm(x, op.prologue)
-    elif isinstance(op.prologue, Activate):
-        x = apply_activation(x[:, : op.in_features * (1 + op.prologue.is_gated)], op.prologue)
-    else:
-        x = x[:, : op.in_features]
-    if op.dst != LOGITS and op.dst not in buffers:
+    x = apply_prologue(op, buffers[op.src])
+    outs = [_apply_piece(x, piece, linear) for piece in op.pieces]
+    width = sum(out.shape[1] for out in outs)
+    is_whole = op.scatter is None and width == widths[op.dst]
+    if is_whole:
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        buffers[op.dst] = buffers[op.dst] + out if op.accumulate else out
+        return
+    if op.dst not in buffers:
         buffers[op.dst] = x.new_zeros(len(x), widths[op.dst])
-    for piece in op.pieces:
-        out = linear(x, piece.weight)
-        if piece.bias is not None:
-            out = out + piece.bias
+    for piece, out in zip(op.pieces, outs, strict=True):
         columns = torch.arange(out.shape[1], device=x.device) + piece.offset
         if op.scatter is not None:
             columns = op.scatter.long()[columns]
-        if op.dst == LOGITS:
-            buffers[LOGITS] = out
-        elif op.accumulate:
-            buffers[op.dst] = buffers[op.dst].index_add(1, columns, out)
-        else:
-            buffers[op.dst] = buffers[op.dst].index_copy(1, columns, out)
+        add = buffers[op.dst].index_add if op.accumulate else buffers[op.dst].index_copy
+        buffers[op.dst] = add(1, columns, out)
+
+
+def apply_downsample(states: Tensor, down: Downsample, width: int) -> Tensor:
+    """Narrow (T, D) hidden states to (T, width)."""
+    if down.pool is not None:
+        runs = states.view(len(states), width, -1)
+        return runs.amax(-1) if down.pool == "max" else runs.mean(-1)
+    assert down.first is not None
+    x = F.linear(states, down.first)
+    if down.activation is not None:
+        x = _ACTIVATIONS[down.activation](x)
+    if down.second is not None:
+        x = F.linear(x, down.second)
+    return x if down.norm is None else apply_norm(x, down.norm)
+
+
+def run_side(
+    program: SideProgram, hidden: Iterable[Tensor], positions: Tensor, *, attend: Attend
+) -> Tensor:
+    """Compute a side network; differentiable in its tensors.
+
+    Args:
+        program: on the device of the other tensors.
+        hidden: h[0] .. h[N] of the base, (T, D) float32 each, taken one at a time.
+        positions: (T,) int64.
+        attend: as for `run_ops`, with the side network's heads.
+
+    Returns:
+        (T, side width) float32, s[N] before the side network's final norm.
+    """
+    network = program.network
+    width = network.spec.hidden_size
+    angles = rotary_angles(program.inv_freq, program.rotary_scale, positions)
+    stream: Tensor | None = None
+    for i, (state, down) in enumerate(zip(hidden, network.downsamples, strict=True)):
+        narrow = apply_downsample(state, down, width)
+        if stream is None:
+            stream = narrow
+            continue
+        buffers = {"x": torch.lerp(narrow, stream, network.gates[i - 1])}
+        run_ops(program.layers[i - 1], buffers, program.widths, angles, attend=attend)
+        stream = buffers["x"]
+    assert stream is not None
+    return stream
+
+
+def blend_side(
+    program: SideProgram, normed: Tensor, side: Tensor, scales: Tensor | float = 1.0
+) -> Tensor:
+    """Blend the base's normed final states with a side network's.
+
+    Args:
+        program: the side network.
+        normed: (T, D) float32.
+        side: (T, side width) float32 from `run_side`.
+        scales: one, or (T, 1), in 0 .. 1: how much of the side network.
+
+    Returns:
+        (T, D) float32, what the LM head reads.
+    """
+    network = program.network
+    up = F.linear(apply_norm(side, program.final_norm), network.up, network.up_bias)
+    share = network.base_share + (1 - scales) * (1 - network.base_share)
+    return share * normed + (1 - share) * up
 
 
 def _split_heads(
@@ -182,17 +322,140 @@ class ReferenceExecutor:
 
     def forward(self, batch: PackedBatch, cache: KVCache, taps: Tensor | None = None) -> Tensor:
         """Run one step; see `Decoder.forward`."""
-        token_ids, positions, rows = (
-            t.to(self._device).long()
-            for t in (batch.token_ids, batch.positions, batch.output_rows)
-        )
+        return forward_batch(self._program, batch, cache, taps=taps, device=self._device)
 
-        def attend(op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend_sequences(op, q, k, v, batch, cache)
+    def hidden_states(self, batch: PackedBatch) -> Iterator[Tensor]:
+        """See `Decoder.hidden_states`."""
+        return walk_whole_sequences(self._program, batch, device=self._device)
 
+    def apply_final_norm(self, states: Tensor) -> Tensor:
+        """See `Decoder.apply_final_norm`."""
+        return apply_prologue(self._program.head, states)
+
+    def apply_head(self, states: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        return apply_head(self._program, states)
+
+    def attach(self, program: SideProgram) -> AttachedSide:
+        """See `Decoder.attach`."""
+        return attach_plain(program, self._device)
+
+
+def forward_batch(
+    program: Program,
+    batch: PackedBatch,
+    cache: KVCache,
+    *,
+    device: torch.device,
+    taps: Tensor | None = None,
+    linear: Linear = apply_linear,
+) -> Tensor:
+    """Run one step over plain caches, side networks included; see `Decoder.forward`."""
+    token_ids, positions, rows = (
+        t.to(device).long() for t in (batch.token_ids, batch.positions, batch.output_rows)
+    )
+
+    def attend(op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_sequences(op, q, k, v, batch, cache)
+
+    if batch.side is None:
         return run_program(
-            self._program, token_ids, positions, rows, attend=attend, taps=taps
+            program, token_ids, positions, rows, attend=attend, linear=linear, taps=taps
         )
+    hidden = list(walk_layers(program, token_ids, positions, attend=attend, linear=linear))
+    if taps is not None:
+        torch.stack(hidden, out=taps)
+    normed = apply_prologue(program.head, hidden[-1][rows])
+    starts = batch.query_starts.tolist()
+    for s, b in enumerate(batch.side.sequences.tolist()):
+        tokens = slice(starts[b], starts[b + 1])
+        states = _run_attached(batch, s, b, tokens, [state[tokens] for state in hidden])
+        scale = float(batch.side.scales[s])
+        chosen = (rows >= tokens.start) & (rows < tokens.stop)
+        if scale and chosen.any():
+            side_program = batch.side.networks[s].lowered
+            assert isinstance(side_program, SideProgram)
+            side = states[rows[chosen] - tokens.start]
+            normed[chosen] = blend_side(side_program, normed[chosen], side, scale)
+    return apply_head(program, normed, linear=linear)
+
+
+def _run_attached(
+    batch: PackedBatch, s: int, b: int, tokens: slice, hidden: list[Tensor]
+) -> Tensor:
+    """Run side network s on the tokens of sequence b."""
+    assert batch.side is not None
+    alone = PackedBatch(
+        token_ids=batch.token_ids[tokens],
+        positions=batch.positions[tokens],
+        query_starts=torch.tensor([0, tokens.stop - tokens.start], dtype=torch.int32),
+        context_lens=batch.context_lens[b : b + 1],
+        block_tables=batch.side.block_tables[s : s + 1],
+        output_rows=batch.output_rows[:0],
+        write_starts=batch.side.write_starts[s : s + 1],
+    )
+    cache, program = batch.side.caches[s], batch.side.networks[s].lowered
+    assert isinstance(program, SideProgram)
+
+    def attend(op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_sequences(op, q, k, v, alone, cache)
+
+    positions = alone.positions.to(hidden[0].device).long()
+    return run_side(program, hidden, positions, attend=attend)
+
+
+def walk_whole_sequences(
+    program: Program, batch: PackedBatch, *, device: torch.device, linear: Linear = apply_linear
+) -> Iterator[Tensor]:
+    """Yield hidden states of sequences that start at 0; see `Decoder.hidden_states`."""
+    starts = batch.query_starts.tolist()
+
+    def attend(op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = []
+        for first, last in pairwise(starts):
+            heads = [x[first:last].transpose(0, 1)[None] for x in (q, k, v)]
+            attended = F.scaled_dot_product_attention(
+                heads[0], heads[1], heads[2], is_causal=True, scale=op.scale, enable_gqa=True
+            )
+            out.append(attended[0].transpose(0, 1).flatten(1))
+        return torch.cat(out)
+
+    token_ids, positions = (t.to(device).long() for t in (batch.token_ids, batch.positions))
+    return walk_layers(program, token_ids, positions, attend=attend, linear=linear)
+
+
+def attach_plain(program: SideProgram, device: torch.device) -> AttachedSide:
+    """Copy a side network to where it is computed."""
+    copies: list[Tensor] = []
+
+    def copy(tensor: Tensor) -> Tensor:
+        copies.append(tensor.detach().to(device, copy=True))
+        return copies[-1]
+
+    moved = map_tensors(program, copy)
+    assert isinstance(moved, SideProgram)
+    return AttachedSide(moved, sum(tensor.nbytes for tensor in copies), moved)
+
+
+def map_tensors(item: object, change: Callable[[Tensor], Tensor]) -> object:
+    """Rebuild nested dataclasses, tuples and mappings with every tensor changed, each one once."""
+    changed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def visit(item: object) -> object:
+        if isinstance(item, Tensor):
+            if id(item) not in changed:
+                changed[id(item)] = (item, change(item))
+            return changed[id(item)][1]
+        if isinstance(item, tuple):
+            return tuple(visit(part) for part in item)
+        if isinstance(item, Mapping):
+            return {key: visit(part) for key, part in item.items()}
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            fields = {f.name: visit(getattr(item, f.name)) for f in dataclasses.fields(item)}
+            return dataclasses.replace(item, **fields)
+        return item
+
+    return visit(item)
 
 
 def make_plain_cache(
@@ -200,8 +463,7 @@ def make_plain_cache(
 ) -> KVCache:
     """Return an empty cache of (num_blocks, block_size, K, E) tensors."""
     shapes = [
-        (num_blocks, block_size, layer.num_key_value_heads, layer.head_dim)
-        for layer in spec.layers
+        (num_blocks, block_size, layer.num_key_value_heads, layer.head_dim) for layer in spec.layers
     ]
     keys, values = (
         [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for _ in range(2)
@@ -229,9 +491,11 @@ def attend_sequences(
         tokens = slice(starts[b], starts[b + 1])
         positions = batch.positions[tokens].to(q.device).long()
         table = batch.block_tables[b].to(q.device).long()
-        where = (table[positions // cache.block_size], positions % cache.block_size)
-        keys[where] = k[tokens].detach().to(keys.dtype)
-        values[where] = v[tokens].detach().to(values.dtype)
+        first = 0 if batch.write_starts is None else int(batch.write_starts[b])
+        new = positions >= first
+        where = (table[positions // cache.block_size][new], positions[new] % cache.block_size)
+        keys[where] = k[tokens][new].detach().to(keys.dtype)
+        values[where] = v[tokens][new].detach().to(values.dtype)
         blocks = table[: -(-context // cache.block_size)]
         seen_k = keys[blocks].flatten(0, 1)[:context].to(q.dtype)
         seen_v = values[blocks].flatten(0, 1)[:context].to(q.dtype)

@@ -40,6 +40,12 @@ struct Kernels {
   void (*rotate)(float* head, int head_dim, int rotary_dim, const float* cos_sin, const float* weight, float eps,
                  float scale);
   void (*write_kv)(const float* k, const float* v, int head_dim, int slot, int format, void* k_block, void* v_block);
+  // Narrow `inputs` values to `outputs` runs' largest or mean.
+  void (*pool)(const float* x, int inputs, int outputs, int kind, float* out);
+  // out = x + amount * (y - x), each of them `width` values; y is at `stream`, which becomes the result.
+  void (*mix)(const float* x, const float* gates, int width, float* stream);
+  // base = share * base + (1 - share) * up with share = base_share + (1 - scale) * (1 - base_share).
+  void (*blend)(const float* base_share, const float* up, float scale, int width, float* base);
   void (*embed)(const void* table, int format, int64_t row, int width, float* out, bool add);
 };
 

@@ -533,6 +533,41 @@ inline void mix_values(const AttentionItem& item, int longest, int e, const floa
     for (int v = 0; v < WIDE * kVectors; ++v) store(item.out[q] + e + v * kLanes, total[q][v] * splat(inverse[q]));
 }
 
+// Channels e .. e + WIDE - 1 of what COUNT queries attend to, from values stored like keys.
+template <int COUNT, bool HALF, int WIDE>
+inline void mix_transposed(const AttentionItem& item, int longest, int e, const float* inverse) {
+  Floats total[COUNT][WIDE] = {};
+  const auto add = [&](const float* weights, const auto& value) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kBlock; v += kLanes) {
+      Floats values[WIDE];
+#pragma GCC unroll 2
+      for (int w = 0; w < WIDE; ++w) values[w] = value(w, v);
+#pragma GCC unroll 8
+      for (int q = 0; q < COUNT; ++q) {
+        const Floats weight = load(weights + q * item.score_stride + v);
+#pragma GCC unroll 2
+        for (int w = 0; w < WIDE; ++w) total[q][w] += values[w] * weight;
+      }
+    }
+  };
+  int block = 0;
+  for (; (block + 1) * kBlock <= longest; ++block) {
+    const ptrdiff_t base = item.blocks[block] * item.block_stride + e * kBlock;
+    add(item.scores + block * kBlock, [&](int w, int v) { return load_cached(item.v_cache, base + w * kBlock + v, HALF); });
+  }
+  if (block * kBlock < longest) {
+    // What lies behind the last position may be anything, even not a number.
+    float padded[WIDE][kBlock] = {};
+    const ptrdiff_t base = item.blocks[block] * item.block_stride + e * kBlock;
+    for (int w = 0; w < WIDE; ++w)
+      for (int p = 0; p < longest - block * kBlock; ++p) padded[w][p] = load_cached_one(item.v_cache, base + w * kBlock + p, HALF);
+    add(item.scores + block * kBlock, [&](int w, int v) { return load(&padded[w][v]); });
+  }
+  for (int q = 0; q < COUNT; ++q)
+    for (int w = 0; w < WIDE; ++w) item.out[q][e + w] = sum(total[q][w]) * inverse[q];
+}
+
 // Turn scores into weights exp(score - max), 0 beyond the limit; return 1 / their sum.
 inline float softmax(float* scores, int limit, int padded) {
   std::fill(scores + limit, scores + padded, -std::numeric_limits<float>::infinity());
@@ -564,18 +599,13 @@ void attend_queries(const AttentionItem& item) {
   for (int q = 0; q < COUNT; ++q)
     inverse[q] = softmax(item.scores + q * item.score_stride, item.limit[q], blocks * kBlock);
   int e = 0;
+  if (is_transposed(dim)) {
+    for (; e + 2 <= dim; e += 2) mix_transposed<COUNT, HALF, 2>(item, longest, e, inverse);
+    if (e < dim) mix_transposed<COUNT, HALF, 1>(item, longest, e, inverse);
+    return;
+  }
   for (; e + kWide * kPanel <= dim; e += kWide * kPanel) mix_values<COUNT, HALF, kWide>(item, longest, e, inverse);
   for (; e + kPanel <= dim; e += kPanel) mix_values<COUNT, HALF, 1>(item, longest, e, inverse);
-  for (; e < dim; ++e) {
-    for (int q = 0; q < COUNT; ++q) {
-      float total = 0;
-      for (int p = 0; p < longest; ++p) {
-        const ptrdiff_t at = item.blocks[p / kBlock] * item.block_stride + (p % kBlock) * dim + e;
-        total += item.scores[q * item.score_stride + p] * load_cached_one(item.v_cache, at, HALF);
-      }
-      item.out[q][e] = total * inverse[q];
-    }
-  }
 }
 
 template <int COUNT>
@@ -607,17 +637,44 @@ void rotate(float* head, int head_dim, int rotary_dim, const float* cos_sin, con
 }
 
 void write_kv(const float* k, const float* v, int head_dim, int slot, int format, void* k_block, void* v_block) {
+  const bool turned = is_transposed(head_dim);
+  const ptrdiff_t start = turned ? slot : ptrdiff_t(slot) * head_dim, step = turned ? kBlock : 1;
   if (format == kFloat16) {
     uint16_t* keys = static_cast<uint16_t*>(k_block) + slot;
-    uint16_t* values = static_cast<uint16_t*>(v_block) + ptrdiff_t(slot) * head_dim;
+    uint16_t* values = static_cast<uint16_t*>(v_block) + start;
     for (int e = 0; e < head_dim; ++e) {
       keys[e * kBlock] = float_to_half(k[e]);
-      values[e] = float_to_half(v[e]);
+      values[e * step] = float_to_half(v[e]);
     }
   } else {
     float* keys = static_cast<float*>(k_block) + slot;
-    for (int e = 0; e < head_dim; ++e) keys[e * kBlock] = k[e];
-    std::memcpy(static_cast<float*>(v_block) + ptrdiff_t(slot) * head_dim, v, head_dim * 4);
+    float* values = static_cast<float*>(v_block) + start;
+    for (int e = 0; e < head_dim; ++e) {
+      keys[e * kBlock] = k[e];
+      values[e * step] = v[e];
+    }
+  }
+}
+
+// ---- side networks -----------------------------------------------------------------------------------------------------
+
+void pool(const float* x, int inputs, int outputs, int kind, float* out) {
+  const int run = inputs / outputs;
+  for (int o = 0; o < outputs; ++o, x += run) {
+    float value = x[0];
+    for (int i = 1; i < run; ++i) value = kind == kMaxPool ? std::max(value, x[i]) : value + x[i];
+    out[o] = kind == kMaxPool ? value : value / run;
+  }
+}
+
+void mix(const float* x, const float* gates, int width, float* stream) {
+  for (int i = 0; i < width; ++i) stream[i] = x[i] + gates[i] * (stream[i] - x[i]);
+}
+
+void blend(const float* base_share, const float* up, float scale, int width, float* base) {
+  for (int i = 0; i < width; ++i) {
+    const float share = base_share[i] + (1.f - scale) * (1.f - base_share[i]);
+    base[i] = share * base[i] + (1.f - share) * up[i];
   }
 }
 
@@ -634,7 +691,7 @@ void embed(const void* table, int format, int64_t row, int width, float* out, bo
   }
 }
 
-constexpr Kernels kTable = {PROA_NAME, prepare_row, panel, attend, rotate, write_kv, embed};
+constexpr Kernels kTable = {PROA_NAME, prepare_row, panel, attend, rotate, write_kv, pool, mix, blend, embed};
 
 }  // namespace
 }  // namespace proa

@@ -12,6 +12,7 @@ constexpr int kMaxActivation = 8191;  // 64 products of a 13-bit activation and 
 enum OpKind : int32_t { kEmbed = 0, kLinear = 1, kAttention = 2, kTap = 3 };
 enum Prologue : int32_t { kPlain = 0, kRmsNorm = 1, kLayerNorm = 2, kActivation = 3, kGatedActivation = 4 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+enum PoolKind : int32_t { kNoPool = 0, kMaxPool = 1, kAveragePool = 2 };
 enum Format : int32_t { kCodes4 = 0, kCodes8 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4 };
 
 // One matrix of a linear; several share an input. `data` holds panels of 16 outputs, the last one padded:
@@ -47,7 +48,7 @@ struct Op {
   int32_t norm_width;  // width that the norm reads
   int32_t accumulate;
   int32_t select_rows;
-  int32_t layer;
+  int32_t layer;  // of attention; which tap
   int32_t num_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
@@ -60,6 +61,38 @@ struct Op {
   int32_t reserved;
 };
 
+// A side network: a narrow decoder that reads the residual stream at every tap. All of its weights are dense.
+struct Side {
+  const Op* downs;            // (layers + 1, 3): first matrix, second matrix, norm; no pieces or a plain prologue: absent
+  const Op* ops;              // of all layers, buffer 0 being the stream
+  const int32_t* op_starts;   // (layers + 1)
+  const Op* up;               // final norm and upsampling
+  const float* gates;         // (layers, width)
+  const float* base_share;    // (hidden)
+  const float* inv_freq;
+  const int32_t* widths;      // of the buffers
+  int32_t num_buffers;
+  int32_t num_layers;
+  int32_t width;
+  int32_t hidden;
+  int32_t pool;               // PoolKind
+  int32_t rotary_dim;
+  int32_t max_inputs;         // widest input or width of a linear or norm
+  float rotary_scale;
+};
+
+// One side network on all of the step's tokens of one sequence.
+struct SideEntry {
+  const Side* side;
+  void* const* k_cache;  // as in Step
+  void* const* v_cache;
+  const int32_t* blocks;
+  int32_t sequence;
+  int32_t write_start;
+  float scale;           // how much of it goes into the logits; 0: it fills its cache only
+  int32_t reserved;
+};
+
 struct Step {
   const int32_t* token_ids;
   const int32_t* positions;
@@ -67,17 +100,27 @@ struct Step {
   const int32_t* context_lens;
   const int32_t* block_tables;
   const int32_t* output_rows;
+  const int32_t* write_starts;  // first position of each sequence whose keys and values are written, or null
   void* const* k_cache;  // one per layer: (num_blocks, kv_heads, head_dim, 16)
-  void* const* v_cache;  // one per layer: (num_blocks, kv_heads, 16, head_dim)
+  void* const* v_cache;  // one per layer: (num_blocks, kv_heads, 16, head_dim), or as the keys if is_transposed(head_dim)
   const float* inv_freq;
+  const SideEntry* sides;
+  const float* states;  // (num_outputs, hidden) that the last operation reads in place of its source and norm, or null
   float* logits;
-  float* taps;  // (layers, T, hidden), or null
+  float* taps;  // (layers + 1, T, hidden), or null
   int32_t num_tokens;
   int32_t num_sequences;
   int32_t num_outputs;
   int32_t block_table_stride;
   int32_t cache_format;  // kFloat32 or kFloat16
+  int32_t num_sides;
+  int32_t first_op;      // runs operations first_op .. last_op - 1; buffers keep what they hold
+  int32_t last_op;
+  int32_t first_tap;     // which tap `taps` starts with
   float rotary_scale;
 };
+
+// Values of heads that do not fill panels are stored like keys, so that they are read in whole vectors too.
+inline bool is_transposed(int head_dim) { return head_dim % kPanel != 0; }
 
 }  // namespace proa

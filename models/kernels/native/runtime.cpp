@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "side.h"
 #include "threads.h"
 
 namespace proa {
@@ -49,7 +50,7 @@ class Program {
  public:
   Program(const Op* ops, int num_ops, const int32_t* widths, int num_buffers, Pool* pool, const Kernels* kernels)
       : ops_(ops, ops + num_ops), widths_(widths, widths + num_buffers), buffers_(num_buffers), pool_(pool),
-        kernels_(kernels), counters_(num_ops), scratch_(pool->size()) {
+        kernels_(kernels), sides_(pool, kernels), counters_(num_ops), scratch_(pool->size()) {
     size_t row = 0;
     for (const Op& op : ops_) {
       row = std::max<size_t>(row, op.norm_width + op.inputs);
@@ -78,7 +79,7 @@ class Program {
  private:
   void prepare(const Step& step) {
     const size_t rows = std::max(step.num_tokens, step.num_outputs);
-    for (size_t i = 0; i < buffers_.size(); ++i) grow(buffers_[i], rows * widths_[i]);
+    for (size_t i = 0; i < buffers_.size(); ++i) grow(buffers_[i], size_t(step.num_tokens) * widths_[i]);
     bool has_codes = false, has_dense = false;
     for (const Op& op : ops_)
       if (op.kind == kLinear) (op.group ? has_codes : has_dense) = true;
@@ -97,6 +98,7 @@ class Program {
     }
     is_decode_ = step.num_tokens == step.num_sequences;
     for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
+    if (step.num_sides) sides_.prepare(step, ops_.back(), score_stride_);
   }
 
   void walk(const Step& step, int thread) {
@@ -110,7 +112,7 @@ class Program {
         row[half + i] = std::sin(angle) * step.rotary_scale;
       }
     }
-    for (size_t i = 0; i < ops_.size(); ++i) {
+    for (int i = step.first_op; i < step.last_op; ++i) {
       const Op& op = ops_[i];
       switch (op.kind) {
         case kEmbed:
@@ -131,8 +133,9 @@ class Program {
           break;
         case kTap:
           for (int t = thread; step.taps && t < step.num_tokens; t += threads)
-            std::memcpy(step.taps + (size_t(op.layer) * step.num_tokens + t) * widths_[op.src],
+            std::memcpy(step.taps + (size_t(op.layer - step.first_tap) * step.num_tokens + t) * widths_[op.src],
                         buffers_[op.src].data() + size_t(t) * widths_[op.src], widths_[op.src] * 4);
+          if (step.num_sides) sides_.tap(step, op.layer, buffers_[op.src].data(), widths_[op.src], thread);
           break;
       }
     }
@@ -153,11 +156,22 @@ class Program {
     act.values = rows == 1 ? scratch.values.data() : values_.data();
     act.codes = rows == 1 ? scratch.codes.data() : codes_.data();
     act.scales = rows == 1 ? scratch.scales.data() : scales_.data();
-    const auto row_of = [&](int r) { return src + (op.select_rows ? step.output_rows[r] : r) * src_stride; };
+    const auto prepare_row = [&](int r) {
+      const float* ready = nullptr;  // normed already
+      if (op.select_rows) ready = step.states ? step.states + r * size_t(op.inputs) : step.num_sides ? sides_.blended(r) : nullptr;
+      if (!ready) {
+        const int row = op.select_rows ? step.output_rows[r] : r;
+        return kernels_->prepare_row(op, src + row * src_stride, r, act, scratch.row.data());
+      }
+      Op plain = op;
+      plain.prologue = kPlain;
+      plain.gather = nullptr;
+      kernels_->prepare_row(plain, ready, r, act, scratch.row.data());
+    };
     if (rows == 1) {
-      kernels_->prepare_row(op, row_of(0), 0, act, scratch.row.data());
+      prepare_row(0);
     } else {
-      for (int r = thread; r < rows; r += threads) kernels_->prepare_row(op, row_of(r), r, act, scratch.row.data());
+      for (int r = thread; r < rows; r += threads) prepare_row(r);
       pool_->barrier.wait();
     }
     int total = 0;
@@ -208,8 +222,9 @@ class Program {
       kernels_->rotate(row + h * dim, dim, op.rotary_dim, cos_sin, op.q_norm, op.eps, op.scale);
     float* k = row + (op.num_heads + head) * dim;
     const float* v = row + (op.num_heads + op.num_kv_heads + head) * dim;
-    kernels_->rotate(k, dim, op.rotary_dim, cos_sin, op.k_norm, op.eps, 1.f);
     const int position = step.positions[token];
+    if (step.write_starts && position < step.write_starts[sequence]) return;
+    kernels_->rotate(k, dim, op.rotary_dim, cos_sin, op.k_norm, op.eps, 1.f);
     const ptrdiff_t block = step.block_tables[size_t(sequence) * step.block_table_stride + position / kBlock];
     const ptrdiff_t offset = (block * op.num_kv_heads + head) * dim * kBlock;
     const int size = step.cache_format == kFloat16 ? 2 : 4;
@@ -274,6 +289,7 @@ class Program {
   std::vector<std::vector<float>> buffers_;
   Pool* pool_;
   const Kernels* kernels_;
+  SideRunner sides_;
   std::vector<std::atomic<int>> counters_;
   std::vector<Scratch> scratch_;
   std::vector<int16_t> codes_;

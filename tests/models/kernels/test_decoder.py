@@ -33,7 +33,7 @@ def test_native_decoder_equals_reference(
         decoder = Decoder(spec, weights, kernels=kernels, head="dense", num_threads=2)  # type: ignore[arg-type]
         cache = decoder.make_cache(num_blocks=12, dtype=torch.float32)
         spans = [(0, 30), (0, 3), (0, 64)]
-        tapped = torch.zeros(3, 97, HIDDEN)
+        tapped = torch.zeros(4, 97, HIDDEN)
         first = decoder.forward(pack_batch(SEQUENCES[:3], TABLES[:3], spans), cache, taps=tapped)
         mixed = [SEQUENCES[0], SEQUENCES[1], SEQUENCES[3]], [TABLES[0], TABLES[1], TABLES[3]]
         second = decoder.forward(pack_batch(*mixed, [(30, 37), (3, 4), (0, 1)]), cache)

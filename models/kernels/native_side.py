@@ -1,0 +1,102 @@
+"""Side networks as the native kernels read them."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from models.batch import SideBatch
+from models.kernels.native_lowering import Lowering
+from models.kernels.native_program import POOLS, NativeOp, NativeSide, NativeSideEntry
+from models.kv_cache import KVCache
+from models.program import Activate, LinearOp, Norm, Piece
+from models.side import AttachedSide, Downsample, SideProgram
+
+Array: TypeAlias = "ctypes.Array[Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class _LoweredSide:
+    side: NativeSide
+    memory: Lowering
+
+
+def lower_side(program: SideProgram, library: ctypes.CDLL) -> AttachedSide:
+    """Copy a side network into the panels and structures of the native kernels."""
+    network = program.network
+    width, hidden = network.spec.hidden_size, len(network.base_share)
+    lowering = Lowering(library, {**program.widths, "narrow": width, "up": hidden})
+    downs = [op for down in network.downsamples for op in _lower_down(down, lowering)]
+    ops: list[NativeOp] = []
+    starts = [0]
+    for layer in program.layers:
+        ops += lowering.lower(layer)
+        starts.append(len(ops))
+    up = lowering.lower([_linear(network.up, network.up_bias, program.final_norm, src="x")])
+
+    def array(items: Sequence[NativeOp]) -> int:
+        return lowering.keep((NativeOp * len(items))(*items))
+
+    def ints(values: Sequence[int]) -> int | None:
+        return lowering.pointer(torch.tensor(values, dtype=torch.int32))
+
+    widths = list(program.widths.values())
+    side = NativeSide(
+        downs=array(downs), ops=array(ops), op_starts=ints(starts), up=array(up),
+        gates=lowering.pointer(network.gates.detach().float()),
+        base_share=lowering.pointer(network.base_share.detach().float()),
+        inv_freq=lowering.pointer(program.inv_freq), widths=ints(widths), num_buffers=len(widths),
+        num_layers=len(program.layers), width=width, hidden=hidden,
+        pool=POOLS[network.downsamples[0].pool], rotary_dim=2 * len(program.inv_freq),
+        max_inputs=max(hidden, *widths, *(op.inputs for op in downs)),
+        rotary_scale=program.rotary_scale,
+    )  # fmt: skip
+    return AttachedSide(program, lowering.num_bytes, _LoweredSide(side, lowering))
+
+
+def lower_entries(batch: SideBatch) -> Array:
+    """Make the kernels' list of a step's side networks."""
+    pointers = {id(cache): _pointers(cache) for cache in batch.caches}
+    tables, stride = batch.block_tables.data_ptr(), batch.block_tables.stride(0) * 4
+    sequences, starts = batch.sequences.tolist(), batch.write_starts.tolist()
+    entries = (NativeSideEntry * len(sequences))()
+    for i, scale in enumerate(batch.scales.tolist()):
+        lowered = batch.networks[i].lowered
+        assert isinstance(lowered, _LoweredSide)
+        keys, values = pointers[id(batch.caches[i])]
+        entry = entries[i]
+        entry.side = ctypes.addressof(lowered.side)
+        entry.k_cache, entry.v_cache = ctypes.addressof(keys), ctypes.addressof(values)
+        entry.blocks = tables + i * stride
+        entry.sequence, entry.write_start, entry.scale = sequences[i], starts[i], scale
+    entries.pointers = pointers  # type: ignore[attr-defined]  # alive as long as the entries
+    return entries
+
+
+def _pointers(cache: KVCache) -> tuple[Array, Array]:
+    kind = ctypes.c_void_p * len(cache.keys)
+    keys = kind(*(tensor.data_ptr() for tensor in cache.keys))
+    return keys, kind(*(tensor.data_ptr() for tensor in cache.values))
+
+
+def _linear(
+    weight: Tensor, bias: Tensor | None, prologue: Norm | Activate | None, *, src: str = "narrow"
+) -> LinearOp:
+    piece = Piece(weight=weight.detach(), bias=None if bias is None else bias.detach(), offset=0)
+    return LinearOp(
+        src=src, dst="up", prologue=prologue, in_features=weight.shape[1], pieces=(piece,)
+    )
+
+
+def _lower_down(down: Downsample, lowering: Lowering) -> list[NativeOp]:
+    """Return the first matrix, the second one and the norm; empty where there is none."""
+    ops = [lowering.norm_op(None), lowering.norm_op(None), lowering.norm_op(down.norm)]
+    act = None if down.activation is None else Activate(kind=down.activation, is_gated=False)
+    if down.first is not None:
+        ops[:1] = lowering.lower([_linear(down.first, None, None)])
+    if down.second is not None:
+        ops[1:2] = lowering.lower([_linear(down.second, None, act)])
+    return ops
