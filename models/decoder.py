@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.batch import PackedBatch
 from models.kernels.native import NativeExecutor, is_native_available
-from models.kernels.reference import ReferenceExecutor
+from models.kernels.reference_executor import ReferenceExecutor
 from models.kv_cache import KVCache, cache_bytes_per_block
 from models.program import build_program
 from models.quantization import quantize_4bit

@@ -15,14 +15,11 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from models.batch import PackedBatch
-from models.kernels.reference import (
-    Linear,
-    apply_head,
-    apply_prologue,
+from models.kernels.reference import Linear, apply_head, apply_prologue, run_program
+from models.kernels.reference_executor import (
     attach_plain,
     forward_batch,
     make_plain_cache,
-    run_program,
     walk_whole_sequences,
 )
 from models.kv_cache import KVCache

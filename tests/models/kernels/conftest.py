@@ -11,3 +11,11 @@ def native(request: pytest.FixtureRequest) -> str:
     if not is_native_available(request.param):
         pytest.skip(f"this processor does not run the {request.param} kernels")
     return str(request.param)
+
+
+@pytest.fixture(params=["avx2", "avx512", "reference"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Every choice of kernels that runs on a CPU; skips those this processor cannot run."""
+    if request.param != "reference" and not is_native_available(request.param):
+        pytest.skip(f"this processor does not run {request.param}")
+    return request.param

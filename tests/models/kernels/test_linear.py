@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.kernels.native import NativeExecutor
 from models.kernels.panels import kernel_group
-from models.kernels.reference import ReferenceExecutor
+from models.kernels.reference_executor import ReferenceExecutor
 from models.program import LOGITS, Activate, LinearOp, Norm, Piece
 from models.quantization import quantize_4bit
 from models.weights import Matrix, quantize_8bit

@@ -1,0 +1,233 @@
+"""Run steps with the torch operations of `models.kernels.reference`, over plain caches."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.batch import PackedBatch
+from models.kernels.reference import (
+    Linear,
+    apply_head,
+    apply_linear,
+    apply_prologue,
+    blend_side,
+    run_program,
+    run_side,
+    walk_layers,
+)
+from models.kv_cache import KVCache
+from models.program import AttentionOp, Program
+from models.side import AttachedSide, SideProgram
+from models.spec import DecoderSpec
+
+
+class ReferenceExecutor:
+    """Plain torch executor.
+
+    Args:
+        program: what to run; its tensors must be on `device`.
+        device: where to compute.
+    """
+
+    name = "reference"
+
+    def __init__(self, program: Program, device: str = "cpu") -> None:
+        self._program = program
+        self._device = torch.device(device)
+
+    def make_cache(
+        self, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype
+    ) -> KVCache:
+        """Return an empty cache of (num_blocks, block_size, K, E) tensors."""
+        return make_plain_cache(spec, num_blocks, block_size, dtype, self._device)
+
+    def forward(self, batch: PackedBatch, cache: KVCache, taps: Tensor | None = None) -> Tensor:
+        """Run one step; see `Decoder.forward`."""
+        return forward_batch(self._program, batch, cache, taps=taps, device=self._device)
+
+    def hidden_states(self, batch: PackedBatch) -> Iterator[Tensor]:
+        """See `Decoder.hidden_states`."""
+        return walk_whole_sequences(self._program, batch, device=self._device)
+
+    def apply_final_norm(self, states: Tensor) -> Tensor:
+        """See `Decoder.apply_final_norm`."""
+        return apply_prologue(self._program.head, states)
+
+    def apply_head(self, states: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        return apply_head(self._program, states)
+
+    def attach(self, program: SideProgram) -> AttachedSide:
+        """See `Decoder.attach`."""
+        return attach_plain(program, self._device)
+
+
+def forward_batch(
+    program: Program,
+    batch: PackedBatch,
+    cache: KVCache,
+    *,
+    device: torch.device,
+    taps: Tensor | None = None,
+    linear: Linear = apply_linear,
+) -> Tensor:
+    """Run one step over plain caches, side networks included; see `Decoder.forward`."""
+    token_ids, positions, rows = (
+        t.to(device).long() for t in (batch.token_ids, batch.positions, batch.output_rows)
+    )
+
+    def attend(op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_sequences(op, q, k, v, batch, cache)
+
+    if batch.side is None:
+        return run_program(
+            program, token_ids, positions, rows, attend=attend, linear=linear, taps=taps
+        )
+    hidden = list(walk_layers(program, token_ids, positions, attend=attend, linear=linear))
+    if taps is not None:
+        torch.stack(hidden, out=taps)
+    normed = apply_prologue(program.head, hidden[-1][rows])
+    starts = batch.query_starts.tolist()
+    for s, b in enumerate(batch.side.sequences.tolist()):
+        tokens = slice(starts[b], starts[b + 1])
+        states = _run_attached(batch, s, b, tokens, [state[tokens] for state in hidden])
+        scale = float(batch.side.scales[s])
+        chosen = (rows >= tokens.start) & (rows < tokens.stop)
+        if scale and chosen.any():
+            side_program = batch.side.networks[s].lowered
+            assert isinstance(side_program, SideProgram)
+            side = states[rows[chosen] - tokens.start]
+            normed[chosen] = blend_side(side_program, normed[chosen], side, scale)
+    return apply_head(program, normed, linear=linear)
+
+
+def _run_attached(
+    batch: PackedBatch, s: int, b: int, tokens: slice, hidden: list[Tensor]
+) -> Tensor:
+    """Run side network s on the tokens of sequence b."""
+    assert batch.side is not None
+    alone = PackedBatch(
+        token_ids=batch.token_ids[tokens],
+        positions=batch.positions[tokens],
+        query_starts=torch.tensor([0, tokens.stop - tokens.start], dtype=torch.int32),
+        context_lens=batch.context_lens[b : b + 1],
+        block_tables=batch.side.block_tables[s : s + 1],
+        output_rows=batch.output_rows[:0],
+        write_starts=batch.side.write_starts[s : s + 1],
+    )
+    cache, program = batch.side.caches[s], batch.side.networks[s].lowered
+    assert isinstance(program, SideProgram)
+
+    def attend(op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_sequences(op, q, k, v, alone, cache)
+
+    positions = alone.positions.to(hidden[0].device).long()
+    return run_side(program, hidden, positions, attend=attend)
+
+
+def walk_whole_sequences(
+    program: Program, batch: PackedBatch, *, device: torch.device, linear: Linear = apply_linear
+) -> Iterator[Tensor]:
+    """Yield hidden states of sequences that start at 0; see `Decoder.hidden_states`."""
+    starts = batch.query_starts.tolist()
+
+    def attend(op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = []
+        for first, last in pairwise(starts):
+            heads = [x[first:last].transpose(0, 1)[None] for x in (q, k, v)]
+            attended = F.scaled_dot_product_attention(
+                heads[0], heads[1], heads[2], is_causal=True, scale=op.scale, enable_gqa=True
+            )
+            out.append(attended[0].transpose(0, 1).flatten(1))
+        return torch.cat(out)
+
+    token_ids, positions = (t.to(device).long() for t in (batch.token_ids, batch.positions))
+    return walk_layers(program, token_ids, positions, attend=attend, linear=linear)
+
+
+def attach_plain(program: SideProgram, device: torch.device) -> AttachedSide:
+    """Copy a side network to where it is computed."""
+    copies: list[Tensor] = []
+
+    def copy(tensor: Tensor) -> Tensor:
+        copies.append(tensor.detach().to(device, copy=True))
+        return copies[-1]
+
+    moved = map_tensors(program, copy)
+    assert isinstance(moved, SideProgram)
+    return AttachedSide(moved, sum(tensor.nbytes for tensor in copies), moved)
+
+
+def map_tensors(item: object, change: Callable[[Tensor], Tensor]) -> object:
+    """Rebuild nested dataclasses, tuples and mappings with every tensor changed, each one once."""
+    changed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def visit(item: object) -> object:
+        if isinstance(item, Tensor):
+            if id(item) not in changed:
+                changed[id(item)] = (item, change(item))
+            return changed[id(item)][1]
+        if isinstance(item, tuple):
+            return tuple(visit(part) for part in item)
+        if isinstance(item, Mapping):
+            return {key: visit(part) for key, part in item.items()}
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            fields = {f.name: visit(getattr(item, f.name)) for f in dataclasses.fields(item)}
+            return dataclasses.replace(item, **fields)
+        return item
+
+    return visit(item)
+
+
+def make_plain_cache(
+    spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """Return an empty cache of (num_blocks, block_size, K, E) tensors."""
+    shapes = [
+        (num_blocks, block_size, layer.num_key_value_heads, layer.head_dim) for layer in spec.layers
+    ]
+    keys, values = (
+        [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for _ in range(2)
+    )
+    return KVCache(keys=keys, values=values, num_blocks=num_blocks, block_size=block_size)
+
+
+def attend_sequences(
+    op: AttentionOp, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, cache: KVCache
+) -> Tensor:
+    """Store a step's keys and values in a plain cache and attend, sequence by sequence.
+
+    Args:
+        op: the attention.
+        q: (T, H, E); k, v: (T, K, E).
+        batch: where each token belongs.
+        cache: from `make_plain_cache`.
+
+    Returns:
+        (T, H * E).
+    """
+    keys, values = cache.keys[op.layer], cache.values[op.layer]
+    out, starts = [], batch.query_starts.tolist()
+    for b, context in enumerate(batch.context_lens.tolist()):
+        tokens = slice(starts[b], starts[b + 1])
+        positions = batch.positions[tokens].to(q.device).long()
+        table = batch.block_tables[b].to(q.device).long()
+        first = 0 if batch.write_starts is None else int(batch.write_starts[b])
+        new = positions >= first
+        where = (table[positions // cache.block_size][new], positions[new] % cache.block_size)
+        keys[where] = k[tokens][new].detach().to(keys.dtype)
+        values[where] = v[tokens][new].detach().to(values.dtype)
+        blocks = table[: -(-context // cache.block_size)]
+        seen_k = keys[blocks].flatten(0, 1)[:context].to(q.dtype)
+        seen_v = values[blocks].flatten(0, 1)[:context].to(q.dtype)
+        mask = torch.arange(context, device=q.device) <= positions[:, None]
+        attended = F.scaled_dot_product_attention(
+            q[tokens].transpose(0, 1)[None], seen_k.transpose(0, 1)[None],
+            seen_v.transpose(0, 1)[None], attn_mask=mask, scale=op.scale, enable_gqa=True,
+        )  # fmt: skip
+        out.append(attended[0].transpose(0, 1).reshape(-1, op.num_heads * op.head_dim))
+    return torch.cat(out)
