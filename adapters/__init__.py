@@ -1,0 +1,1 @@
+"""What attaches to a base decoder: training, files, and what the decoder runs."""

@@ -1,0 +1,265 @@
+"""The folder that an adapter is: `adapter_config.json` and `adapter_model.safetensors`.
+
+Neither file can hold code. What a method keeps in `fields` and how it names its tensors is the
+method's own business.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+METHODS = ("qst",)
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+_MAX_BYTES = {CONFIG_FILE: 1 << 20, TENSOR_FILE: 4 << 30}
+_SHOWN_DIGITS = 12
+
+
+class AdapterError(ValueError):
+    """An adapter cannot be read, does not fit its base, or cannot be written."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterConfig:
+    """What `adapter_config.json` holds.
+
+    Attributes:
+        method: one of METHODS.
+        base_id: id of the base that it was trained on, for messages.
+        base_fingerprint: the base's `Checkpoint.fingerprint`, 64 hexadecimal digits.
+        base_quantization: the base's quantisation in training, "nf4", "fp4" or "none".
+        fields: the method's own, checked by the method; JSON values.
+        chain: digests of what was attached to the base before it, in order.
+        description: one line for people.
+        training: facts about how it came to be, unchecked; JSON values.
+        format_version: 1 .. FORMAT_VERSION.
+    """
+
+    method: str
+    base_id: str
+    base_fingerprint: str
+    base_quantization: str
+    fields: Mapping[str, Any]
+    chain: tuple[str, ...] = ()
+    description: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        _check_version(self.format_version)
+        problems = []
+        for name in ("method", "base_id", "base_fingerprint", "base_quantization", "description"):
+            if not isinstance(getattr(self, name), str):
+                problems.append(f"{name} must be a string, got {getattr(self, name)!r}")
+        for name in ("fields", "training"):
+            if not isinstance(getattr(self, name), Mapping):
+                problems.append(f"{name} must be an object, got {getattr(self, name)!r}")
+        if not all(isinstance(item, str) for item in self.chain):
+            problems.append(f"chain must be a list of strings, got {list(self.chain)!r}")
+        if self.method not in METHODS:
+            problems.append(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if problems:
+            raise AdapterError("; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredAdapter:
+    """Both files, read once.
+
+    Attributes:
+        config: what the first says.
+        tensors: what the second holds, by name, as stored.
+        digest: SHA-256 of the bytes of both, 64 hexadecimal digits; the adapter's identity.
+    """
+
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+    digest: str
+
+
+def read_adapter(folder: Path) -> StoredAdapter:
+    """Read an adapter into memory; the files may change or go away afterwards.
+
+    Raises:
+        AdapterError: a file is missing, too large, a link, damaged, of a newer version or has a
+            field that is unknown or of the wrong type.
+    """
+    config, tensors = _read_file(folder / CONFIG_FILE), _read_file(folder / TENSOR_FILE)
+    return StoredAdapter(
+        config=_parse_config(config, folder / CONFIG_FILE),
+        tensors=_parse_tensors(tensors, folder / TENSOR_FILE),
+        digest=_digest(config, tensors),
+    )
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read and check `adapter_config.json`; raises as `read_adapter` does."""
+    return _parse_config(_read_file(folder / CONFIG_FILE), folder / CONFIG_FILE)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read `adapter_model.safetensors`; raises as `read_adapter` does."""
+    return _parse_tensors(_read_file(folder / TENSOR_FILE), folder / TENSOR_FILE)
+
+
+def digest(folder: Path) -> str:
+    """Return the SHA-256 of an adapter's two files; raises as `read_adapter` does."""
+    return _digest(_read_file(folder / CONFIG_FILE), _read_file(folder / TENSOR_FILE))
+
+
+def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter; other files of the folder are left alone.
+
+    Both files are written out beside the old ones before they take their place, so an adapter
+    that was there stays whole if the disk is full or the process is killed.
+
+    Args:
+        folder: made if missing.
+        config: what it is.
+        tensors: by name; copied to the CPU.
+
+    Raises:
+        AdapterError: the config is no JSON, or a file cannot be written.
+    """
+    contents = {
+        TENSOR_FILE: safetensors.torch.save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        ),
+        CONFIG_FILE: _config_json(config),
+    }
+    parts = {name: folder / f".{name}.part" for name in contents}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for name, content in contents.items():
+                with parts[name].open("wb") as stream:
+                    stream.write(content)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            for name, part in parts.items():
+                part.replace(folder / name)
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+    except OSError as error:
+        raise AdapterError(
+            f"{folder}: the adapter cannot be written ({error}); what was there is unchanged"
+        ) from error
+
+
+def check_base(
+    config: AdapterConfig, *, fingerprint: str, model_id: str, chain: Sequence[str] = ()
+) -> None:
+    """Hold an adapter against the base that it is to be attached to.
+
+    Args:
+        config: of the adapter.
+        fingerprint: of the base, `Checkpoint.fingerprint`.
+        model_id: of the base, for the message.
+        chain: digests of what is attached to the base already.
+
+    Raises:
+        AdapterError: it was trained on another base, on the same one quantised otherwise, or with
+            other attachments on it.
+    """
+    if config.base_fingerprint != fingerprint:
+        hint = (
+            "the name is the same, but the weights or how they are quantised differ; quantise the "
+            "base as it was for the training"
+            if config.base_id == model_id
+            else "attach it to the base that it was trained on"
+        )
+        raise AdapterError(
+            f"the adapter was trained on {config.base_id} (quantization "
+            f"{config.base_quantization}, fingerprint {config.base_fingerprint[:_SHOWN_DIGITS]}), "
+            f"this base is {model_id} (fingerprint {fingerprint[:_SHOWN_DIGITS]}): {hint}, or "
+            "train the adapter anew on this one"
+        )
+    if config.chain != tuple(chain):
+        raise AdapterError(
+            f"the adapter was trained with chain {list(config.chain)} attached to the base before "
+            f"it; this base has {list(chain)}"
+        )
+
+
+def _read_file(path: Path) -> bytes:
+    limit = _MAX_BYTES[path.name]
+    try:
+        if path.is_symlink():
+            raise AdapterError(f"{path}: is a link; an adapter is a folder of two plain files")
+        if not path.is_file():
+            raise AdapterError(f"{path.parent}: no adapter; {path.name} is missing")
+        if path.stat().st_size > limit:
+            raise AdapterError(f"{path}: over {limit} bytes, the most it may have")
+        return path.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise AdapterError(f"{path}: cannot be read ({error})") from error
+
+
+def _digest(config: bytes, tensors: bytes) -> str:
+    hashed = hashlib.sha256(tensors)
+    hashed.update(config)
+    return hashed.hexdigest()
+
+
+def _parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(content)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise AdapterError(
+            f"{path}: not a whole safetensors file ({error}); it may be truncated"
+        ) from error
+
+
+def _parse_config(content: bytes, path: Path) -> AdapterConfig:
+    try:
+        values = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+    known = {item.name for item in fields(AdapterConfig)}
+    problems = [f"{name}: unknown" for name in sorted(set(values) - known)]
+    problems += [f"{name}: missing" for name in sorted(known - set(values))]
+    chain = values.get("chain", [])
+    if not isinstance(chain, list):
+        problems.append(f"chain must be a list of strings, got {chain!r}")
+    try:
+        _check_version(values.get("format_version", FORMAT_VERSION))  # may explain what is unknown
+        if problems:
+            raise AdapterError("; ".join(problems))
+        return AdapterConfig(**{**values, "chain": tuple(chain)})
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
+
+
+def _check_version(version: object) -> None:
+    if type(version) is not int or version < 1:
+        raise AdapterError(f"format_version must be an integer of at least 1, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise AdapterError(
+            f"format_version {version} is newer than {FORMAT_VERSION}, the newest that this "
+            "version reads; update proa"
+        )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _config_json(config: AdapterConfig) -> bytes:
+    values = {item.name: getattr(config, item.name) for item in fields(config)}
+    values |= {name: dict(values[name]) for name in ("fields", "training")}
+    try:
+        return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"the adapter's config is no JSON ({error})") from error
