@@ -18,6 +18,7 @@ from serve.options import (
     FLAG,
     INTEGER,
     INTEGER_OR_AUTO,
+    NAMED_FOLDER,
     PATH,
     SECONDS,
     TEXT,
@@ -27,6 +28,7 @@ from serve.options import (
 )
 
 MODEL = "Model"
+ADAPTERS = "Adapters"
 NETWORK = "Network and access"
 COMPUTE = "Where and how it computes"
 CAPACITY = "Capacity"
@@ -80,6 +82,28 @@ class ServeConfig:
         kind=PATH,
         group=MODEL,
     )
+    adapter: tuple[str, ...] = option(
+        (),
+        "An adapter to attach at start; its model id is the base's, a colon and NAME. May be given "
+        "several times.",
+        kind=NAMED_FOLDER,
+        group=ADAPTERS,
+        is_repeatable=True,
+    )
+    adapter_root: str | None = option(
+        None,
+        "The folder below which /v1/adapters may attach adapters at run time. Without it: nowhere.",
+        kind=PATH,
+        group=ADAPTERS,
+    )
+    adapter_memory_bytes: int = option(
+        2**30,
+        "Memory of adapters; above it the least recently used ones leave memory and come back with "
+        "their next request. Those in use stay.",
+        kind=BYTES,
+        group=ADAPTERS,
+        minimum=0,
+    )
     host: str = option(
         "127.0.0.1",
         "Address to listen on. One that other machines can reach needs an API key.",
@@ -105,6 +129,19 @@ class ServeConfig:
     )
     api_key_file: str | None = option(
         None, "A file with one API key on each line.", kind=PATH, group=NETWORK
+    )
+    admin_key: tuple[str, ...] = option(
+        (),
+        "A key that may attach and detach adapters at run time; it opens everything else too. "
+        "Without one, nobody may. May be given several times; the environment variable and "
+        "--admin-key-file keep it out of the process list.",
+        kind=TEXT,
+        group=NETWORK,
+        is_repeatable=True,
+        is_secret=True,
+    )
+    admin_key_file: str | None = option(
+        None, "A file with one admin key on each line.", kind=PATH, group=NETWORK
     )
     allowed_host: tuple[str, ...] = option(
         ("localhost", "127.0.0.1", "::1"),
@@ -254,6 +291,10 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for name, declared in OPTIONS.items():
             declared.check(getattr(self, name), name)
+        names = [name for name, _ in self.adapters]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"adapter: two are called {name!r}; a name is given once")
         if self.kernels == "cuda" and self.device == "cpu":
             raise ConfigError("kernels: 'cuda' needs device 'cuda' or 'auto', got 'cpu'")
         if self.kernels in CPU_KERNELS and self.device == "cuda":
@@ -263,6 +304,12 @@ class ServeConfig:
                 f"max_batch_tokens: {self.max_batch_tokens} is less than max_running_sequences "
                 f"{self.max_running_sequences}; every running sequence computes a token a step"
             )
+
+    @property
+    def adapters(self) -> list[tuple[str, str]]:
+        """Name and folder of each adapter to attach at start."""
+        parts = [text.partition("=") for text in self.adapter]
+        return [(name, folder) for name, _, folder in parts]
 
     @property
     def is_loopback(self) -> bool:

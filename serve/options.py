@@ -57,6 +57,7 @@ def _parse_integer_or_auto(text: str) -> int | str:
 
 TEXT = Kind(parse=str, types=(str,), expected="text", metavar="TEXT")
 PATH = Kind(parse=str, types=(str,), expected="a path", metavar="PATH")
+NAMED_FOLDER = Kind(parse=str, types=(str,), expected="NAME=DIR", metavar="NAME=DIR")
 FLAG = Kind(parse=_parse_flag, types=(bool,), expected="true or false", metavar="BOOL")
 INTEGER = Kind(parse=int, types=(int,), expected="a whole number", metavar="N")
 SECONDS = Kind(
@@ -186,6 +187,8 @@ class Option:
             )
         elif is_fit and value == "":
             is_fit = False
+        elif is_fit and self.kind is NAMED_FOLDER:
+            is_fit = "" not in str(value).partition("=")
         if not is_fit:
             raise ConfigError(f"{spelled}: {value!r} is not {self.expected}")
 

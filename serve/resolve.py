@@ -11,33 +11,58 @@ TOKENS_PER_SEQUENCE = 192
 
 
 def resolve_access(config: ServeConfig) -> ServeConfig:
-    """Read the API key file and refuse an open address without a key.
+    """Read the key files and refuse an open address without an API key.
 
     Returns:
-        A config whose `api_key` has all keys and whose `api_key_file` is None.
+        A config whose `api_key` and `admin_key` have all keys and whose files are None.
 
     Raises:
-        ConfigError: the key file is missing or empty, or the address is open to other machines.
+        ConfigError: a key file is missing or empty, a key is both, or the address is open to other
+            machines.
     """
-    keys = list(config.api_key)
-    if config.api_key_file is not None:
-        try:
-            lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a text file"
-            raise ConfigError(
-                f"api_key_file: cannot read {config.api_key_file}: {reason}"
-            ) from None
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise ConfigError(f"api_key_file: {config.api_key_file} holds no key")
-        keys += found
+    keys = config.api_key + _read_keys("api_key_file", config.api_key_file)
+    admin_keys = config.admin_key + _read_keys("admin_key_file", config.admin_key_file)
+    if set(keys) & set(admin_keys):
+        raise ConfigError("admin_key: an admin key must differ from every API key")
     if not keys and not config.is_loopback:
         raise ConfigError(
             f"host: {config.host} can be reached from other machines; set an API key "
             "(PROA_API_KEY, --api-key-file or --api-key)"
         )
-    return replace(config, api_key=tuple(keys), api_key_file=None)
+    return replace(
+        config, api_key=keys, api_key_file=None, admin_key=admin_keys, admin_key_file=None
+    )
+
+
+def _read_keys(option: str, path: str | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise ConfigError(f"{option}: cannot read {path}: {reason}") from None
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not found:
+        raise ConfigError(f"{option}: {path} holds no key")
+    return found
+
+
+def resolve_adapters(config: ServeConfig) -> ServeConfig:
+    """Make the folders of adapters absolute, links followed.
+
+    Raises:
+        ConfigError: one is no folder.
+    """
+    folders = [(f"adapter: {name}", folder) for name, folder in config.adapters]
+    if config.adapter_root is not None:
+        folders.append(("adapter_root", config.adapter_root))
+    for spelled, folder in folders:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"{spelled}: {folder} is not a folder")
+    adapters = tuple(f"{name}={Path(folder).resolve()}" for name, folder in config.adapters)
+    root = None if config.adapter_root is None else str(Path(config.adapter_root).resolve())
+    return replace(config, adapter=adapters, adapter_root=root)
 
 
 def resolve_device(config: ServeConfig, *, has_cuda: bool) -> ServeConfig:

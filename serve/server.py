@@ -24,7 +24,9 @@ from models.checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from models.decoder import Decoder, HeadPrecision, KernelChoice
 from serve.api import ApiSettings, create_app
 from serve.api.settings import UnknownFields
+from serve.backends.adapters import AdapterRegistry
 from serve.backends.native import NativeBackend
+from serve.backends.protocol import AdapterConflictError, AdapterLoadError
 from serve.config import ServeConfig
 from serve.machine import (
     count_processors,
@@ -33,7 +35,13 @@ from serve.machine import (
     trim_heap,
 )
 from serve.options import ConfigError
-from serve.resolve import resolve_access, resolve_capacity, resolve_device, resolve_threads
+from serve.resolve import (
+    resolve_access,
+    resolve_adapters,
+    resolve_capacity,
+    resolve_device,
+    resolve_threads,
+)
 from serve.text.chat_template import ChatTemplateError
 from serve.text.token_bytes import TokenizerError
 from serve.text.tokenizer import Tokenizer
@@ -41,6 +49,7 @@ from serve.text.tokenizer import Tokenizer
 CACHE_DTYPES = {"auto": None, "float16": torch.float16, "float32": torch.float32}
 HEALTH_CHECK_S = 1.0
 CLOSE_TIMEOUT_S = 5
+MAX_SHOWN_ADAPTERS = 8
 
 Report = Callable[[str], None]
 
@@ -60,6 +69,7 @@ class Service:
         backend: runs the requests.
         app: the ASGI application.
         has_chat_template: whether the model can chat.
+        adapters: model ids of the adapters attached at start.
     """
 
     config: ServeConfig
@@ -68,16 +78,18 @@ class Service:
     backend: NativeBackend
     app: FastAPI
     has_chat_template: bool
+    adapters: tuple[str, ...] = ()
 
 
 def build_service(config: ServeConfig, *, report: Report) -> Service:
     """Load the model and build everything that serves it.
 
     Raises:
-        ConfigError: an option does not suit the model or the machine, or the model cannot be
-            loaded.
+        ConfigError: an option does not suit the model or the machine, or the model or an adapter
+            cannot be loaded.
     """
-    config = resolve_device(resolve_access(config), has_cuda=torch.cuda.is_available())
+    config = resolve_adapters(resolve_access(config))
+    config = resolve_device(config, has_cuda=torch.cuda.is_available())
     config = resolve_threads(config, num_processors=count_processors())
     try:
         checkpoint = load_checkpoint(
@@ -90,6 +102,7 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(_load_tokenizer, checkpoint)
             decoder = _build_decoder(config, checkpoint)
+            registry = _build_registry(config, decoder, checkpoint)
             tokenizer, tables = loading.result()
     except (CheckpointError, TokenizerError, ChatTemplateError) as error:
         raise ConfigError(str(error)) from error
@@ -99,7 +112,7 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
     del checkpoint
     _settle_memory(folder.resolve())
     config = _size_cache(config, decoder, report)
-    backend = _build_backend(config, decoder, tables, eos_token_ids)
+    backend = _build_backend(config, decoder, tables, eos_token_ids, registry)
     app = create_app(backend, tokenizer, settings=_api_settings(config, model_id))
     gc.collect()
     gc.freeze()
@@ -110,6 +123,7 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
         backend=backend,
         app=app,
         has_chat_template=tokenizer.chat_template is not None,
+        adapters=tuple(f"{model_id}:{name}" for name, _ in config.adapters),
     )
 
 
@@ -139,6 +153,30 @@ def _build_decoder(config: ServeConfig, checkpoint: Checkpoint) -> Decoder:
     return decoder
 
 
+def _build_registry(
+    config: ServeConfig, decoder: Decoder, checkpoint: Checkpoint
+) -> AdapterRegistry | None:
+    """Attach the adapters of the start; None where there can be none.
+
+    The fingerprint that they are held against may take a pass over all weights.
+    """
+    if not config.adapter and config.adapter_root is None:
+        return None
+    registry = AdapterRegistry(
+        decoder,
+        fingerprint=checkpoint.fingerprint,
+        model_id=checkpoint.name,
+        roots=() if config.adapter_root is None else (Path(config.adapter_root),),
+        max_bytes=config.adapter_memory_bytes,
+    )
+    for name, folder in config.adapters:
+        try:
+            registry.attach_folder(name, Path(folder))
+        except (AdapterLoadError, AdapterConflictError) as error:
+            raise ConfigError(str(error)) from error
+    return registry
+
+
 def _size_cache(config: ServeConfig, decoder: Decoder, report: Report) -> ServeConfig:
     block_bytes = decoder.cache_bytes_per_block(
         block_size=config.block_size, dtype=CACHE_DTYPES[config.kv_cache_dtype]
@@ -160,7 +198,11 @@ def _size_cache(config: ServeConfig, decoder: Decoder, report: Report) -> ServeC
 
 
 def _build_backend(
-    config: ServeConfig, decoder: Decoder, tables: TokenTables, eos_token_ids: tuple[int, ...]
+    config: ServeConfig,
+    decoder: Decoder,
+    tables: TokenTables,
+    eos_token_ids: tuple[int, ...],
+    registry: AdapterRegistry | None,
 ) -> NativeBackend:
     sampler = Sampler(tables, eos_token_ids=eos_token_ids, device=config.device)
     try:
@@ -177,6 +219,7 @@ def _build_backend(
             prefix_caching=config.prefix_caching,
             cache_dtype=CACHE_DTYPES[config.kv_cache_dtype],
             max_context_tokens=int(config.max_context),
+            adapters=registry,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -186,6 +229,8 @@ def _api_settings(config: ServeConfig, model_id: str) -> ApiSettings:
     return ApiSettings(
         model_id=model_id,
         api_keys=config.api_key,
+        admin_keys=config.admin_key,
+        adapter_root=config.adapter_root,
         allowed_hosts=config.allowed_host,
         unknown_fields=cast(UnknownFields, config.unknown_fields),
         max_body_bytes=config.max_body_bytes,
@@ -212,7 +257,7 @@ def run_server(config: ServeConfig, *, report: Report) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    config = resolve_access(config)
+    config = resolve_adapters(resolve_access(config))
     # Bound before the model is loaded: an address in use is told at once.
     listener = bind(config.host, config.port)
     with listener:
@@ -271,7 +316,11 @@ def describe_start(service: Service, url: str) -> list[str]:
         path = "/v1/completions"
         fields["prompt"] = "def add(a, b):"
     body = json.dumps(fields)
+    shown = ", ".join(service.adapters[:MAX_SHOWN_ADAPTERS])
+    more = len(service.adapters) - MAX_SHOWN_ADAPTERS
+    adapters = [f"with adapters: {shown}" + (f" and {more} more" if more > 0 else "")]
     return [
+        *(adapters if shown else []),
         f"{service.model_id} is ready on {url} (Ctrl-C stops it); try:",
         f"  curl -N {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'",
     ]

@@ -1,30 +1,34 @@
-"""Who may ask: API keys, or loopback only without them."""
+"""Who may ask: API keys, or loopback only without them; and who may change what is served."""
 
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.api.errors import ApiError
 from serve.api.settings import ApiSettings
 
+_IS_ADMIN = "proa.is_admin"
 _OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})
 
 
 class AccessMiddleware:
     """Refuse requests that may not be served, before anything reads them.
 
-    With keys, everything but the health endpoints needs one. Without, the peer must be a loopback
-    address (or a Unix socket), and `Host` and `Origin` must name an allowed host: that keeps out
-    web pages that reach for the visitor's own machine.
+    With keys, everything but the health endpoints needs one; an admin key opens the same and more.
+    Without API keys, the peer must be a loopback address (or a Unix socket), and `Host` and
+    `Origin` must name an allowed host: that keeps out web pages that reach for the visitor's own
+    machine.
     """
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
         self._digests = tuple(_digest(key.encode()) for key in settings.api_keys)
+        self._admin_digests = tuple(_digest(key.encode()) for key in settings.admin_keys)
         self._hosts = frozenset(host.lower() for host in settings.allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,9 +41,11 @@ class AccessMiddleware:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
+        is_known, is_admin = self._match_key(_header(scope, b"authorization"))
+        scope[_IS_ADMIN] = is_admin
         if self._digests:
-            if scope["path"] not in _OPEN_PATHS:
-                self._check_key(_header(scope, b"authorization"))
+            if scope["path"] not in _OPEN_PATHS and not (is_known or is_admin):
+                raise _unauthorized("A valid API key")
             return
         client = scope.get("client")
         if client is not None and not is_loopback(client[0]):
@@ -51,18 +57,15 @@ class AccessMiddleware:
         if not all(self._is_allowed(origin) for origin in origins):
             raise _forbidden("The Origin header names no allowed host.")
 
-    def _check_key(self, headers: list[bytes]) -> None:
+    def _match_key(self, headers: list[bytes]) -> tuple[bool, bool]:
+        """Return whether the one key is an API key, and whether it is an admin key."""
         scheme, _, key = (headers[0] if len(headers) == 1 else b"").partition(b" ")
         digest = _digest(key.strip())
         # Every key is compared, so that the time does not tell which one is near.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != b"bearer" or not any(matches):
-            raise ApiError(
-                "A valid API key is needed, as 'Authorization: Bearer KEY'.",
-                status=401,
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        known = [hmac.compare_digest(digest, item) for item in self._digests]
+        admin = [hmac.compare_digest(digest, item) for item in self._admin_digests]
+        is_bearer = scheme.lower() == b"bearer"
+        return is_bearer and any(known), is_bearer and any(admin)
 
     def _is_allowed(self, url: str) -> bool:
         try:
@@ -72,6 +75,23 @@ class AccessMiddleware:
             return False
         is_plain = not (parts.path or parts.query or parts.fragment or "@" in parts.netloc)
         return is_plain and (parts.hostname or "") in self._hosts
+
+
+def make_admin_check(settings: ApiSettings) -> Callable[[Request], None]:
+    """Return what a route depends on that only an admin key opens."""
+
+    def check_admin(request: Request) -> None:
+        if not settings.admin_keys:
+            raise _forbidden(
+                "Adapters can be attached and detached only where the server has an admin key: "
+                "start it with PROA_ADMIN_KEY, --admin-key-file or --admin-key."
+            )
+        if not request.scope[_IS_ADMIN]:
+            if settings.api_keys:
+                raise _forbidden("This needs the admin key; an API key is not enough.")
+            raise _unauthorized("The admin key")
+
+    return check_admin
 
 
 def is_loopback(address: str) -> bool:
@@ -87,6 +107,15 @@ def is_loopback(address: str) -> bool:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def _unauthorized(what: str) -> ApiError:
+    return ApiError(
+        f"{what} is needed, as 'Authorization: Bearer KEY'.",
+        status=401,
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
 
 
 def _forbidden(message: str) -> ApiError:

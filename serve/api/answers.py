@@ -1,4 +1,4 @@
-"""Send or collect the answer to a generation; shared by chat and text completions."""
+"""Send or collect the answer to a generation; shared by all endpoints that generate."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -25,6 +25,7 @@ async def stream_answer(
     opening: Callable[[int, str | None], str],
     describe: Callable[[Piece], Details] | None,
     options: StreamOptions | None,
+    usage: Callable[[], dict[str, object]] | None = None,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events of a streamed answer, one item for each step.
 
@@ -35,36 +36,38 @@ async def stream_answer(
         opening: writes what comes before a choice's first text, given its index and the usage.
         describe: gives log probabilities and trace of a piece, if the client asked for any.
         options: which usage to send.
+        usage: gives it; None is the usage of the generation.
     """
+    count = usage or generation.usage
     with_usage = options is not None and bool(options.include_usage)
     is_continuous = options is not None and with_usage and bool(options.continuous_usage_stats)
     is_open = [False] * num_choices
     async with aclosing(generation.steps()) as steps:
         async for pieces in steps:
-            usage = writer.usage_field(generation.usage()) if is_continuous else None
+            so_far = writer.usage_field(count()) if is_continuous else None
             events = []
             for piece in pieces:
                 index = piece.choice
                 if not is_open[index]:
                     is_open[index] = True
-                    events.append(opening(index, usage))
+                    events.append(opening(index, so_far))
                 details = None
                 if describe is not None and piece.output.token_id is not None:
                     details = describe(piece)
                 if piece.text and details is None:
-                    events.append(writer.text(index, piece.text, usage))
+                    events.append(writer.text(index, piece.text, so_far))
                 elif piece.text or (details is not None and piece.finish_reason is None):
                     assert details is not None
-                    events.append(writer.detailed(index, piece.text, details, usage))
+                    events.append(writer.detailed(index, piece.text, details, so_far))
                     details = None
                 if piece.finish_reason is not None:
                     end = details or _NO_DETAILS
-                    events.append(writer.finish(index, piece.finish_reason, end, usage))
+                    events.append(writer.finish(index, piece.finish_reason, end, so_far))
             data = "".join(events)
             if data:
                 yield data.encode()
     if with_usage:
-        yield writer.usage_only(generation.usage()).encode() + DONE
+        yield writer.usage_only(count()).encode() + DONE
     else:
         yield DONE
 

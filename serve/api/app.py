@@ -5,7 +5,9 @@ from starlette.exceptions import HTTPException
 
 from decoding import ParameterError
 from serve.api.access import AccessMiddleware
+from serve.api.adapters import build_adapters_router
 from serve.api.chat import build_chat_router
+from serve.api.compare import build_compare_router
 from serve.api.completions import build_completions_router
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError, handle_error
@@ -16,7 +18,14 @@ from serve.api.openapi import build_openapi
 from serve.api.operations import build_operations_router
 from serve.api.settings import ApiSettings
 from serve.api.tokenization import build_tokenization_router
-from serve.backends.protocol import Backend, BackendUnavailableError, QueueFullError
+from serve.backends.protocol import (
+    AdapterConflictError,
+    AdapterLoadError,
+    AdapterNotFoundError,
+    Backend,
+    BackendUnavailableError,
+    QueueFullError,
+)
 from serve.text.chat_template import ChatTemplateError
 from serve.text.tokenizer import Tokenizer
 from serve.version import VERSION
@@ -24,11 +33,16 @@ from serve.version import VERSION
 _ROUTERS = (
     build_chat_router,
     build_completions_router,
+    build_compare_router,
     build_models_router,
+    build_adapters_router,
     build_tokenization_router,
     build_operations_router,
 )
 _HANDLED = (
+    AdapterConflictError,
+    AdapterLoadError,
+    AdapterNotFoundError,
     ApiError,
     BackendUnavailableError,
     ChatTemplateError,

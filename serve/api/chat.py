@@ -18,15 +18,18 @@ from serve.api.logprobs import make_chat_entry, make_trace_entry
 from serve.api.openapi import describe_body
 from serve.api.resolve import (
     MAX_LOGPROBS,
+    ModelChoice,
     build_params,
     check_num_sequences,
     check_stream_options,
+    resolve_adapter_scale,
     resolve_max_tokens,
     resolve_strategy,
     split_model,
 )
 from serve.api.schema import ChatBody, Message
 from serve.api.transport import EventStream, JsonWhenDone
+from serve.backends.protocol import Arm
 from serve.text.tokenizer import Tokenizer
 
 
@@ -37,9 +40,9 @@ def build_chat_router(context: ApiContext) -> APIRouter:
     @router.post("/v1/chat/completions", openapi_extra=describe_body(ChatBody))
     async def create_chat_completion(request: Request) -> Response:
         body = await read_request(request, ChatBody, context.settings)
-        model, suffix = split_model(body.model, context.settings.model_id)
+        choice = split_model(body.model, context)
         check_stream_options(body)
-        job = await _make_job(context, body, suffix, make_id("chatcmpl"))
+        job = await _make_job(context, body, choice, make_id("chatcmpl"))
         describe = None
         if body.logprobs or body.return_decoding_trace:
             describe = partial(_describe, context.tokenizer, body)
@@ -48,7 +51,7 @@ def build_chat_router(context: ApiContext) -> APIRouter:
             "id": job.request_id,
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
-            "model": model,
+            "model": choice.model,
         }
         if not body.stream:
             return JsonWhenDone(_answer(context, body, generation, job, head))
@@ -67,9 +70,10 @@ def build_chat_router(context: ApiContext) -> APIRouter:
     return router
 
 
-async def _make_job(context: ApiContext, body: ChatBody, suffix: str | None, job_id: str) -> Job:
+async def _make_job(context: ApiContext, body: ChatBody, choice: ModelChoice, job_id: str) -> Job:
     num_sequences = check_num_sequences(body.n, 1, context.settings)
-    strategy = resolve_strategy(body.decoding, suffix)
+    strategy = resolve_strategy(body.decoding, choice.strategy)
+    adapter_scale = resolve_adapter_scale(body.adapter_scale, choice.adapter)
     logprobs = _resolve_logprobs(body)
     token_ids = await encode_messages(context, body.messages)
     max_tokens = resolve_max_tokens(
@@ -90,8 +94,14 @@ async def _make_job(context: ApiContext, body: ChatBody, suffix: str | None, job
     return Job(
         request_id=job_id,
         prompts=[token_ids],
-        params=params,
-        num_sequences=num_sequences,
+        arms=(
+            Arm(
+                params=params,
+                num_sequences=num_sequences,
+                adapter=choice.adapter,
+                adapter_scale=adapter_scale,
+            ),
+        ),
         is_traced=bool(body.return_decoding_trace),
         prompt_is_template=True,
     )

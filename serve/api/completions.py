@@ -18,18 +18,21 @@ from serve.api.identity import make_id
 from serve.api.logprobs import LegacyLogprobs, make_trace_entry
 from serve.api.openapi import describe_body
 from serve.api.resolve import (
+    ModelChoice,
     build_params,
     check_num_sequences,
     check_stream_options,
     check_token_ids,
+    resolve_adapter_scale,
     resolve_max_tokens,
     resolve_strategy,
     split_model,
 )
 from serve.api.schema import CompletionBody
 from serve.api.transport import EventStream, JsonWhenDone
+from serve.backends.protocol import Arm
 
-_DEFAULT_MAX_TOKENS = 16
+DEFAULT_MAX_TOKENS = 16
 
 
 def build_completions_router(context: ApiContext) -> APIRouter:
@@ -39,14 +42,14 @@ def build_completions_router(context: ApiContext) -> APIRouter:
     @router.post("/v1/completions", openapi_extra=describe_body(CompletionBody))
     async def create_completion(request: Request) -> Response:
         body = await read_request(request, CompletionBody, context.settings)
-        model, suffix = split_model(body.model, context.settings.model_id)
+        choice = split_model(body.model, context)
         _check(body)
-        job = await _make_job(context, body, suffix, make_id("cmpl"))
+        job = await _make_job(context, body, choice, make_id("cmpl"))
         head: dict[str, object] = {
             "id": job.request_id,
             "object": "text_completion",
             "created": int(time.time()),
-            "model": model,
+            "model": choice.model,
         }
         completion = _Completion(context, body, job)
         if not body.stream:
@@ -69,17 +72,18 @@ def _check(body: CompletionBody) -> None:
 
 
 async def _make_job(
-    context: ApiContext, body: CompletionBody, suffix: str | None, job_id: str
+    context: ApiContext, body: CompletionBody, choice: ModelChoice, job_id: str
 ) -> Job:
     num_sequences = check_num_sequences(body.n, len(body.prompt), context.settings)
-    strategy = resolve_strategy(body.decoding, suffix)
+    strategy = resolve_strategy(body.decoding, choice.strategy)
+    adapter_scale = resolve_adapter_scale(body.adapter_scale, choice.adapter)
     num_chars = sum(len(prompt) for prompt in body.prompt) + len(body.suffix or "")
     prompts = await run_text_work(
         num_chars, partial(_encode_prompts, context, body), param="prompt"
     )
     max_tokens = resolve_max_tokens(
         {"max_tokens": body.max_tokens},
-        default=_DEFAULT_MAX_TOKENS,
+        default=DEFAULT_MAX_TOKENS,
         minimum=0,
         num_prompt_tokens=max(map(len, prompts)),
         prompt_param="prompt",
@@ -96,8 +100,14 @@ async def _make_job(
     return Job(
         request_id=job_id,
         prompts=prompts,
-        params=params,
-        num_sequences=num_sequences,
+        arms=(
+            Arm(
+                params=params,
+                num_sequences=num_sequences,
+                adapter=choice.adapter,
+                adapter_scale=adapter_scale,
+            ),
+        ),
         is_traced=bool(body.return_decoding_trace),
         prompt_logprobs=prompt_logprobs,
         is_dry=max_tokens == 0 and prompt_logprobs is None,
@@ -105,37 +115,45 @@ async def _make_job(
 
 
 def _encode_prompts(context: ApiContext, body: CompletionBody) -> list[list[int]]:
-    tokenizer, limit = context.tokenizer, context.backend.max_context_tokens
     if not body.prompt:
         raise _empty()
-    if body.suffix and tokenizer.fim_tokens is None:
+    if body.suffix and context.tokenizer.fim_tokens is None:
         raise ApiError(
             "suffix is not supported: the model has no fill-in-the-middle tokens.",
             param="suffix",
             code="unsupported_field",
         )
-    prompts = []
-    for prompt in body.prompt:
-        if not prompt:
-            raise _empty()
-        if isinstance(prompt, str):
-            if body.suffix:
-                token_ids = tokenizer.encode_infill(prompt, body.suffix, limit=limit)
-            else:
-                token_ids = tokenizer.encode(
-                    prompt, allow_special=True, add_special_tokens=True, limit=limit
-                )
-            if not token_ids:
-                raise _empty()
-        else:
-            check_token_ids(prompt, vocab_size=context.backend.vocab_size, param="prompt")
-            if body.suffix:
-                raise ApiError(
-                    "suffix needs a prompt that is text.", param="suffix", code="invalid_value"
-                )
-            token_ids = prompt
-        prompts.append(token_ids)
-    return prompts
+    return [encode_prompt(context, prompt, body.suffix) for prompt in body.prompt]
+
+
+def encode_prompt(
+    context: ApiContext, prompt: str | list[int], suffix: str | None = None
+) -> list[int]:
+    """Return the token ids of a prompt, which is text or token ids already.
+
+    Raises:
+        ApiError: it is empty, has ids that the vocabulary lacks, or is ids and has a suffix.
+        TextTooLongError: it cannot fit the context.
+    """
+    if not prompt:
+        raise _empty()
+    if not isinstance(prompt, str):
+        check_token_ids(prompt, vocab_size=context.backend.vocab_size, param="prompt")
+        if suffix:
+            raise ApiError(
+                "suffix needs a prompt that is text.", param="suffix", code="invalid_value"
+            )
+        return prompt
+    tokenizer, limit = context.tokenizer, context.backend.max_context_tokens
+    if suffix:
+        token_ids = tokenizer.encode_infill(prompt, suffix, limit=limit)
+    else:
+        token_ids = tokenizer.encode(
+            prompt, allow_special=True, add_special_tokens=True, limit=limit
+        )
+    if not token_ids:
+        raise _empty()
+    return token_ids
 
 
 def _empty() -> ApiError:

@@ -11,7 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from decoding import ParameterError
-from serve.backends.protocol import BackendUnavailableError, QueueFullError
+from serve.backends.protocol import (
+    AdapterConflictError,
+    AdapterLoadError,
+    AdapterNotFoundError,
+    BackendUnavailableError,
+    QueueFullError,
+)
 from serve.text.chat_template import ChatTemplateError
 
 _LOG = logging.getLogger("proa.api")
@@ -86,6 +92,15 @@ def to_api_error(error: BaseException) -> ApiError:
             return ApiError(str(error), param=error.param, code="invalid_value")
         case ChatTemplateError():
             return ApiError(str(error), param="messages", code="invalid_value")
+        case AdapterNotFoundError():
+            return ApiError("There is no such adapter.", status=404, code="adapter_not_found")
+        case AdapterConflictError():
+            return ApiError(str(error), status=409, code="adapter_conflict")
+        case AdapterLoadError():
+            log_failure(error)
+            return ApiError(
+                "The adapter cannot be loaded any more.", status=503, code="adapter_unavailable"
+            )
         case QueueFullError():
             retry_after_s = max(1, error.retry_after_s)
             return ApiError(

@@ -1,7 +1,6 @@
 """Run the prompts of one request and turn their tokens into text."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from typing import NamedTuple
 from decoding import SamplingParams
 from serve.api.context import ApiContext
 from serve.api.errors import GenerationFailedError
+from serve.api.metrics import ArmMeter
 from serve.backends.protocol import (
+    Arm,
     BackendUnavailableError,
     GenerationRequest,
     TokenLogprob,
@@ -27,8 +28,7 @@ class Job:
     Attributes:
         request_id: unique; each prompt gets its own suffix.
         prompts: token ids of each prompt.
-        params: sampling parameters.
-        num_sequences: answers to each prompt.
+        arms: what to make of each prompt.
         is_traced: report the decoding trace.
         prompt_logprobs, prompt_is_template: as in `GenerationRequest`.
         is_dry: nothing is asked of the model; every choice ends at once.
@@ -36,12 +36,16 @@ class Job:
 
     request_id: str
     prompts: Sequence[list[int]]
-    params: SamplingParams
-    num_sequences: int = 1
+    arms: tuple[Arm, ...]
     is_traced: bool = False
     prompt_logprobs: int | None = None
     prompt_is_template: bool = False
     is_dry: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        """Answers to each prompt."""
+        return sum(arm.num_sequences for arm in self.arms)
 
     @property
     def num_choices(self) -> int:
@@ -67,8 +71,17 @@ class Piece(NamedTuple):
     finish_reason: str | None
 
 
-class ChoiceText:
-    """Text and end of one choice."""
+class Choice:
+    """Text and end of one choice.
+
+    Attributes:
+        meter: counts the choice's arm.
+        num_tokens: generated so far.
+        num_chars: what the tokens stand for, stop text included.
+        num_cached_tokens: prompt tokens that the prefix cache had.
+        last_s: when its last output came; 0 before the first.
+        finish_reason: set at the end.
+    """
 
     __slots__ = (
         "_detokenizer",
@@ -76,23 +89,32 @@ class ChoiceText:
         "_matcher",
         "_min_tokens",
         "finish_reason",
+        "last_s",
+        "meter",
+        "num_cached_tokens",
         "num_chars",
         "num_tokens",
     )
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, meter: ArmMeter) -> None:
         self._detokenizer = tokenizer.make_detokenizer()
         self._keeps_stop = params.include_stop_str_in_output
         self._matcher = (
             StopMatcher(params.stop, is_included=self._keeps_stop) if params.stop else None
         )
         self._min_tokens = params.min_tokens
+        self.meter = meter
         self.num_tokens = 0
         self.num_chars = 0
+        self.num_cached_tokens = 0
+        self.last_s = 0.0
         self.finish_reason: str | None = None
 
     def advance(self, output: TokenOutput) -> str:
         """Return the text that has become certain; set `finish_reason` at the end."""
+        if not self.last_s:
+            self.num_cached_tokens = output.cached_prompt_tokens
+        self.last_s = self.meter.count_output(output, self.last_s)
         text = ""
         if output.token_id is not None:
             self.num_tokens += 1
@@ -118,33 +140,37 @@ class Generation:
 
     Attributes:
         prompt_logprobs: of each prompt, once its first token has arrived and if asked for.
-        completion_tokens: generated so far, over all choices.
-        cached_tokens: prompt tokens that the prefix cache had.
     """
 
     def __init__(self, context: ApiContext, job: Job) -> None:
         self._backend = context.backend
         self._job = job
         self._window = context.settings.max_concurrent_prompts
-        self._metrics = context.metrics.of_strategy(job.params.strategy.name)
-        self._choices = [ChoiceText(context.tokenizer, job.params) for _ in range(job.num_choices)]
+        self._prompt_tokens = sum(map(len, job.prompts))
+        self._meters = [
+            ArmMeter(context.metrics, arm.params.strategy.name, arm.adapter, self._prompt_tokens)
+            for arm in job.arms
+        ]
+        self._choices = [
+            Choice(context.tokenizer, arm.params, meter)
+            for _ in job.prompts
+            for arm, meter in zip(job.arms, self._meters, strict=True)
+            for _ in range(arm.num_sequences)
+        ]
         self._num_open = job.num_choices
-        self._last_s = [0.0] * job.num_choices
-        self._start_s = time.perf_counter()
-        self._first_s = 0.0
+        self._completion_tokens = 0
+        self._cached_tokens = 0
         self.prompt_logprobs: list[list[TokenLogprob | None] | None] = [None] * len(job.prompts)
-        self.prompt_tokens = sum(map(len, job.prompts))
-        self.completion_tokens = 0
-        self.cached_tokens = 0
 
     def usage(self) -> dict[str, object]:
         """Return the OpenAI usage object of what has happened so far."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
+        return _usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
+
+    def choice_usage(self, index: int) -> dict[str, object]:
+        """Return the usage object of one choice alone."""
+        choice = self._choices[index]
+        num_prompt_tokens = len(self._job.prompts[index // self._job.num_sequences])
+        return _usage(num_prompt_tokens, choice.num_tokens, choice.num_cached_tokens)
 
     async def steps(self) -> AsyncGenerator[list[Piece], None]:
         """Yield the pieces of each step until every choice has finished.
@@ -154,7 +180,6 @@ class Generation:
             GenerationFailedError: a sequence ended with an error.
         """
         if self._job.is_dry:
-            self._num_open = 0
             yield [_end_at_once(choice) for choice in range(self._job.num_choices)]
             return
         early: dict[int, list[TokenOutput]] = {}
@@ -189,41 +214,28 @@ class Generation:
         return outputs
 
     def _advance(self, prompt: int, outputs: list[TokenOutput]) -> list[Piece]:
-        now = time.perf_counter()
         base = prompt * self._job.num_sequences
         pieces = []
         for output in outputs:
-            choice = base + output.sequence_index
-            state = self._choices[choice]
-            if state.finish_reason is not None:
+            index = base + output.sequence_index
+            choice = self._choices[index]
+            if choice.finish_reason is not None:
                 continue
             if output.finish_reason in ("error", "abort"):
                 self._fail(output.finish_reason)
-            offset = state.num_chars
-            text = state.advance(output)
-            self._count(choice, output, now)
-            pieces.append(Piece(choice, output, text, offset, state.finish_reason))
-            if state.finish_reason is not None:
+            if not choice.last_s and output.sequence_index == 0:
+                self._cached_tokens += output.cached_prompt_tokens
+            if output.token_id is not None:
+                self._completion_tokens += 1
+            offset = choice.num_chars
+            text = choice.advance(output)
+            pieces.append(Piece(index, output, text, offset, choice.finish_reason))
+            if choice.finish_reason is not None:
                 self._num_open -= 1
-                self._metrics.count_finish(state.finish_reason)
+                choice.meter.count_finish(choice.finish_reason)
                 if output.finish_reason is None:
                     self._backend.abort_sequence(self._prompt_id(prompt), output.sequence_index)
         return pieces
-
-    def _count(self, choice: int, output: TokenOutput, now: float) -> None:
-        last = self._last_s[choice]
-        self._last_s[choice] = now
-        if last:
-            self._metrics.inter_token_latency.observe(now - last)
-        elif not self._first_s:
-            self._first_s = now
-            self._metrics.time_to_first_token.observe(now - self._start_s)
-        if not last and output.sequence_index == 0:
-            self.cached_tokens += output.cached_prompt_tokens
-        if output.token_id is not None:
-            self.completion_tokens += 1
-        if output.trace is not None:
-            self._metrics.sampling_temperature.observe(output.trace.temperature)
 
     def _fail(self, reason: str) -> None:
         if reason == "abort":
@@ -231,22 +243,16 @@ class Generation:
         raise GenerationFailedError
 
     def _record_end(self, reason: str) -> None:
-        metrics = self._metrics
-        for _ in range(self._num_open):
-            metrics.count_finish(reason)
-        if not self._first_s:
-            return
-        metrics.prompt_tokens.inc(self.prompt_tokens)
-        metrics.generation_tokens.inc(self.completion_tokens)
-        if self._num_open:
-            return
-        now = time.perf_counter()
-        metrics.request_latency.observe(now - self._start_s)
-        metrics.request_prompt_tokens.observe(self.prompt_tokens)
-        metrics.request_generation_tokens.observe(self.completion_tokens)
-        longest = max(state.num_tokens for state in self._choices)
-        if longest > 1:
-            metrics.time_per_output_token.observe((now - self._first_s) / (longest - 1))
+        for meter in self._meters:
+            choices = [choice for choice in self._choices if choice.meter is meter]
+            for choice in choices:
+                if choice.finish_reason is None:
+                    meter.count_finish(reason)
+            meter.close(
+                max(choice.last_s for choice in choices),
+                max(choice.num_tokens for choice in choices),
+                is_whole=all(choice.finish_reason is not None for choice in choices),
+            )
 
     def _prompt_id(self, prompt: int) -> str:
         return f"{self._job.request_id}-{prompt}"
@@ -257,8 +263,7 @@ class Generation:
             GenerationRequest(
                 request_id=self._prompt_id(prompt),
                 prompt_token_ids=job.prompts[prompt],
-                params=job.params,
-                num_sequences=job.num_sequences,
+                arms=job.arms,
                 prompt_logprobs=job.prompt_logprobs,
                 is_traced=job.is_traced,
                 prompt_is_template=job.prompt_is_template,
@@ -302,3 +307,12 @@ class Generation:
 def _end_at_once(choice: int) -> Piece:
     output = TokenOutput(sequence_index=0, token_id=None, finish_reason="length")
     return Piece(choice, output, "", 0, "length")
+
+
+def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, object]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }

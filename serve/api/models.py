@@ -12,26 +12,38 @@ def build_models_router(context: ApiContext) -> APIRouter:
     router = APIRouter()
     base = context.settings.model_id
 
-    def describe(model: str) -> dict[str, object]:
+    def describe(adapter: str | None, strategy: str | None, created: int) -> dict[str, object]:
+        plain = base if adapter is None else f"{base}:{adapter}"
+        parent = None if adapter is None else base
+        kind = "base" if adapter is None else "adapter"
+        if strategy is not None:
+            parent, kind = plain, "strategy"
         return {
-            "id": model,
+            "id": plain if strategy is None else f"{plain}@{strategy}",
             "object": "model",
-            "created": context.created,
+            "created": created,
             "owned_by": "proa",
             "root": base,
-            "parent": None if model == base else base,
+            "parent": parent,
             "max_model_len": context.backend.max_context_tokens,
-            "x_kind": "base" if model == base else "strategy",
+            "x_kind": kind,
         }
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, object]:
-        names = [base, *(f"{base}@{strategy}" for strategy in STRATEGIES)]
-        return {"object": "list", "data": [describe(name) for name in names]}
+        adapters = [(info.name, info.created) for info in context.backend.adapters()]
+        data = [
+            describe(adapter, strategy, created)
+            for adapter, created in [(None, context.created), *adapters]
+            for strategy in (None, *STRATEGIES)
+        ]
+        return {"object": "list", "data": data}
 
     @router.get("/v1/models/{model_id:path}")
     async def retrieve_model(model_id: str) -> dict[str, object]:
-        model, _ = split_model(model_id, base)
-        return describe(model)
+        choice = split_model(model_id, context)
+        created = {info.name: info.created for info in context.backend.adapters()}
+        since = created.get(choice.adapter or "", context.created)
+        return describe(choice.adapter, choice.strategy, since)
 
     return router

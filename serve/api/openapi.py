@@ -7,9 +7,27 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from serve.api.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from serve.api.schema import (
+    AdapterBody,
+    ChatBody,
+    CompareBody,
+    CompletionBody,
+    DetokenizeBody,
+    LoadAdapterBody,
+    TokenizeBody,
+    UnloadAdapterBody,
+)
 
-_MODELS: tuple[type[BaseModel], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+_MODELS: tuple[type[BaseModel], ...] = (
+    AdapterBody,
+    ChatBody,
+    CompareBody,
+    CompletionBody,
+    DetokenizeBody,
+    LoadAdapterBody,
+    TokenizeBody,
+    UnloadAdapterBody,
+)
 _REFERENCE = "#/components/schemas/{model}"
 _ERROR = {
     "type": "object",

@@ -1,17 +1,21 @@
 """From the fields of a request to sampling parameters."""
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from decoding import STRATEGIES, SamplingParams, Strategy, parse_strategy
 from decoding.options import options_of
+from serve.api.context import ApiContext
 from serve.api.errors import ApiError
-from serve.api.schema import GenerationBody
+from serve.api.schema import GenerationBody, SamplingFields
 from serve.api.settings import ApiSettings
 
 DEFAULT_STRATEGY = SamplingParams().strategy
 MAX_LOGPROBS = int(options_of(SamplingParams)["logprobs"][0].maximum or 0)
+_MAX_NAMES = 20
+_SUFFIXES = re.compile(r"(?::([^:@]*))?(?:@([^:@]*))?")
 
 _PLAIN_FIELDS = (
     "temperature",
@@ -31,23 +35,63 @@ _PLAIN_FIELDS = (
 )
 
 
-def split_model(model: str | None, model_id: str) -> tuple[str, str | None]:
-    """Return the model's id as the client spelt it, and the strategy that it names.
+class ModelChoice(NamedTuple):
+    """What a model id stands for.
+
+    Attributes:
+        model: the id as the client spelt it.
+        adapter: name of the adapter, or None for the base.
+        strategy: name of the decoding strategy, if the id has one.
+    """
+
+    model: str
+    adapter: str | None
+    strategy: str | None
+
+
+def split_model(model: str | None, context: ApiContext) -> ModelChoice:
+    """Take a model id apart: `base`, `base:adapter`, either with `@strategy`; None is the base.
 
     Raises:
-        ApiError: 404, no such model or strategy.
+        ApiError: 404, no such model, adapter or strategy.
     """
-    if model is None or model == model_id:
-        return model_id, None
-    base, _, strategy = model.rpartition("@")
-    if base != model_id or strategy not in STRATEGIES:
-        raise ApiError(
-            "There is no such model; /v1/models lists what is served.",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
-    return model, strategy
+    base = context.settings.model_id
+    if model is None:
+        return ModelChoice(base, None, None)
+    found = _SUFFIXES.fullmatch(model.removeprefix(base)) if model.startswith(base) else None
+    if found is None or (found[2] is not None and found[2] not in STRATEGIES):
+        raise _no_such_model("There is no such model; /v1/models lists what is served.")
+    if found[1] is not None:
+        known = [info.name for info in context.backend.adapters()]
+        if found[1] not in known:
+            raise _no_such_model(f"There is no such adapter; attached: {_list_names(known)}.")
+    return ModelChoice(model, found[1], found[2])
+
+
+def _list_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more if names else "none"
+
+
+def _no_such_model(message: str) -> ApiError:
+    return ApiError(message, status=404, param="model", code="model_not_found")
+
+
+def resolve_adapter_scale(scale: float | None, adapter: str | None) -> float:
+    """Return how much of the adapter is asked for.
+
+    Raises:
+        ApiError: out of range, or there is no adapter to scale.
+    """
+    if scale is None:
+        return 1.0
+    if adapter is None:
+        message = "adapter_scale needs a model id with an adapter, such as base:adapter."
+    elif not 0 <= scale <= 1:
+        message = f"adapter_scale must be a number from 0 to 1, got {scale:g}."
+    else:
+        return scale
+    raise ApiError(message, param="adapter_scale", code="invalid_value")
 
 
 def resolve_strategy(decoding: Mapping[str, Any] | None, suffix: str | None) -> Strategy:
@@ -70,7 +114,7 @@ def resolve_strategy(decoding: Mapping[str, Any] | None, suffix: str | None) -> 
 
 
 def build_params(
-    body: GenerationBody,
+    body: SamplingFields,
     *,
     strategy: Strategy,
     max_tokens: int,

@@ -43,7 +43,11 @@ UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
 }
 
 _OPTIONS = options_of(SamplingParams)
+MAX_ARMS = 16
+MAX_LABEL_CHARS = 128
 _MAX_METADATA = 16
+_MODEL = "The served id, id:adapter, or either with @strategy."
+_TRACE = "Give each choice a decoding_trace: one entry for each generated token."
 
 
 def _sampling(name: str) -> Any:
@@ -108,6 +112,14 @@ def _check_prompt(value: object) -> object:
     raise ValueError("must be a string, a list of strings, token ids, or a list of token id lists")
 
 
+def _check_one_prompt(value: object) -> object:
+    if isinstance(value, str) or (
+        isinstance(value, list) and all(type(item) is int for item in value)
+    ):
+        return value
+    raise ValueError("must be a string or a list of token ids")
+
+
 _TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 StopTexts = Annotated[
     Any,
@@ -139,6 +151,11 @@ Prompt = Annotated[
         }
     ),
 ]
+OnePrompt = Annotated[
+    Any,
+    BeforeValidator(_check_one_prompt),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _TOKEN_IDS_SCHEMA]}),
+]
 
 
 class WireModel(BaseModel):
@@ -158,12 +175,9 @@ class StreamOptions(WireModel):
     )
 
 
-class GenerationBody(WireModel):
-    """Fields that chat and text completions share."""
+class SamplingFields(WireModel):
+    """How tokens are chosen and when a sequence ends."""
 
-    model: str | None = Field(
-        None, description="Id of the served model, or id@strategy. Default: the served model."
-    )
     temperature: float | None = _sampling("temperature")
     top_p: float | None = _sampling("top_p")
     top_k: int | None = _sampling("top_k")
@@ -180,15 +194,24 @@ class GenerationBody(WireModel):
     ignore_eos: bool | None = _sampling("ignore_eos")
     min_tokens: int | None = _sampling("min_tokens")
     max_tokens: int | None = _sampling("max_tokens")
-    n: int | None = Field(None, description="How many answers to each prompt. Default: 1.")
-    stream: bool | None = Field(None, description="Send the answer as server-sent events.")
-    stream_options: StreamOptions | None = None
     decoding: dict[str, Any] | None = Field(
         None, description="A decoding strategy and its parameters; see /v1/decoding_strategies."
     )
-    return_decoding_trace: bool | None = Field(
-        None, description="Give each choice a decoding_trace: one entry for each generated token."
+    adapter_scale: float | None = Field(
+        None,
+        description="How much of the model's adapter: 0 is the base, exactly. Default: 1.",
+        json_schema_extra={"minimum": 0, "maximum": 1},
     )
+
+
+class GenerationBody(SamplingFields):
+    """Fields that chat and text completions share."""
+
+    model: str | None = Field(None, description=_MODEL + " Default: the base.")
+    n: int | None = Field(None, description="How many answers to each prompt. Default: 1.")
+    stream: bool | None = Field(None, description="Send the answer as server-sent events.")
+    stream_options: StreamOptions | None = None
+    return_decoding_trace: bool | None = Field(None, description=_TRACE)
     user: str | None = Field(None, description="Accepted, no effect.")
     metadata: Metadata = Field(None, description="Accepted, no effect.")
     store: Literal[False] | None = Field(None, description="Accepted; nothing is stored.")
@@ -298,6 +321,50 @@ class CompletionBody(GenerationBody):
     echo: bool | None = Field(None, description="Repeat the prompt before the completion.")
     logprobs: int | None = _sampling("logprobs")
     best_of: int | None = Field(None, description="Only the value of n.")
+
+
+class ComparisonArm(SamplingFields):
+    """One arm of a comparison: a model and what differs from the shared fields."""
+
+    model: str = Field(description=_MODEL)
+    label: str | None = Field(
+        None, max_length=MAX_LABEL_CHARS, description="Name of the arm. Default: its model."
+    )
+
+
+class CompareBody(SamplingFields):
+    """Body of /v1/compare: one of messages and prompt; sampling fields hold for every arm."""
+
+    messages: Annotated[list[Message] | None, FailFast()] = None
+    prompt: Annotated[OnePrompt | None, Field(description="Text or token ids.")] = None
+    arms: Annotated[list[ComparisonArm], FailFast()] = Field(
+        min_length=1, max_length=MAX_ARMS, description="Their fields win over the shared ones."
+    )
+    common_random_numbers: bool | None = Field(
+        None, description="All arms draw with the same seed. Default: true."
+    )
+    stream: bool | None = Field(None, description="Send the answer as server-sent events.")
+    return_decoding_trace: bool | None = Field(None, description=_TRACE)
+
+
+class AdapterBody(WireModel):
+    """Body of POST /v1/adapters."""
+
+    name: str = Field(description="Letters, digits, '.', '_' and '-'; the id becomes base:name.")
+    path: str = Field(description="The adapter's folder, below the server's adapter root.")
+
+
+class LoadAdapterBody(WireModel):
+    """Body of /v1/load_lora_adapter: AdapterBody in vLLM's words."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterBody(WireModel):
+    """Body of /v1/unload_lora_adapter."""
+
+    lora_name: str
 
 
 class TokenizeBody(WireModel):

@@ -11,8 +11,13 @@ class ApiSettings:
     """How the API serves one model.
 
     Attributes:
-        model_id: id of the model; `model_id@strategy` chooses a decoding strategy as well.
+        model_id: id of the base model; `model_id:adapter` is the base with an adapter, and
+            `@strategy` after either chooses a decoding strategy as well.
         api_keys: keys that open the API. Without any, only loopback addresses are served.
+        admin_keys: keys that open the API and may attach and detach adapters. Without any, nobody
+            may.
+        adapter_root: resolved folder below which adapters may be attached at run time; None:
+            nowhere.
         allowed_hosts: names and addresses accepted in `Host` and `Origin` while there are no keys,
             so that a web page cannot reach the server through its visitor's browser.
         unknown_fields: "refuse" a request with a field that the API does not know, or "ignore" the
@@ -27,6 +32,8 @@ class ApiSettings:
 
     model_id: str
     api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
+    adapter_root: str | None = None
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
     unknown_fields: UnknownFields = "refuse"
     max_body_bytes: int = 8 * 2**20
@@ -43,8 +50,11 @@ class ApiSettings:
             raise ValueError(
                 f"unknown_fields must be 'refuse' or 'ignore', got {self.unknown_fields!r}"
             )
-        if any(not key or not key.isascii() for key in self.api_keys):
-            raise ValueError("api_keys must be non-empty ASCII texts")
+        for name in ("api_keys", "admin_keys"):
+            if any(not key or not key.isascii() for key in getattr(self, name)):
+                raise ValueError(f"{name} must be non-empty ASCII texts")
+        if set(self.api_keys) & set(self.admin_keys):
+            raise ValueError("admin_keys must differ from api_keys")
         for name in (
             "max_body_bytes",
             "body_timeout_s",

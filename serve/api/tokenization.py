@@ -33,7 +33,7 @@ def build_tokenization_router(context: ApiContext) -> APIRouter:
     @router.post("/tokenize", openapi_extra=describe_body(TokenizeBody))
     async def tokenize(request: Request) -> Response:
         body = await read_request(request, TokenizeBody, context.settings)
-        split_model(body.model, context.settings.model_id)
+        split_model(body.model, context)
         token_ids = await _tokenize(context, body)
         names = None
         if body.return_token_strs:
@@ -56,7 +56,7 @@ def build_tokenization_router(context: ApiContext) -> APIRouter:
     @router.post("/detokenize", openapi_extra=describe_body(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
         body = await read_request(request, DetokenizeBody, context.settings)
-        split_model(body.model, context.settings.model_id)
+        split_model(body.model, context)
         if body.tokens is None:
             raise ApiError("tokens must be a list.", param="tokens", code="invalid_type")
         vocab_size = context.backend.vocab_size

@@ -2,12 +2,18 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AsyncExitStack
 
 import torch
 
 from decoding.sampler import Sampler
+from serve.backends.adapters import AdapterRegistry
 from serve.backends.protocol import (
+    AdapterInfo,
+    AdapterLoadError,
+    AdapterNotFoundError,
+    Arm,
     BackendStats,
     BackendUnavailableError,
     GenerationRequest,
@@ -16,8 +22,15 @@ from serve.backends.protocol import (
     TokenOutput,
     TokenTrace,
 )
-from serve.engine.engine import Engine, Model, Outputs
-from serve.engine.sequence import Request, ScoredToken, SequenceOutput
+from serve.engine.engine import Engine, Outputs
+from serve.engine.model import Model
+from serve.engine.sequence import (
+    Branch,
+    Request,
+    ScoredToken,
+    SequenceOutput,
+    SideAdapter,
+)
 from serve.engine.worker import EngineThread
 
 
@@ -67,6 +80,8 @@ class NativeBackend:
         prefix_caching: bool = True,
         cache_dtype: torch.dtype | None = None,
         max_context_tokens: int | None = None,
+        num_side_cache_blocks: int | None = None,
+        adapters: AdapterRegistry | None = None,
     ) -> None:
         """Allocate the cache and start the engine's thread.
 
@@ -84,6 +99,8 @@ class NativeBackend:
             prefix_caching: reuse the cache between sequences that start alike.
             cache_dtype: of keys and values; None leaves it to the model.
             max_context_tokens: longest prompt + continuation; None: what model and cache allow.
+            num_side_cache_blocks: as in `Engine`.
+            adapters: what requests can name, over the same model; None: nothing.
 
         Raises:
             ValueError: a limit is out of range.
@@ -105,7 +122,9 @@ class NativeBackend:
             prefix_caching=prefix_caching,
             cache_dtype=cache_dtype,
             max_context_tokens=max_context_tokens,
+            num_side_cache_blocks=num_side_cache_blocks,
         )
+        self._adapters = adapters
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -132,17 +151,41 @@ class NativeBackend:
         Raises:
             QueueFullError: no room in the queue (raised at the first `anext`).
             BackendUnavailableError: draining, stopped or broken.
+            AdapterNotFoundError: an arm names an adapter that is not attached.
+            AdapterLoadError: an adapter that had left memory cannot be read any more.
             ValueError: the request could never run, or its id is in use.
         """
-        stream = self._admit(request)
-        try:
-            while not stream.is_exhausted:
-                yield await stream.get()
-        finally:
-            del self._streams[stream.request]
-            del self._requests[request.request_id]
-            if stream.num_open:
-                self._thread.abort(stream.request)
+        names = {arm.adapter for arm in request.arms if arm.adapter is not None}
+        async with AsyncExitStack() as stack:
+            adapters: dict[str, SideAdapter] = {}
+            if names:
+                self._check_open()
+                for name in sorted(names):
+                    using = self._registry(name).use(name)
+                    adapters[name] = await stack.enter_async_context(using)
+            stream = self._admit(request, adapters)
+            try:
+                while not stream.is_exhausted:
+                    yield await stream.get()
+            finally:
+                del self._streams[stream.request]
+                del self._requests[request.request_id]
+                if stream.num_open:
+                    self._thread.abort(stream.request)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Return what is attached, in the order of names."""
+        return self._adapters.infos() if self._adapters else []
+
+    async def attach_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Load the adapter in a folder and serve it under a name; see `AdapterRegistry.attach`."""
+        if self._adapters is None:
+            raise AdapterLoadError("this server takes no adapters")
+        return await self._adapters.attach(name, path)
+
+    async def detach_adapter(self, name: str) -> None:
+        """Serve an adapter no more; see `AdapterRegistry.detach`."""
+        self._registry(name).detach(name)
 
     def abort_sequence(self, request_id: str, sequence_index: int) -> None:
         """Stop one sequence of a running request; unknown ids are ignored."""
@@ -165,6 +208,9 @@ class NativeBackend:
             steps=engine.num_steps,
             is_draining=self._thread.is_draining,
             error=engine.error,
+            num_side_cache_blocks=engine.num_side_cache_blocks,
+            num_free_side_cache_blocks=engine.num_available_side_cache_blocks,
+            base_cached_prompt_tokens=scheduler.num_base_cached_prompt_tokens,
         )
 
     async def drain(self, timeout_s: float) -> None:
@@ -185,23 +231,30 @@ class NativeBackend:
         self._thread.stop()
         self._thread.join()
 
-    def _admit(self, request: GenerationRequest) -> _Stream:
+    def _registry(self, name: str) -> AdapterRegistry:
+        if self._adapters is None:
+            raise AdapterNotFoundError(f"no adapter is called {name!r}")
+        return self._adapters
+
+    def _check_open(self) -> None:
+        if self._engine.error:
+            raise BackendUnavailableError(self._engine.error)
+        if self._thread.is_draining:
+            raise BackendUnavailableError("the server is shutting down")
+
+    def _admit(self, request: GenerationRequest, adapters: Mapping[str, SideAdapter]) -> _Stream:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             if self._streams:
                 raise RuntimeError("the backend serves requests of another event loop")
             self._loop = loop
-        if self._engine.error:
-            raise BackendUnavailableError(self._engine.error)
-        if self._thread.is_draining:
-            raise BackendUnavailableError("the server is shutting down")
+        self._check_open()
         if request.request_id in self._requests:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         engine_request = Request(
             prompt_token_ids=request.prompt_token_ids,
-            params=request.params,
+            branches=tuple(_branch(arm, adapters) for arm in request.arms),
             prompt_is_template=request.prompt_is_template,
-            num_sequences=request.num_sequences,
             prompt_logprobs=request.prompt_logprobs,
             is_traced=request.is_traced,
         )
@@ -241,6 +294,15 @@ class NativeBackend:
             stream = self._streams.get(request)
             if stream is not None:
                 stream.put(request_outputs)
+
+
+def _branch(arm: Arm, adapters: Mapping[str, SideAdapter]) -> Branch:
+    return Branch(
+        params=arm.params,
+        num_sequences=arm.num_sequences,
+        adapter=adapters[arm.adapter] if arm.adapter is not None else None,
+        adapter_scale=arm.adapter_scale,
+    )
 
 
 def _token_logprob(scored: ScoredToken) -> TokenLogprob:

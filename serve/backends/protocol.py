@@ -166,6 +166,9 @@ class BackendStats:
             prompt counts once for each sequence.
         is_draining: no new requests are admitted.
         error: why the backend is broken, or None.
+        num_side_cache_blocks, num_free_side_cache_blocks: gauges, of the side networks' cache.
+        base_cached_prompt_tokens: counter; prompt tokens that the base's cache had. More than
+            `cached_prompt_tokens` where side networks had to read them.
     """
 
     num_running_sequences: int
@@ -179,6 +182,9 @@ class BackendStats:
     steps: int
     is_draining: bool
     error: str | None
+    num_side_cache_blocks: int = 0
+    num_free_side_cache_blocks: int = 0
+    base_cached_prompt_tokens: int = 0
 
 
 class Backend(Protocol):

@@ -16,6 +16,7 @@ REQUEST_FLAGS = (
     ("--top-k", int, "K", "keep this many of the most likely tokens; 0 keeps all"),
     ("--min-p", float, "P", "drop tokens less likely than this share of the most likely one"),
     ("--seed", int, "N", "the same seed gives the same text"),
+    ("--adapter-scale", float, "S", "how much of the adapter, 0 to 1; 0 is the base, exactly"),
 )
 
 

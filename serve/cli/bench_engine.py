@@ -8,6 +8,7 @@ from typing import Any
 
 from decoding import ParameterError, SamplingParams, parse_strategy
 from serve.backends.protocol import (
+    Arm,
     Backend,
     BackendUnavailableError,
     GenerationRequest,
@@ -51,7 +52,7 @@ class EngineStreams:
         request = GenerationRequest(
             request_id=f"bench-{id(self)}-{number}",
             prompt_token_ids=prompt,
-            params=stream_params(self._decoding, num_tokens=num_tokens, seed=number),
+            arms=(Arm(params=stream_params(self._decoding, num_tokens=num_tokens, seed=number)),),
         )
         arrivals: list[float] = []
         counts: list[int] = []

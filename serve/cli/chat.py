@@ -28,6 +28,7 @@ A line that ends in a backslash goes on with the next one.
 examples:
   proa chat
   proa chat --decoding '{"strategy": "adapt", "a": 1.0, "b": 0.3, "fences_only": true}'
+  proa chat --model smollm2:poet --adapter-scale 0.5
   proa chat --url https://example.org --system "You write Python." --temperature 0.7
   echo "Name three rivers." | proa chat --seed 1
 """

@@ -27,6 +27,7 @@ EXAMPLES = """\
 examples:
   proa generate "def fibonacci(n):" --decoding adapt --seed 1
   proa generate --chat "Explain recursion in one sentence." --temperature 0
+  proa generate "Once upon a time" --adapter poet=./my-adapter --adapter-scale 0.5
   cat prompt.txt | proa generate --model ./Llama-3.2-1B --max-tokens 200 --json
 """
 
@@ -46,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         action="store_true",
         help="print one JSON object: text, finish_reason, usage and the decoding trace",
+    )
+    parser.add_argument(
+        "--adapter", metavar="NAME=DIR", help="attach this adapter to the model and use it"
     )
     add_request_arguments(parser, max_tokens=256)
     add_options(parser, ENGINE_OPTIONS)
@@ -80,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not prompt:
         raise UserError("PROMPT: the prompt is empty")
     given = {**given_options(arguments, ENGINE_OPTIONS), "max_running_sequences": "1"}
+    # What a server would attach by its environment is not asked for here.
+    given |= {"adapter": [] if arguments.adapter is None else [arguments.adapter]}
     config = build_config(given, environ=os.environ)
     # Loads torch, which takes seconds: wrong arguments are refused first.
     from serve.server import build_service, close_service
@@ -87,7 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
     async def generate() -> None:
         service = build_service(config, report=_say_nothing if arguments.json else say)
         try:
-            path, body = _request(prompt, arguments, service.model_id)
+            model = service.adapters[0] if service.adapters else service.model_id
+            path, body = _request(prompt, arguments, model)
             chunks = stream_completion(service.app, path, {**body, **fields})
             await _print_answer(chunks, is_json=arguments.json)
         finally:

@@ -15,13 +15,15 @@ COMMANDS = {
     "serve": "serve a model over an OpenAI-style HTTP API",
     "chat": "chat with a running server in the terminal",
     "generate": "continue a prompt in this process, without a server",
+    "train": "train a side network on the frozen 4-bit base",
+    "adapters": "list, inspect and verify adapters",
     "quantize": "write a 4-bit checkpoint that transformers loads too",
     "bench": "measure decode and prefill speed",
 }
 
 DESCRIPTION = """\
-Proa serves one 4-bit language model over an OpenAI-style API, with decoding strategies that adapt
-the temperature token by token.
+Proa serves one 4-bit language model over an OpenAI-style API, with any number of side networks
+attached to it and decoding strategies that adapt the temperature token by token.
 """
 
 EXAMPLES = """\
@@ -30,6 +32,9 @@ examples:
   proa serve ./Llama-3.2-1B --port 9000   a Hugging Face folder; a hub id or a .gguf file work too
   proa chat --decoding adapt              talk to it from another terminal
   proa generate "def fibonacci(n):" --decoding adapt --max-tokens 100
+  proa train qst --data chats.jsonl --output ./my-adapter
+  proa serve --adapter mine=./my-adapter  the model ids are then smollm2 and smollm2:mine
+  proa adapters inspect ./my-adapter
   proa quantize ./Llama-3.2-1B ./Llama-3.2-1B-nf4
   proa bench --streams 1,8,32
 

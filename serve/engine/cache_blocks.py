@@ -6,6 +6,7 @@ starts with the same tokens finds it there.
 """
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -25,6 +26,25 @@ def chain_key(parent_key: bytes, token_ids: bytes) -> bytes:
         32 bytes, a SHA-256 digest: two prefixes share a key only when they are equal.
     """
     return hashlib.sha256(parent_key + token_ids).digest()
+
+
+def side_root_key(digest: str) -> bytes:
+    """Give what stands for a side network in the keys of its blocks.
+
+    Args:
+        digest: of the files that it came from.
+    """
+    return hashlib.sha256(b"side" + digest.encode()).digest()
+
+
+def side_key(root_key: bytes, base_key: bytes) -> bytes:
+    """Derive the key of a full block of a side network's cache.
+
+    Args:
+        root_key: of the side network.
+        base_key: of the base's block of the same tokens; it stands for all of them.
+    """
+    return hashlib.sha256(root_key + base_key).digest()
 
 
 class CacheBlocks:
@@ -78,9 +98,29 @@ class CacheBlocks:
             found.append(block)
         return found
 
-    def count_idle(self, blocks: Iterable[int]) -> int:
-        """Count those of `blocks` that nobody uses."""
-        return sum(block in self._idle for block in blocks)
+    def has_room(self, found: list[int], num_blocks: int, *, num_spare: int) -> bool:
+        """Whether `take` can be called and leaves some blocks available.
+
+        Args:
+            found, num_blocks: as in `take`.
+            num_spare: blocks to leave.
+        """
+        num_idle = sum(block in self._idle for block in found)
+        return num_blocks - len(found) + num_idle + num_spare <= self.num_available
+
+    def take(self, found: list[int], num_blocks: int) -> "array[int]":
+        """Add a user to published blocks and hand out more.
+
+        Args:
+            found: from `find`, at most `num_blocks`.
+            num_blocks: how many blocks in all.
+
+        Returns:
+            `found`, then new blocks.
+        """
+        for block in found:
+            self.reference(block)
+        return array("i", (*found, *(self.allocate() for _ in range(num_blocks - len(found)))))
 
     def reference(self, block: int) -> None:
         """Add a user to a published block."""

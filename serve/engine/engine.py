@@ -4,19 +4,18 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence as TokenIds
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from decoding import derive_seed
 from decoding.logprobs import token_logprobs
 from decoding.row import Row
 from decoding.sampler import Sampled, Sampler
-from models.batch import PackedBatch
 from models.kv_cache import KVCache
-from models.spec import DecoderSpec
+from models.side import AttachedSide
 from serve.engine.cache_blocks import CacheBlocks
+from serve.engine.model import Model
 from serve.engine.packing import BatchPacker
 from serve.engine.scheduler import Chunk, Scheduler
 from serve.engine.sequence import (
@@ -29,22 +28,13 @@ from serve.engine.sequence import (
 
 logger = logging.getLogger(__name__)
 
+SIDE_BLOCKS_PER_BLOCK = 4
+"""Side cache blocks for each block of the base: they are small, and several may read a token."""
+
 MAX_FORWARD_FAILURES = 3
 """Forward failures in a row after which the engine gives up."""
 
 Outputs = dict[Request, list[SequenceOutput]]
-
-
-class Model(Protocol):
-    """The part of `models.decoder.Decoder` that an engine uses."""
-
-    spec: DecoderSpec
-
-    def make_cache(
-        self, *, num_blocks: int, block_size: int = 16, dtype: torch.dtype | None = None
-    ) -> KVCache: ...
-
-    def forward(self, batch: PackedBatch, cache: KVCache) -> Tensor: ...
 
 
 def describe_error(error: Exception) -> str:
@@ -78,6 +68,7 @@ class Engine:
         prefix_caching: bool = True,
         cache_dtype: torch.dtype | None = None,
         max_context_tokens: int | None = None,
+        num_side_cache_blocks: int | None = None,
     ) -> None:
         """Allocate the cache.
 
@@ -92,22 +83,35 @@ class Engine:
             prefix_caching: reuse the cache between sequences that start alike.
             cache_dtype: of keys and values; None leaves it to the model.
             max_context_tokens: longest prompt + continuation; None: what model and cache allow.
+            num_side_cache_blocks: blocks for the side networks, of all shapes together; at least
+                what the longest sequence needs. They take memory as they fill. None:
+                `SIDE_BLOCKS_PER_BLOCK` for each block of the base.
 
         Raises:
             ValueError: a limit is out of range.
         """
-        self._blocks = CacheBlocks(num_cache_blocks)
-        self.scheduler = Scheduler(
-            self._blocks,
-            block_size=block_size,
-            max_batch_tokens=max_batch_tokens,
-            max_running_sequences=max_running_sequences,
-            prefix_caching=prefix_caching,
-        )
         self.max_context_tokens = min(
             model.spec.max_position_embeddings,
             num_cache_blocks * block_size,
             max_context_tokens or sys.maxsize,
+        )
+        if num_side_cache_blocks is None:
+            num_side_cache_blocks = SIDE_BLOCKS_PER_BLOCK * num_cache_blocks
+        max_blocks = -(-self.max_context_tokens // block_size)
+        if num_side_cache_blocks < max_blocks:
+            raise ValueError(
+                f"num_side_cache_blocks must be at least {max_blocks}, for a sequence of "
+                f"{self.max_context_tokens} tokens; got {num_side_cache_blocks}"
+            )
+        self._blocks = CacheBlocks(num_cache_blocks)
+        self._side_blocks = CacheBlocks(num_side_cache_blocks)
+        self.scheduler = Scheduler(
+            self._blocks,
+            self._side_blocks,
+            block_size=block_size,
+            max_batch_tokens=max_batch_tokens,
+            max_running_sequences=max_running_sequences,
+            prefix_caching=prefix_caching,
         )
         self.vocab_size = model.spec.vocab_size
         self.num_steps = 0
@@ -117,13 +121,19 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             max_running_sequences=max_running_sequences,
             max_context_tokens=self.max_context_tokens,
-            max_blocks=-(-self.max_context_tokens // block_size),
+            max_blocks=max_blocks,
+            side_cache=self._side_cache,
         )
         self._model = model
         self._sampler = sampler
         self._cache = model.make_cache(
             num_blocks=num_cache_blocks, block_size=block_size, dtype=cache_dtype
         )
+        self._make_side_cache = partial(
+            model.make_side_cache, num_blocks=num_side_cache_blocks, block_size=block_size,
+            dtype=cache_dtype,
+        )  # fmt: skip
+        self._side_caches: dict[object, KVCache] = {}
         self._eos_token_ids = frozenset(eos_token_ids)
         self._live: dict[Request, None] = {}
         self._outputs: Outputs = {}
@@ -145,26 +155,23 @@ class Engine:
         """Blocks that no sequence uses, those kept for reuse included."""
         return self._blocks.num_available
 
+    @property
+    def num_side_cache_blocks(self) -> int:
+        """Blocks for side networks."""
+        return self._side_blocks.num_blocks
+
+    @property
+    def num_available_side_cache_blocks(self) -> int:
+        """Those of them that no sequence uses."""
+        return self._side_blocks.num_available
+
     def check(self, request: Request) -> None:
         """Refuse a request that could never run; safe to call from any thread.
 
         Raises:
             ValueError: the prompt is empty, has ids outside the vocabulary or does not fit.
         """
-        prompt, max_tokens = request.prompt_token_ids, request.params.max_tokens
-        if not prompt:
-            raise ValueError("the prompt must have at least one token")
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            raise ValueError(f"prompt token ids must be 0 to {self.vocab_size - 1}")
-        if request.num_sequences < 1:
-            raise ValueError(f"num_sequences must be at least 1, got {request.num_sequences}")
-        if max_tokens is None or request.params.seed is None:
-            raise ValueError("max_tokens and seed must be set")
-        if len(prompt) + max_tokens > self.max_context_tokens:
-            raise ValueError(
-                f"prompt and max_tokens must be at most {self.max_context_tokens} tokens "
-                f"together, got {len(prompt)} + {max_tokens}"
-            )
+        request.check(vocab_size=self.vocab_size, max_context_tokens=self.max_context_tokens)
 
     def add(self, request: Request) -> None:
         """Queue a checked request."""
@@ -172,7 +179,7 @@ class Engine:
         self._num_arrivals += 1
         self._live[request] = None
         self.scheduler.add(request)
-        if self.error:
+        if self.error or not self._has_side_caches(request):
             self._end(request, "error")
 
     def abort(self, request: Request) -> None:
@@ -222,6 +229,8 @@ class Engine:
                 if logits is not None:
                     self.scheduler.commit(chunks)
                     self._read_logits(chunks, logits)
+        if not self._live:
+            self._packer.forget()
         return self.take_outputs()
 
     def _forward(self, chunks: list[Chunk]) -> Tensor | None:
@@ -244,6 +253,24 @@ class Engine:
         self.num_steps += 1
         return logits
 
+    def _has_side_caches(self, request: Request) -> bool:
+        """Make the side caches that a request needs; False if there is no memory for one."""
+        try:
+            for sequence in request.sequences:
+                if sequence.adapter is not None:
+                    self._side_cache(sequence.adapter.side)
+        except Exception as error:
+            logger.error("a side cache cannot be made: %s", describe_error(error))
+            return False
+        return True
+
+    def _side_cache(self, side: AttachedSide) -> KVCache:
+        """Return the cache that side networks of this shape share, made for the first of them."""
+        cache = self._side_caches.get(side.cache_shape)
+        if cache is None:
+            cache = self._side_caches[side.cache_shape] = self._make_side_cache(side)
+        return cache
+
     def _read_logits(self, chunks: list[Chunk], logits: Tensor) -> None:
         """Turn the logits of a step into prompt log probabilities and new tokens."""
         sequences: list[Sequence] = []
@@ -257,7 +284,7 @@ class Engine:
                 is_sound = self._score_prompt(sequence, prompt_logits)
             num_read += chunk.num_logits
             if chunk.is_last and is_sound:
-                if not sequence.request.params.max_tokens:
+                if not sequence.params.max_tokens:
                     self._finish(sequence, SequenceOutput(sequence.index, None), "length")
                 else:
                     sequences.append(sequence)
@@ -312,11 +339,10 @@ class Engine:
         """Return the sampler's state of a sequence, made at its first draw."""
         if sequence.row is None:
             request = sequence.request
-            assert request.params.seed is not None
             sequence.row = self._sampler.start(
-                request.params,
+                sequence.params,
                 request.prompt_token_ids,
-                seed=derive_seed(request.params.seed, sequence.index),
+                seed=sequence.seed,
                 prompt_is_template=request.prompt_is_template,
                 is_traced=request.is_traced,
             )
@@ -324,7 +350,7 @@ class Engine:
 
     def _append(self, sequence: Sequence, sampled: Sampled, i: int) -> None:
         """Add token `i` of a draw to its sequence, and finish the sequence if it was the last."""
-        token_id, params = sampled.token_ids[i], sequence.request.params
+        token_id, params = sampled.token_ids[i], sequence.params
         sequence.token_ids.append(token_id)
         self.num_generated_tokens += 1
         output = SequenceOutput(sequence.index, token_id)

@@ -1,12 +1,16 @@
 """Lay the chunks of a step out as the packed batch a decoder reads."""
 
 from array import array
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from models.batch import PackedBatch
+from models.batch import PackedBatch, SideBatch
+from models.kv_cache import KVCache
+from models.side import AttachedSide
 from serve.engine.scheduler import Chunk
+from serve.engine.sequence import SideStream
 
 
 class _Buffer:
@@ -35,6 +39,7 @@ class BatchPacker:
         max_running_sequences: int,
         max_context_tokens: int,
         max_blocks: int,
+        side_cache: Callable[[AttachedSide], KVCache],
     ) -> None:
         """Allocate the buffers.
 
@@ -43,6 +48,7 @@ class BatchPacker:
             max_running_sequences: sequences in a batch at most.
             max_context_tokens: tokens in a sequence at most.
             max_blocks: blocks in a sequence at most.
+            side_cache: gives the cache of a side network.
         """
         self._token_ids = _Buffer(max_batch_tokens)
         self._positions = _Buffer(max_batch_tokens)
@@ -50,6 +56,8 @@ class BatchPacker:
         self._query_starts = _Buffer(max_running_sequences + 1)
         self._context_lens = _Buffer(max_running_sequences)
         self._block_tables = _Buffer(max_running_sequences * max_blocks)
+        self._write_starts = _Buffer(max_running_sequences)
+        self._sides = SidePacker(max_running_sequences, max_blocks, side_cache)
         self._count_up = memoryview(array("i", range(max(max_context_tokens, max_batch_tokens))))
 
     def pack(self, chunks: list[Chunk]) -> PackedBatch:
@@ -67,6 +75,7 @@ class BatchPacker:
         block_tables = self._block_tables.view
         num_columns = max(len(chunk.sequence.blocks) for chunk in chunks)
         num_tokens = num_outputs = 0
+        has_sides = is_again = False
         for b, chunk in enumerate(chunks):
             sequence, start, length = chunk.sequence, chunk.start, chunk.num_tokens
             end = num_tokens + length
@@ -88,6 +97,12 @@ class BatchPacker:
             blocks = sequence.blocks
             column = b * num_columns
             block_tables[column : column + len(blocks)] = blocks
+            if sequence.sides:
+                has_sides = True
+            if start < sequence.write_start:
+                is_again = True
+        if not has_sides:
+            self.forget()
         num_rows = len(chunks)
         tables = self._block_tables.head(num_rows * num_columns)
         return PackedBatch(
@@ -97,4 +112,83 @@ class BatchPacker:
             context_lens=self._context_lens.head(num_rows),
             block_tables=tables.view(num_rows, num_columns),
             output_rows=self._output_rows.head(num_outputs),
+            write_starts=self._pack_write_starts(chunks) if is_again else None,
+            side=self._sides.pack(chunks, num_columns) if has_sides else None,
         )
+
+    def forget(self) -> None:
+        """Hold no side network any more, so that one that left is freed."""
+        if self._sides.streams:
+            self._sides.start([])
+
+    def _pack_write_starts(self, chunks: list[Chunk]) -> Tensor:
+        for b, chunk in enumerate(chunks):
+            self._write_starts.view[b] = chunk.sequence.write_start
+        return self._write_starts.head(len(chunks))
+
+
+class SidePacker:
+    """Builds side batches in buffers that every step overwrites.
+
+    Attributes:
+        streams: of the latest batch.
+    """
+
+    def __init__(
+        self, num_streams: int, max_blocks: int, side_cache: Callable[[AttachedSide], KVCache]
+    ) -> None:
+        """Allocate the buffers.
+
+        Args:
+            num_streams: side networks in a batch, usually; more make the buffers grow.
+            max_blocks: blocks in a sequence at most.
+            side_cache: gives the cache of a side network.
+        """
+        self._max_blocks = max_blocks
+        self._side_cache = side_cache
+        self._allocate(num_streams)
+        self.start([])
+
+    def pack(self, chunks: list[Chunk], num_columns: int) -> SideBatch:
+        """Lay out the side networks of a step.
+
+        Args:
+            chunks: of which at least one has side networks.
+            num_columns: most blocks that a sequence has.
+        """
+        streams = [side for chunk in chunks for side in chunk.sequence.sides]
+        if streams != self.streams:
+            self.start(streams)
+        sequences, block_tables = self._sequences.view, self._block_tables.view
+        row = column = 0
+        for b, chunk in enumerate(chunks):
+            for side in chunk.sequence.sides:
+                sequences[row] = b
+                block_tables[column : column + len(side.blocks)] = side.blocks
+                row += 1
+                column += num_columns
+        return SideBatch(
+            networks=self._networks,
+            caches=self._caches,
+            sequences=self._sequences.head(row),
+            block_tables=self._block_tables.head(column).view(row, num_columns),
+            write_starts=self._write_starts,
+            scales=self._scales,
+        )
+
+    def start(self, streams: list[SideStream]) -> None:
+        """Prepare what stays as it is while the same streams run."""
+        if len(streams) > len(self._sequences.view):
+            self._allocate(len(streams))
+        for side in streams:
+            if side.cache is None:
+                side.cache = self._side_cache(side.adapter.side)
+        self.streams = streams
+        self._networks = tuple(side.adapter.side for side in streams)
+        self._caches = tuple(side.cache for side in streams if side.cache is not None)
+        self._write_starts = torch.tensor([side.start for side in streams], dtype=torch.int32)
+        self._scales = torch.tensor([side.scale for side in streams], dtype=torch.float32)
+
+    def _allocate(self, num_streams: int) -> None:
+        self._sequences = _Buffer(num_streams)
+        self._block_tables = _Buffer(num_streams * self._max_blocks)

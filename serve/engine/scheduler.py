@@ -4,13 +4,18 @@ Every step mixes decoding sequences (one token each) with chunks of prompts unde
 Admission is first come, first served; an admitted sequence gets blocks for all its known tokens at
 once, so only decoding can run out of blocks. Then the youngest sequence is preempted: it gives its
 blocks back and later computes all its tokens again.
+
+A sequence with a side network has blocks of the side cache beside those of the base, as many. A
+token must be computed again as long as one of the two caches lacks it; what the base has of it is
+then left alone. The first sequence of a request computes the prompt for its siblings: the side
+networks that they use read along.
 """
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
-from serve.engine.cache_blocks import CacheBlocks
-from serve.engine.sequence import Request, Sequence, SequenceState
+from serve.engine.cache_blocks import CacheBlocks, side_key
+from serve.engine.sequence import Request, Sequence, SequenceState, SideAdapter, SideStream
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -53,6 +58,7 @@ class Scheduler:
         num_preemptions: counter since start.
         num_prompt_tokens, num_cached_prompt_tokens: counters since start, over the sequences that
             were admitted.
+        num_base_cached_prompt_tokens: those that the base's cache had, computed again or not.
         num_queued_requests: requests of which nothing was admitted yet.
         num_queued_tokens: their prompt tokens.
     """
@@ -60,6 +66,7 @@ class Scheduler:
     def __init__(
         self,
         blocks: CacheBlocks,
+        side_blocks: CacheBlocks,
         *,
         block_size: int,
         max_batch_tokens: int,
@@ -70,7 +77,8 @@ class Scheduler:
         """Check the limits.
 
         Args:
-            blocks: the cache's blocks.
+            blocks: of the base's cache.
+            side_blocks: of the side caches; enough for the longest sequence.
             block_size: positions in a block, >= 1.
             max_batch_tokens: tokens a step computes at most; at least max_running_sequences.
             max_running_sequences: sequences that own cache blocks at most, >= 1.
@@ -98,9 +106,11 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_prompt_tokens = 0
+        self.num_base_cached_prompt_tokens = 0
         self.num_queued_requests = 0
         self.num_queued_tokens = 0
         self._blocks = blocks
+        self._side_blocks = side_blocks
         self._block_size = block_size
         self._max_batch_tokens = max_batch_tokens
         self._max_running_sequences = max_running_sequences
@@ -159,15 +169,15 @@ class Scheduler:
         chunks: list[Chunk] = []
         prefilling: list[Sequence] = []
         num_preemptions = self.num_preemptions
-        i = 0
-        while i < len(self.running):
-            sequence = self.running[i]
+        running = SequenceState.RUNNING
+        for sequence in tuple(self.running):
+            if sequence.state is not running:
+                continue  # preempted by an older one
             start = sequence.num_computed
             if start + 1 < len(sequence.token_ids):
                 prefilling.append(sequence)
             elif self._reserve_one(sequence):
                 chunks.append(Chunk(sequence, start, 1, 1, 0, True))
-            i += 1
 
         budget = self._max_batch_tokens - len(chunks)
         num_prompt_logits = self._max_prompt_logits
@@ -196,6 +206,8 @@ class Scheduler:
             num_full = sequence.num_computed // self._block_size
             if num_full > sequence.num_published:
                 self._publish(sequence, num_full)
+            if sequence.sides:
+                self._commit_sides(sequence, num_full)
             held = sequence.request.held
             if held and sequence.num_computed >= len(sequence.request.prompt_token_ids):
                 while held:
@@ -213,8 +225,18 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.blocks)
         del sequence.blocks[:]
+        for side in sequence.sides:
+            self._side_blocks.release(side.blocks)
+        sequence.sides.clear()
         sequence.num_computed = 0
         sequence.num_published = 0
+
+    def _drop_track(self, sequence: Sequence) -> bool:
+        """Take a side network that reads along for a sibling off a sequence, if there is one."""
+        if not sequence.sides or sequence.sides[-1].scale:
+            return False
+        self._side_blocks.release(sequence.sides.pop().blocks)
+        return True
 
     def _reserve_one(self, sequence: Sequence) -> bool:
         """Make room for one more token, preempting the youngest while there is none.
@@ -224,15 +246,23 @@ class Scheduler:
         """
         if sequence.num_computed < len(sequence.blocks) * self._block_size:
             return True
-        while not self._blocks.num_available:
-            youngest = self.running.pop()
-            assert self.running, "a sequence that does not fit into the cache was admitted"
+        blocks, side_blocks = self._blocks, self._side_blocks
+        while not blocks.num_available or (sequence.sides and not side_blocks.num_available):
+            if blocks.num_available and any(map(self._drop_track, reversed(self.running))):
+                continue
+            assert len(self.running) > 1, "a sequence that does not fit the cache was admitted"
+            youngest = next(
+                other for other in reversed(self.running) if other.sides or not blocks.num_available
+            )
+            self.running.remove(youngest)
             self._free(youngest)
             self._wait(youngest)
             self.num_preemptions += 1
             if youngest is sequence:
                 return False
-        sequence.blocks.append(self._blocks.allocate())
+        sequence.blocks.append(blocks.allocate())
+        for side in sequence.sides:
+            side.blocks.append(side_blocks.allocate())
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -243,39 +273,76 @@ class Scheduler:
         """
         if len(self.running) >= self._max_running_sequences:
             return False
-        num_tokens = len(sequence.token_ids)
-        num_blocks = -(-num_tokens // self._block_size)
-        found = self._find_prefix(sequence, num_tokens)
-        num_new = num_blocks - len(found)
-        num_taken = num_new + self._blocks.count_idle(found)
-        if num_taken + len(self.running) > self._blocks.num_available:
+        num_blocks = -(-len(sequence.token_ids) // self._block_size)
+        num_reusable = self._num_reusable_blocks(sequence)
+        keys = (sequence.block_key(i, self._block_size) for i in range(num_reusable))
+        found = self._blocks.find(keys)
+        if not self._blocks.has_room(found, num_blocks, num_spare=len(self.running)):
             return False
-        for block in found:
-            self._blocks.reference(block)
-        sequence.blocks.extend(found)
-        sequence.blocks.extend(self._blocks.allocate() for _ in range(num_new))
-        sequence.num_computed = len(found) * self._block_size
+        if sequence.adapter is not None:
+            known = self._find_side(sequence, sequence.adapter, num_reusable)
+            if not self._add_side(sequence, sequence.adapter, sequence.adapter_scale, known):
+                return False
+        sequence.blocks = self._blocks.take(found, num_blocks)
+        if sequence.request.held:
+            self._add_tracks(sequence)
+        sequence.write_start = len(found) * self._block_size
+        sequence.num_computed = min((sequence.write_start, *(x.start for x in sequence.sides)))
         sequence.num_published = len(found)
         sequence.state = SequenceState.RUNNING
         insort(self.running, sequence, key=_order)
         if sequence.num_cached_prompt_tokens is None:
-            num_prompt = len(sequence.request.prompt_token_ids)
             sequence.num_cached_prompt_tokens = sequence.num_computed
-            self.num_prompt_tokens += num_prompt
+            self.num_prompt_tokens += len(sequence.request.prompt_token_ids)
             self.num_cached_prompt_tokens += sequence.num_computed
+            self.num_base_cached_prompt_tokens += sequence.write_start
         if sequence.request.is_queued:
             self._leave_queue(sequence.request)
         return True
 
-    def _find_prefix(self, sequence: Sequence, num_tokens: int) -> list[int]:
-        """Find published blocks, short of the first token whose logits are needed."""
+    def _num_reusable_blocks(self, sequence: Sequence) -> int:
+        """Count the full blocks short of the first token whose logits are needed."""
         if not self._prefix_caching:
-            return []
-        num_reusable = num_tokens - 1
+            return 0
+        num_reusable = len(sequence.token_ids) - 1
         if sequence.num_missing_prompt_logprobs:
             num_reusable = sequence.num_prompt_logprobs
-        num_blocks = num_reusable // self._block_size
-        return self._blocks.find(sequence.block_key(i, self._block_size) for i in range(num_blocks))
+        return num_reusable // self._block_size
+
+    def _find_side(self, sequence: Sequence, adapter: SideAdapter, num_reusable: int) -> list[int]:
+        """Find published blocks of a side network."""
+        return self._side_blocks.find(
+            side_key(adapter.root_key, sequence.block_key(i, self._block_size))
+            for i in range(num_reusable)
+        )
+
+    def _add_side(
+        self, sequence: Sequence, adapter: SideAdapter, scale: float, found: list[int]
+    ) -> bool:
+        """Let a side network read a sequence that is being admitted, if there is room for it."""
+        num_blocks = -(-len(sequence.token_ids) // self._block_size)
+        num_spare = sum(other.adapter is not None for other in self.running)
+        if not self._side_blocks.has_room(found, num_blocks, num_spare=num_spare):
+            return False
+        blocks = self._side_blocks.take(found, num_blocks)
+        start = len(found) * self._block_size
+        sequence.sides.append(SideStream(adapter, scale, blocks, start, len(found)))
+        return True
+
+    def _add_tracks(self, sequence: Sequence) -> None:
+        """Let the side networks of held siblings read along, but those that know the prompt.
+
+        A sibling whose side network finds no room computes the prompt again.
+        """
+        num_shared = (len(sequence.request.prompt_token_ids) - 1) // self._block_size
+        seen = {sequence.adapter.root_key} if sequence.adapter else set()
+        for other in sequence.request.held:
+            adapter = other.adapter
+            if adapter is not None and adapter.root_key not in seen:
+                seen.add(adapter.root_key)
+                found = self._find_side(sequence, adapter, num_shared)
+                if len(found) < num_shared:
+                    self._add_side(sequence, adapter, 0.0, found)
 
     def _take_chunk(self, sequence: Sequence, budget: int, num_prompt_logits: int) -> Chunk | None:
         """Cut the next chunk of a prefilling sequence; None when no prompt logits are left."""
@@ -296,3 +363,19 @@ class Scheduler:
             for i in range(sequence.num_published, num_full):
                 self._blocks.publish(sequence.blocks[i], sequence.block_key(i, self._block_size))
         sequence.num_published = num_full
+
+    def _commit_sides(self, sequence: Sequence, num_full: int) -> None:
+        """Publish full side blocks; those who read along for siblings leave with the prompt."""
+        for side in sequence.sides:
+            if num_full > side.num_published:
+                self._publish_side(sequence, side, num_full)
+        if sequence.num_computed >= len(sequence.request.prompt_token_ids):
+            while self._drop_track(sequence):
+                pass
+
+    def _publish_side(self, sequence: Sequence, side: SideStream, num_full: int) -> None:
+        if self._prefix_caching:
+            for i in range(side.num_published, num_full):
+                key = side_key(side.adapter.root_key, sequence.block_key(i, self._block_size))
+                self._side_blocks.publish(side.blocks[i], key)
+        side.num_published = num_full

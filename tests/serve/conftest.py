@@ -1,4 +1,4 @@
-"""A server as a process."""
+"""A server as a process, and adapters for the tiny model."""
 
 import os
 import re
@@ -81,3 +81,39 @@ def start_server() -> Iterator[StartServer]:
         process.wait()
         assert process.stderr is not None
         process.stderr.close()
+
+
+WriteAdapter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def write_adapter(tiny_llama_folder: Path) -> WriteAdapter:
+    """Write a side network with random weights for the tiny model, quantization "none"."""
+    import torch  # slow, and not every test needs an adapter
+
+    from adapters.qst.adapter import save_qst
+    from adapters.qst.config import QstConfig
+    from adapters.qst.network import QstNetwork
+    from models.checkpoints import load_checkpoint
+
+    base = load_checkpoint(str(tiny_llama_folder), quantization="none", report=lambda _: None)
+
+    def write(folder: Path, *, seed: int = 0, fingerprint: str | None = None, **sizes: int) -> Path:
+        """Write to a folder; `sizes` are fields of `QstConfig`."""
+        network = QstNetwork(
+            base.spec, QstConfig(**{"reduction": 4, "rank": 4, **sizes}), seed=seed
+        )
+        with torch.no_grad():
+            network.get_parameter("alpha").fill_(0.25)
+        save_qst(
+            folder,
+            network,
+            base_id=base.name,
+            base_fingerprint=fingerprint or base.fingerprint,
+            base_quantization=base.quantization,
+            description=f"side network {seed}",
+            training={"steps": 0, "data": "none"},
+        )
+        return folder
+
+    return write

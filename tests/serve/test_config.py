@@ -11,7 +11,13 @@ from serve.backends.native import NativeBackend
 from serve.config import OPTIONS, ServeConfig, build_config
 from serve.environment import client_settings, environment_name, unknown_variables
 from serve.options import ConfigError
-from serve.resolve import resolve_access, resolve_capacity, resolve_device, resolve_threads
+from serve.resolve import (
+    resolve_access,
+    resolve_adapters,
+    resolve_capacity,
+    resolve_device,
+    resolve_threads,
+)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -44,7 +50,9 @@ def test_precedence(
 def test_every_option_can_be_set_from_every_source(tmp_path: Path) -> None:
     texts = {
         "model": "m", "served_model_name": "n", "quantization": "none", "head": "nf4",
-        "cache_dir": "c", "host": "::1", "port": "1", "api_key": "k", "api_key_file": "f",
+        "cache_dir": "c", "adapter": "a=d", "adapter_root": "r", "adapter_memory_bytes": "3MB",
+        "admin_key": "s", "admin_key_file": "t", "host": "::1", "port": "1",
+        "api_key": "k", "api_key_file": "f",
         "allowed_host": "h", "device": "cpu", "kernels": "reference", "threads": "3",
         "kv_cache_dtype": "float32", "kv_cache_tokens": "320", "block_size": "32",
         "max_running_sequences": "5", "max_batch_tokens": "17", "max_waiting_requests": "9",
@@ -135,6 +143,11 @@ def test_unknown_variable_is_reported_with_the_likely_name() -> None:
         ("device", "tpu", "device: 'tpu' is not one of auto, cpu, cuda"),
         ("model", 5, "model: 5 is not a path"),
         ("api_key", ("",), "api_key: '' is not text"),
+        ("adapter", ("a",), "adapter: 'a' is not NAME=DIR"),
+        ("adapter", ("=d",), "adapter: '=d' is not NAME=DIR"),
+        ("adapter", ("a=",), "adapter: 'a=' is not NAME=DIR"),
+        ("adapter", ("a=d", "a=e"), "adapter: two are called 'a'"),
+        ("adapter_memory_bytes", -1, "adapter_memory_bytes: -1 is not a size"),
         ("prefix_caching", 1, "prefix_caching: 1 is not true or false"),
     ],
 )
@@ -156,7 +169,7 @@ def test_contradicting_kernels_are_refused(kernels: str, device: str, match: str
 
 
 def test_keys_stay_out_of_the_representation() -> None:
-    assert "hush" not in repr(ServeConfig(api_key=("hush",)))
+    assert "hush" not in repr(ServeConfig(api_key=("hush",), admin_key=("hush",)))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org"])
@@ -178,15 +191,58 @@ def test_key_file_adds_its_lines(tmp_path: Path) -> None:
     assert config.api_key == ("zero", "one", "two")
 
 
+@pytest.mark.parametrize("option", ["api_key_file", "admin_key_file"])
 @pytest.mark.parametrize(
     ("content", "match"), [(None, "cannot read"), ("\n", "holds no key")], ids=["missing", "empty"]
 )
-def test_useless_key_file_is_refused(content: str | None, match: str, tmp_path: Path) -> None:
+def test_useless_key_file_is_refused(
+    content: str | None, match: str, option: str, tmp_path: Path
+) -> None:
     path = tmp_path / "keys"
     if content is not None:
         path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{option}: .*{match}"):
+        resolve_access(ServeConfig(**{option: str(path)}))
+
+
+def test_admin_key_file_adds_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("one\n", encoding="utf-8")
+    config = resolve_access(ServeConfig(admin_key=("zero",), admin_key_file=str(path)))
+    assert (config.admin_key, config.api_key) == (("zero", "one"), ())
+
+
+def test_key_that_is_both_is_refused() -> None:
+    with pytest.raises(ConfigError, match="admin_key: an admin key must differ from every API key"):
+        resolve_access(ServeConfig(api_key=("k", "l"), admin_key=("l",)))
+
+
+def test_admin_key_alone_does_not_open_the_address() -> None:
+    with pytest.raises(ConfigError, match="set an API key"):
+        resolve_access(ServeConfig(host="0.0.0.0", admin_key=("k",)))
+
+
+def test_adapters_are_names_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "a=b").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a=b")
+    config = ServeConfig(
+        adapter=(f"x={tmp_path}/link",), adapter_root=f"{tmp_path}/../{tmp_path.name}"
+    )
+    config = resolve_adapters(config)
+    assert config.adapters == [("x", str(tmp_path / "a=b"))]
+    assert config.adapter_root == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"adapter": ("x=/no/where",)}, "adapter: x: /no/where is not a folder"),
+        ({"adapter_root": "/no/where"}, "adapter_root: /no/where is not a folder"),
+    ],
+)
+def test_missing_adapter_folder_is_refused(fields: dict, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        resolve_access(ServeConfig(api_key_file=str(path)))
+        resolve_adapters(ServeConfig(**fields))
 
 
 @pytest.mark.parametrize(

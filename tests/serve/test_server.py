@@ -140,6 +140,21 @@ def test_start_message_has_address_and_command(
     assert body["model"] == "tiny@adapt"
 
 
+def test_start_message_names_the_adapters() -> None:
+    names = tuple(f"tiny:a{i}" for i in range(10))
+    service = Service(
+        config=ServeConfig(),
+        model_id="tiny",
+        kernels="reference",
+        backend=None,  # type: ignore[arg-type]
+        app=FastAPI(),
+        has_chat_template=True,
+        adapters=names,
+    )
+    first, *_ = describe_start(service, "http://h:1")
+    assert first == f"with adapters: {', '.join(names[:8])} and 2 more"
+
+
 @pytest.mark.parametrize(
     ("host", "match"),
     [("192.0.2.1", "cannot listen on 192.0.2.1:0"), ("no.such.invalid", "cannot resolve")],

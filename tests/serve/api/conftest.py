@@ -18,9 +18,15 @@ import uvicorn
 from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from decoding import SamplingParams
 from serve.api import ApiSettings, create_app
 from serve.backends.protocol import (
+    AdapterConflictError,
+    AdapterInfo,
+    AdapterLoadError,
+    AdapterNotFoundError,
     BackendStats,
+    BackendUnavailableError,
     GenerationRequest,
     TokenLogprob,
     TokenOutput,
@@ -88,16 +94,21 @@ class FakeBackend:
     aborted: list[tuple[str, int]] = field(default_factory=list)
     num_open: int = 0
     num_steps: int = 0
+    attached: dict[str, AdapterInfo] = field(default_factory=dict)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenOutput], None]:
         if self.error is not None:
             raise self.error
+        for arm in request.arms:
+            if arm.adapter is not None and arm.adapter not in self.attached:
+                raise AdapterNotFoundError(arm.adapter)
         self.requests.append(request)
         self.num_open += 1
         try:
             if self.queue_gate is not None:
                 await self.queue_gate.wait()
-            scripts = [self.script(request, i) for i in range(request.num_sequences)]
+            num_sequences = sum(arm.num_sequences for arm in request.arms)
+            scripts = [self.script(request, i) for i in range(num_sequences)]
             position = 0
             while any(scripts):
                 if self.gate is not None:
@@ -122,7 +133,8 @@ class FakeBackend:
                 script.clear()
             if not script:
                 continue
-            if request.params.max_tokens == 0:
+            params = params_of(request, index)
+            if params.max_tokens == 0:
                 script.clear()
                 outputs.append(self._output(request, index, None, position, "length"))
                 continue
@@ -136,9 +148,9 @@ class FakeBackend:
                 continue
             token_id = script.pop(0)
             reason = None
-            if token_id == END or token_id in request.params.stop_token_ids:
+            if token_id == END or token_id in params.stop_token_ids:
                 reason = "stop"
-            elif position + 1 == request.params.max_tokens or not script:
+            elif position + 1 == params.max_tokens or not script:
                 reason = "length"
             if reason is not None:
                 script.clear()
@@ -153,7 +165,7 @@ class FakeBackend:
         position: int,
         reason: Any,
     ) -> TokenOutput:
-        num_top = request.params.logprobs
+        num_top = params_of(request, index).logprobs
         if token_id is None:
             request = replace(request, is_traced=False)
             num_top = None
@@ -183,6 +195,26 @@ class FakeBackend:
     def abort_sequence(self, request_id: str, sequence_index: int) -> None:
         self.aborted.append((request_id, sequence_index))
 
+    def adapters(self) -> list[AdapterInfo]:
+        return [self.attached[name] for name in sorted(self.attached)]
+
+    async def attach_adapter(self, name: str, path: str) -> AdapterInfo:
+        if self.is_draining:
+            raise BackendUnavailableError("draining")
+        if name in self.attached:
+            raise AdapterConflictError(f"an adapter named {name} is attached already")
+        if path != "good":
+            raise AdapterLoadError("outside the root")
+        self.attached[name] = make_adapter(name)
+        return self.attached[name]
+
+    async def detach_adapter(self, name: str) -> None:
+        if name not in self.attached:
+            raise AdapterNotFoundError(name)
+        if self.attached[name].num_running:
+            raise AdapterConflictError(f"{name} is in use by 1 request")
+        del self.attached[name]
+
     def stats(self) -> BackendStats:
         return BackendStats(
             num_running_sequences=self.num_open,
@@ -200,6 +232,19 @@ class FakeBackend:
 
     async def drain(self, timeout_s: float) -> None:
         self.is_draining = True
+
+
+def params_of(request: GenerationRequest, index: int) -> SamplingParams:
+    arms = [arm for arm in request.arms for _ in range(arm.num_sequences)]
+    return arms[index].params
+
+
+def make_adapter(name: str, **fields: Any) -> AdapterInfo:
+    facts: dict[str, Any] = {
+        "method": "qst", "description": "a test", "num_parameters": 10, "num_bytes": 40,
+        "is_loaded": True, "num_running": 0, "created": 1_700_000_000,
+    }  # fmt: skip
+    return AdapterInfo(name=name, **{**facts, **fields})
 
 
 def make_logprob(token_id: int, num_top: int) -> TokenLogprob:

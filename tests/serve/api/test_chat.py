@@ -111,7 +111,7 @@ def test_chat_gives_n_choices(
         assert [choice["index"] for choice in choices] == [0, 1, 2]
         texts = [choice["message"]["content"] for choice in choices]
     assert texts == words
-    assert backend.requests[0].num_sequences == 3
+    assert backend.requests[0].arms[0].num_sequences == 3
 
 
 def test_chat_reports_log_probabilities(client: Client, tokenizer: Tokenizer) -> None:
@@ -276,7 +276,7 @@ def test_chat_takes_the_smaller_limit_or_the_rest_of_the_context(
     assert client.chat(**fields).status_code == 200
     request = backend.requests[0]
     rest = backend.max_context_tokens - len(request.prompt_token_ids)
-    assert request.params.max_tokens == (rest if expected is None else expected)
+    assert request.arms[0].params.max_tokens == (rest if expected is None else expected)
 
 
 def test_chat_passes_sampling_parameters_on(client: Client, backend: FakeBackend) -> None:
@@ -296,7 +296,7 @@ def test_chat_passes_sampling_parameters_on(client: Client, backend: FakeBackend
     }
     more = {"logit_bias": {"5": -100, "6": 1.5}, "stop": "END", "stop_token_ids": [9]}
     assert client.chat(**fields, **more).status_code == 200
-    params = backend.requests[0].params
+    params = backend.requests[0].arms[0].params
     assert {name: getattr(params, name) for name in fields} == fields
     assert dict(params.logit_bias) == {5: -100.0, 6: 1.5}
     assert params.stop == ("END",)
@@ -306,7 +306,7 @@ def test_chat_passes_sampling_parameters_on(client: Client, backend: FakeBackend
 def test_chat_draws_a_seed_where_none_is_given(client: Client, backend: FakeBackend) -> None:
     client.chat()
     client.chat(seed=None)
-    first, second = (request.params.seed for request in backend.requests)
+    first, second = (request.arms[0].params.seed for request in backend.requests)
     assert isinstance(first, int)
     assert first != second
 
@@ -333,7 +333,7 @@ def test_chat_accepts_fields_that_mean_nothing_here(client: Client) -> None:
 def test_strategy_is_chosen_by_model_id(client: Client, backend: FakeBackend, name: str) -> None:
     response = client.chat(model=f"smollm2@{name}")
     assert response.json()["model"] == f"smollm2@{name}"
-    assert backend.requests[0].params.strategy == STRATEGIES[name]()
+    assert backend.requests[0].arms[0].params.strategy == STRATEGIES[name]()
 
 
 def test_strategy_is_chosen_by_the_decoding_object(client: Client, backend: FakeBackend) -> None:
@@ -343,7 +343,7 @@ def test_strategy_is_chosen_by_the_decoding_object(client: Client, backend: Fake
     del decoding["strategy"]
     assert client.chat(model="smollm2@adapt", decoding=decoding).status_code == 200
     expected = STRATEGIES["adapt"](a=1.0, b=0.3, fences_only=True)
-    assert [request.params.strategy for request in backend.requests] == [expected] * 3
+    assert [request.arms[0].params.strategy for request in backend.requests] == [expected] * 3
 
 
 def test_strategies_that_disagree_are_refused(client: Client) -> None:

@@ -16,7 +16,7 @@ def test_completion_answers_with_the_text(client: Client, backend: FakeBackend) 
         {"index": 0, "text": "hello fox", "logprobs": None, "finish_reason": "stop"}
     ]
     assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + 3
-    assert backend.requests[0].params.max_tokens == 16
+    assert backend.requests[0].arms[0].params.max_tokens == 16
     assert not backend.requests[0].prompt_is_template
 
 

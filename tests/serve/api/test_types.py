@@ -11,6 +11,8 @@ from serve.api.schema import (
     HARMLESS_FIELDS,
     UNSUPPORTED_FIELDS,
     ChatBody,
+    CompareBody,
+    ComparisonArm,
     CompletionBody,
     GenerationBody,
 )
@@ -40,6 +42,7 @@ VALUES: dict[str, str] = {
     "nested": '[{"a": [null]}]',
 }
 CHAT = {"model": "smollm2", "messages": [{"role": "user", "content": "hi"}]}
+COMPARISON = {"messages": [{"role": "user", "content": "hi"}], "arms": [{"model": "smollm2"}]}
 COMPLETION = {"model": "smollm2", "prompt": "the fox"}
 NUMBERS = [
     *(
@@ -72,6 +75,21 @@ def test_completion_field_of_any_kind_is_no_server_error(client: Client, field: 
     for value in VALUES.values():
         response = client.post("/v1/completions", content=splice(COMPLETION, field, value))
         check_outcome(response, field)
+
+
+@pytest.mark.parametrize("field", sorted(CompareBody.model_fields))
+def test_comparison_field_of_any_kind_is_no_server_error(client: Client, field: str) -> None:
+    for value in VALUES.values():
+        response = client.post("/v1/compare", content=splice(COMPARISON, field, value))
+        check_outcome(response, field)
+
+
+@pytest.mark.parametrize("field", sorted(ComparisonArm.model_fields))
+def test_arm_field_of_any_kind_is_no_server_error(client: Client, field: str) -> None:
+    for value in VALUES.values():
+        arm = splice({"model": "smollm2", "label": "a"}, field, value)
+        data = b'{"prompt": "the fox", "arms": [%s]}' % arm
+        check_outcome(client.post("/v1/compare", content=data), field)
 
 
 def check_outcome(response: Any, field: str) -> None:

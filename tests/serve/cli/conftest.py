@@ -75,6 +75,7 @@ class ScriptedServer(ThreadingHTTPServer):
         failure: (status, message) to answer chats with, or None.
         stream_error: message of an error in the middle of the stream, or None.
         is_endless: stream the first chunk for ever.
+        adapters: what /v1/adapters lists.
         hung_up: set once a client has closed an endless stream.
     """
 
@@ -87,6 +88,7 @@ class ScriptedServer(ThreadingHTTPServer):
         self.failure: tuple[int, str] | None = None
         self.stream_error: str | None = None
         self.is_endless = False
+        self.adapters: list[dict[str, Any]] = []
         self.hung_up = threading.Event()
 
     @property
@@ -110,7 +112,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.keys.append(self.headers["Authorization"])
-        self.answer(200, {"data": [{"id": "tiny@adapt"}, {"id": "tiny"}]})
+        models = [{"id": "tiny@adapt"}, {"id": "tiny"}]
+        self.answer(200, {"data": self.server.adapters if "adapters" in self.path else models})
 
     def do_POST(self) -> None:
         length = int(self.headers["Content-Length"])

@@ -7,22 +7,21 @@ from typing import Any
 
 from decoding import SamplingParams
 from serve.backends.native import NativeBackend
-from serve.backends.protocol import GenerationRequest, TokenOutput
+from serve.backends.protocol import Arm, GenerationRequest, TokenOutput
 
 TIMEOUT_S = 30
 
 
 def ask(request_id: str = "a", prompt: list[int] | None = None, **fields: Any) -> GenerationRequest:
     params = {"seed": 3, "max_tokens": 6, "ignore_eos": True}
+    arm = {}
     for name in tuple(fields):
         if name in SamplingParams.__dataclass_fields__:
             params[name] = fields.pop(name)
-    return GenerationRequest(
-        request_id=request_id,
-        prompt_token_ids=prompt or [1, 2, 3],
-        params=SamplingParams(**params),
-        **fields,
-    )
+        elif name in Arm.__dataclass_fields__:
+            arm[name] = fields.pop(name)
+    fields.setdefault("arms", (Arm(params=SamplingParams(**params), **arm),))
+    return GenerationRequest(request_id=request_id, prompt_token_ids=prompt or [1, 2, 3], **fields)
 
 
 async def collect(backend: NativeBackend, request: GenerationRequest) -> list[TokenOutput]:
@@ -44,5 +43,6 @@ def all_blocks_are_back(backend: NativeBackend) -> bool:
     stats = backend.stats()
     return (
         stats.num_free_cache_blocks == stats.num_cache_blocks
+        and stats.num_free_side_cache_blocks == stats.num_side_cache_blocks
         and stats.num_running_sequences == stats.num_waiting_requests == 0
     )

@@ -1,4 +1,4 @@
-"""A scripted model that keeps token ids in its cache, and a naive loop to compare with."""
+"""A scripted model that keeps token ids in its caches, and a naive loop to compare with."""
 
 import threading
 import zlib
@@ -17,21 +17,25 @@ from models.batch import PackedBatch
 from models.spec import DecoderSpec, LayerSpec
 from serve.backends.native import NativeBackend
 from serve.engine.engine import Engine
+from serve.engine.sequence import Request, SideAdapter
 
 VOCAB_SIZE = 48
 EOS_TOKEN_ID = 0
 
 
 class HistoryModel:
-    """Its next-token logits depend on every token that it finds through the block table.
+    """Its next-token logits depend on every token that it finds through the block tables.
 
-    A wrong block table, position, context length or cached prefix therefore changes the text.
+    A wrong block table, position, context length or cached prefix therefore changes the text. A
+    side network has a name; its cache keeps the name beside each token.
 
     Attributes:
         fails: called with the number of the forward call; true makes it raise.
         gate: when set, each forward call waits for one release of it.
         is_inside: set once a forward call has begun.
         num_tokens, num_outputs: tokens and rows of logits of each step.
+        num_side_tokens: tokens that side networks read in each step.
+        side_shapes: of the side caches made.
     """
 
     def __init__(self, max_position_embeddings: int = 256) -> None:
@@ -57,16 +61,28 @@ class HistoryModel:
         self.num_calls = 0
         self.num_tokens: list[int] = []
         self.num_outputs: list[int] = []
+        self.num_side_tokens: list[int] = []
+        self.side_shapes: list[object] = []
 
-    def logits(self, history: Sequence[int]) -> Tensor:
+    def logits(
+        self, history: Sequence[int], adapter: SideAdapter | None = None, scale: float = 1.0
+    ) -> Tensor:
         """Return the (V,) logits after a history."""
-        return self._logits[zlib.crc32(bytes(history)) % len(self._logits)]
+        logits = self._logits[zlib.crc32(bytes(history)) % len(self._logits)]
+        if adapter is None:
+            return logits
+        side = zlib.crc32(bytes(history) + adapter.side.name.encode())  # type: ignore[attr-defined]
+        return logits + scale * self._logits[side % len(self._logits)]
 
     def make_cache(
         self, *, num_blocks: int, block_size: int = 16, dtype: torch.dtype | None = None
     ) -> Any:
         slots = [VOCAB_SIZE] * (num_blocks * block_size)
         return SimpleNamespace(num_blocks=num_blocks, block_size=block_size, slots=slots)
+
+    def make_side_cache(self, side: Any, **sizes: Any) -> Any:
+        self.side_shapes.append(side.cache_shape)
+        return self.make_cache(**sizes)
 
     def forward(self, batch: PackedBatch, cache: Any) -> Tensor:
         self.num_calls += 1
@@ -85,20 +101,71 @@ class HistoryModel:
         self.num_tokens.append(len(token_ids))
         self.num_outputs.append(len(rows))
 
-        def slot(b: int, position: int) -> int:
-            block, offset = divmod(position, cache.block_size)
-            return int(tables[b][block] * cache.block_size + offset)
-
-        owners = [b for b in range(len(lengths)) for _ in range(starts[b], starts[b + 1])]
+        owners = [range(starts[b], starts[b + 1]) for b in range(len(lengths))]
         for b, length in enumerate(lengths):
-            own = positions[starts[b] : starts[b + 1]]
+            own = [positions[i] for i in owners[b]]
             assert own == list(range(length - len(own), length))
-        for b, position, token_id in zip(owners, positions, token_ids, strict=True):
-            cache.slots[slot(b, position)] = token_id
-        histories = [
-            [cache.slots[slot(owners[row], p)] for p in range(positions[row] + 1)] for row in rows
-        ]
-        return torch.stack([self.logits(history) for history in histories] or [torch.empty(0)])
+        tokens = [[(positions[i], token_ids[i]) for i in own] for own in owners]
+        firsts = [0] * len(lengths) if batch.write_starts is None else batch.write_starts.tolist()
+        written: set[tuple[int, int]] = set()
+        for own, table, first in zip(tokens, tables, firsts, strict=True):
+            _fill(cache, table, own, first, written)
+        sides = self._run_sides(batch, tokens, written)
+        logits = []
+        for b, own in enumerate(owners):
+            for row in sorted(set(rows).intersection(own)):
+                positions_seen = range(positions[row] + 1)
+                history = [cache.slots[_slot(cache, tables[b], p)] for p in positions_seen]
+                side_cache, table, name, scale = sides.get(b, (None, (), "", 0.0))
+                adapter = None
+                if scale:
+                    marks = [side_cache.slots[_slot(side_cache, table, p)] for p in positions_seen]
+                    assert marks == [(name, token_id) for token_id in history]
+                    adapter = SideAdapter(SimpleNamespace(name=name), name)  # type: ignore[arg-type]
+                logits.append(self.logits(history, adapter, scale))
+        return torch.stack(logits or [torch.empty(0)])
+
+    def _run_sides(
+        self, batch: PackedBatch, tokens: list[list[tuple[int, int]]], written: set[Any]
+    ) -> dict[int, tuple[Any, list[int], str, float]]:
+        """Fill the side caches; give cache, block table, name and scale by row of the batch."""
+        found: dict[int, tuple[Any, list[int], str, float]] = {}
+        num_tokens = 0
+        side = batch.side
+        if side is not None:
+            rows = side.sequences.tolist()
+            tables, scales = side.block_tables.tolist(), side.scales.tolist()
+            assert len(rows) == len(side.networks) == len(side.caches) == len(tables) == len(scales)
+            firsts = side.write_starts.tolist()
+            for i, b in enumerate(rows):
+                network: Any = side.networks[i]
+                marks = [(position, (network.name, token_id)) for position, token_id in tokens[b]]
+                _fill(side.caches[i], tables[i], marks, firsts[i], written)
+                num_tokens += len(marks)
+                if scales[i]:
+                    assert b not in found
+                    found[b] = (side.caches[i], tables[i], network.name, scales[i])
+        self.num_side_tokens.append(num_tokens)
+        return found
+
+
+def _slot(cache: Any, table: Sequence[int], position: int) -> int:
+    block, offset = divmod(position, cache.block_size)
+    return int(table[block] * cache.block_size + offset)
+
+
+def _fill(
+    cache: Any, table: Sequence[int], marks: Sequence[Any], first: int, written: set[Any]
+) -> None:
+    """Write (position, mark) pairs to a cache; those before `first` must be there already."""
+    for position, mark in marks:
+        slot = _slot(cache, table, position)
+        if position >= first:
+            assert (id(cache), slot) not in written, "a slot is written twice in a step"
+            written.add((id(cache), slot))
+            cache.slots[slot] = mark
+        else:
+            assert cache.slots[slot] == mark
 
 
 @dataclass
@@ -117,13 +184,15 @@ def run_naively(
     prompt: Sequence[int],
     params: SamplingParams,
     index: int = 0,
+    adapter: SideAdapter | None = None,
+    scale: float = 1.0,
 ) -> Expected:
     """Generate one sequence token by token, without an engine."""
     assert params.seed is not None
     row = sampler.start(params, prompt, seed=derive_seed(params.seed, index))
     expected = Expected()
     for _ in range(params.max_tokens or 0):
-        logits = model.logits([*prompt, *expected.token_ids])[None]
+        logits = model.logits([*prompt, *expected.token_ids], adapter, scale)[None]
         token_id = sampler.sample(logits, [row]).token_ids[0]
         row.append(token_id)
         expected.token_ids.append(token_id)
@@ -172,10 +241,31 @@ def make_engine(model: HistoryModel, sampler: Sampler) -> Callable[..., Engine]:
 def expect(model: HistoryModel, sampler: Sampler) -> Callable[..., Expected]:
     """Give a function that runs a prompt naively over `model`."""
 
-    def run(prompt: Sequence[int], params: SamplingParams, index: int = 0) -> Expected:
-        return run_naively(model, sampler, prompt, params, index)
+    def run(prompt: Sequence[int], params: SamplingParams, index: int = 0, *side: Any) -> Expected:
+        return run_naively(model, sampler, prompt, params, index, *side)
 
     return run
+
+
+@pytest.fixture
+def expect_all(expect: Callable[..., Expected]) -> Callable[[Request], list[Expected]]:
+    """Give a function that runs each sequence of a request naively."""
+
+    def run(request: Request) -> list[Expected]:
+        return [
+            expect(request.prompt_token_ids, branch.params, i, branch.adapter, branch.adapter_scale)
+            for branch in request.branches
+            for i in range(branch.num_sequences)
+        ]
+
+    return run
+
+
+@pytest.fixture
+def adapters() -> list[SideAdapter]:
+    """Give side networks for `model`, of two shapes."""
+    sides = [SimpleNamespace(name=name, cache_shape=("abc".index(name) // 2,)) for name in "abc"]
+    return [SideAdapter(side, side.name) for side in sides]  # type: ignore[arg-type]
 
 
 @pytest.fixture

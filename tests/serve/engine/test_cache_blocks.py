@@ -30,9 +30,12 @@ def test_released_block_is_found_under_its_key() -> None:
     blocks.release([block])
     assert blocks.num_available == 3
     assert blocks.find([b"key", b"other", b"key"]) == [block]
-    assert blocks.count_idle([block]) == 1
-    blocks.reference(block)
-    assert (blocks.num_available, blocks.count_idle([block])) == (2, 0)
+    assert blocks.has_room([block], 3, num_spare=0)
+    assert not blocks.has_room([block], 3, num_spare=1)
+    assert blocks.take([block], 2)[0] == block
+    assert blocks.num_available == 1
+    assert blocks.has_room([block], 2, num_spare=0)
+    assert not blocks.has_room([block], 3, num_spare=0)
 
 
 def test_unpublished_block_is_free_after_release() -> None:

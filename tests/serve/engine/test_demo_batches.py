@@ -7,7 +7,7 @@ from decoding import Sampler, SamplingParams, build_token_tables, parse_strategy
 from models.checkpoints import load_checkpoint
 from models.decoder import Decoder
 from serve.engine.engine import Engine
-from serve.engine.sequence import Request
+from serve.engine.sequence import Branch, Request
 from serve.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.model
@@ -32,9 +32,13 @@ def test_demo_model_samples_the_same_tokens_alone_and_in_a_batch(quantization: s
         return [
             Request(
                 prompt_token_ids=tokenizer.encode(prompt),
-                params=SamplingParams(
-                    temperature=1.0, top_p=0.95, seed=i, max_tokens=24, ignore_eos=True,
-                    strategy=parse_strategy(strategies[i % 2]),
+                branches=(
+                    Branch(
+                        params=SamplingParams(
+                            temperature=1.0, top_p=0.95, seed=i, max_tokens=24, ignore_eos=True,
+                            strategy=parse_strategy(strategies[i % 2]),
+                        )
+                    ),
                 ),
             )
             for i, prompt in enumerate(PROMPTS)

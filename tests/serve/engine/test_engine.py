@@ -7,10 +7,11 @@ import pytest
 from decoding import SamplingParams
 from decoding.logprobs import token_logprobs
 from serve.engine.engine import Engine
-from serve.engine.sequence import Request, SequenceOutput
+from serve.engine.sequence import Branch, Request, SequenceOutput
 
 MakeEngine = Callable[..., Engine]
 Expect = Callable[..., Any]
+ExpectAll = Callable[[Request], list[Any]]
 SETTINGS = {
     "roomy": {},
     "short_chunks": {"max_batch_tokens": 8},
@@ -38,11 +39,11 @@ def run(engine: Engine) -> dict[Request, list[SequenceOutput]]:
 
 def submit(engine: Engine, prompt: list[int], **fields: Any) -> Request:
     request_fields = {
-        name: fields.pop(name)
-        for name in ("num_sequences", "prompt_logprobs", "is_traced")
-        if name in fields
+        name: fields.pop(name) for name in ("prompt_logprobs", "is_traced") if name in fields
     }
-    request = Request(prompt_token_ids=prompt, params=make_params(**fields), **request_fields)
+    num_sequences = fields.pop("num_sequences", 1)
+    branch = Branch(params=make_params(**fields), num_sequences=num_sequences)
+    request = Request(prompt_token_ids=prompt, branches=(branch,), **request_fields)
     engine.check(request)
     engine.add(request)
     return request
@@ -56,16 +57,15 @@ def reasons(outputs: list[SequenceOutput], index: int = 0) -> list[str]:
     return [o.finish_reason for o in outputs if o.index == index and o.finish_reason]
 
 
-def assert_as_expected(request: Request, outputs: list[SequenceOutput], expect: Expect) -> None:
-    for index in range(request.num_sequences):
-        expected = expect(request.prompt_token_ids, request.params, index)
-        assert tokens(outputs, index) == expected.token_ids
-        assert reasons(outputs, index) == [expected.finish_reason]
+def assert_as_expected(outputs: list[SequenceOutput], expected: list[Any]) -> None:
+    for index, one in enumerate(expected):
+        assert tokens(outputs, index) == one.token_ids
+        assert reasons(outputs, index) == [one.finish_reason]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_batched_sequences_equal_the_same_sequences_alone(
-    settings: dict[str, Any], make_engine: MakeEngine, expect: Expect
+    settings: dict[str, Any], make_engine: MakeEngine, expect_all: ExpectAll
 ) -> None:
     engine = make_engine(**settings)
     rng = random.Random(3)
@@ -89,11 +89,13 @@ def test_batched_sequences_equal_the_same_sequences_alone(
         )
     collected = run(engine)
     for request in requests:
-        assert_as_expected(request, collected[request], expect)
+        assert_as_expected(collected[request], expect_all(request))
     assert engine.num_available_cache_blocks == engine.num_cache_blocks
 
 
-def test_preempted_sequences_keep_their_text(make_engine: MakeEngine, expect: Expect) -> None:
+def test_preempted_sequences_keep_their_text(
+    make_engine: MakeEngine, expect_all: ExpectAll
+) -> None:
     engine = make_engine(num_cache_blocks=9)
     requests = [
         submit(engine, [i + 1, i + 2], seed=i, max_tokens=30, ignore_eos=True) for i in range(4)
@@ -101,17 +103,19 @@ def test_preempted_sequences_keep_their_text(make_engine: MakeEngine, expect: Ex
     collected = run(engine)
     assert engine.scheduler.num_preemptions > 0
     for request in requests:
-        assert_as_expected(request, collected[request], expect)
+        assert_as_expected(collected[request], expect_all(request))
 
 
-def test_sequence_that_fills_the_whole_cache_ends(make_engine: MakeEngine, expect: Expect) -> None:
+def test_sequence_that_fills_the_whole_cache_ends(
+    make_engine: MakeEngine, expect_all: ExpectAll
+) -> None:
     engine = make_engine(num_cache_blocks=5)
     assert engine.max_context_tokens == 20
     request = submit(engine, [1, 2, 3], max_tokens=17, ignore_eos=True)
     other = submit(engine, [1, 2, 4], max_tokens=17, ignore_eos=True)
     collected = run(engine)
-    assert_as_expected(request, collected[request], expect)
-    assert_as_expected(other, collected[other], expect)
+    assert_as_expected(collected[request], expect_all(request))
+    assert_as_expected(collected[other], expect_all(other))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +222,7 @@ def test_logprobs_and_traces_come_with_the_tokens(make_engine: MakeEngine, expec
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 4])
 def test_prompt_logprobs_cover_the_prompt_in_bounded_steps(
-    max_tokens: int, make_engine: MakeEngine, model: Any, expect: Expect
+    max_tokens: int, make_engine: MakeEngine, model: Any, expect_all: ExpectAll
 ) -> None:
     engine = make_engine(num_cache_blocks=80, max_batch_tokens=256)
     prompt = [1 + i * i % 47 for i in range(200)]
@@ -239,7 +243,7 @@ def test_prompt_logprobs_cover_the_prompt_in_bounded_steps(
     assert all(o.prompt_logprobs is None for o in outputs if o is not outputs[0])
     assert max(model.num_outputs) <= 128 + 2
     if max_tokens:
-        assert_as_expected(request, outputs, expect)
+        assert_as_expected(outputs, expect_all(request))
 
 
 def test_prompt_logprobs_survive_preemption(make_engine: MakeEngine, model: Any) -> None:
@@ -281,7 +285,9 @@ def test_abort_frees_blocks_before_the_next_step(make_engine: MakeEngine) -> Non
     assert [reasons(collected[queued], i) for i in (0, 1)] == [["abort"]] * 2
 
 
-def test_abort_of_one_sequence_leaves_its_siblings(make_engine: MakeEngine, expect: Expect) -> None:
+def test_abort_of_one_sequence_leaves_its_siblings(
+    make_engine: MakeEngine, expect_all: ExpectAll
+) -> None:
     engine = make_engine()
     request = submit(engine, [1] * 9, num_sequences=3, ignore_eos=True)
     collected = [output for _ in range(4) for output in engine.step().get(request, [])]
@@ -290,14 +296,14 @@ def test_abort_of_one_sequence_leaves_its_siblings(make_engine: MakeEngine, expe
     engine.abort_sequence(request, 99)
     collected += run(engine)[request]
     assert reasons(collected, 1) == ["abort"]
+    expected = expect_all(request)
     for index in (0, 2):
-        expected = expect(request.prompt_token_ids, request.params, index)
-        assert tokens(collected, index) == expected.token_ids
+        assert tokens(collected, index) == expected[index].token_ids
 
 
 @pytest.mark.parametrize("seed", range(15))
 def test_every_request_ends_once_after_a_random_schedule(
-    seed: int, make_engine: MakeEngine, model: Any, expect: Expect
+    seed: int, make_engine: MakeEngine, model: Any, expect_all: ExpectAll
 ) -> None:
     rng = random.Random(seed)
     engine = make_engine(
@@ -340,9 +346,8 @@ def test_every_request_ends_once_after_a_random_schedule(
     assert engine.num_available_cache_blocks == engine.num_cache_blocks
     assert (engine.scheduler.num_queued_requests, engine.scheduler.num_queued_tokens) == (0, 0)
     for request in requests:
-        for index in range(request.num_sequences):
+        for index, expected in enumerate(expect_all(request)):
             (reason,) = reasons(collected[request], index)
-            expected = expect(request.prompt_token_ids, request.params, index)
             said = tokens(collected[request], index)
             assert said == expected.token_ids[: len(said)]
             if reason in ("stop", "length"):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from decoding import Sampler, SamplingParams, TokenTables
 from serve.engine.engine import Engine
-from serve.engine.sequence import Request, SequenceOutput
+from serve.engine.sequence import Branch, Request, SequenceOutput
 
 MakeEngine = Callable[..., Engine]
 
@@ -48,9 +48,10 @@ class FaultySampler(Sampler):
         return super().sample(logits, rows)
 
 
-def submit(engine: Engine, prompt: list[int], seed: int = 1, **fields: Any) -> Request:
+def submit(engine: Engine, prompt: list[int], seed: int = 1, num_sequences: int = 1) -> Request:
     params = SamplingParams(seed=seed, max_tokens=8, ignore_eos=True)
-    request = Request(prompt_token_ids=prompt, params=params, **fields)
+    branch = Branch(params=params, num_sequences=num_sequences)
+    request = Request(prompt_token_ids=prompt, branches=(branch,))
     engine.add(request)
     return request
 
@@ -77,7 +78,7 @@ def test_sampling_fault_ends_only_its_own_request(
     num_tokens: int,
     model: Any,
     tables: TokenTables,
-    expect: Callable[..., Any],
+    expect_all: Callable[[Request], list[Any]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = Engine(
@@ -94,7 +95,7 @@ def test_sampling_fault_ends_only_its_own_request(
     assert ends(collected[bad]) == ["error"]
     assert len(collected[bad]) == num_tokens + 1
     for request in good:
-        expected = expect(request.prompt_token_ids, request.params)
+        (expected,) = expect_all(request)
         assert [output.token_id for output in collected[request]] == expected.token_ids
     assert engine.num_available_cache_blocks == 32
     assert "RuntimeError" in caplog.text

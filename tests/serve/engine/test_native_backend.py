@@ -35,9 +35,10 @@ def test_requests_in_flight_together_equal_requests_alone(
         ]
         answers = await asyncio.gather(*(collect(backend, request) for request in requests))
         for request, outputs in zip(requests, answers, strict=True):
-            for index in range(request.num_sequences):
+            (arm,) = request.arms
+            for index in range(arm.num_sequences):
                 own = [output for output in outputs if output.sequence_index == index]
-                expected = expect(request.prompt_token_ids, request.params, index)
+                expected = expect(request.prompt_token_ids, arm.params, index)
                 assert [output.token_id for output in own] == expected.token_ids
                 assert [output.finish_reason for output in own[:-1]] == [None] * 5
                 assert own[-1].finish_reason == "length"

@@ -5,7 +5,7 @@ import pytest
 from decoding import SamplingParams
 from serve.engine.cache_blocks import CacheBlocks
 from serve.engine.scheduler import Chunk, Scheduler
-from serve.engine.sequence import Request, Sequence, SequenceState
+from serve.engine.sequence import Branch, Request, Sequence, SequenceState
 
 BLOCK_SIZE = 4
 
@@ -16,12 +16,14 @@ class Harness:
     def __init__(self, num_blocks: int, **limits: int | bool) -> None:
         self.blocks = CacheBlocks(num_blocks)
         settings: dict[str, int | bool] = {"max_batch_tokens": 16, "max_running_sequences": 4}
-        self.scheduler = Scheduler(self.blocks, block_size=BLOCK_SIZE, **(settings | limits))
+        self.scheduler = Scheduler(
+            self.blocks, CacheBlocks(1), block_size=BLOCK_SIZE, **(settings | limits)
+        )
         self.num_requests = 0
 
-    def add(self, prompt: list[int], **fields: int) -> Request:
-        params = SamplingParams(seed=0, max_tokens=100)
-        request = Request(prompt_token_ids=prompt, params=params, **fields)
+    def add(self, prompt: list[int], num_sequences: int = 1, **fields: int) -> Request:
+        branch = Branch(params=SamplingParams(seed=0, max_tokens=100), num_sequences=num_sequences)
+        request = Request(prompt_token_ids=prompt, branches=(branch,), **fields)
         request.start(self.num_requests)
         self.num_requests += 1
         self.scheduler.add(request)

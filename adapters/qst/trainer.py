@@ -1,0 +1,238 @@
+"""One step of training a side network, and its evaluation."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters.qst.attention import PackedAttention
+from adapters.qst.examples import Example, TrainingBatch, pack_examples
+from adapters.qst.loss import FrozenHead, head_loss
+from adapters.qst.network import FLOAT32_TENSORS, QstNetwork
+from adapters.qst.training_state import TrainingError
+from adapters.training_config import ComputeDtype, TrainingConfig
+from models.batch import PackedBatch
+from models.decoder import Decoder
+
+_BETAS = (0.9, 0.999)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        loss: mean over the step's targets, in nats.
+        gradient_norm: before clipping.
+        num_tokens: computed.
+    """
+
+    loss: float
+    gradient_norm: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Results on held-out examples.
+
+    Attributes:
+        loss: mean over targets, in nats.
+        base_loss: the same of the base alone; None if it was not asked for or has none.
+        accuracy: share of examples whose class is right; None for language models.
+    """
+
+    loss: float
+    base_loss: float | None = None
+    accuracy: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinite where it is too large."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class Trainer:
+    """A side network, its optimiser, and the base that it reads.
+
+    The base runs forward only, one layer at a time, and the side layer right after each; of the
+    base's states nothing is kept but what a downsample's gradient needs.
+
+    Args:
+        decoder: the base.
+        network: what is trained, on the decoder's device.
+        head: the base's LM head; None for classification.
+        config: options.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        network: QstNetwork,
+        head: FrozenHead | None,
+        config: TrainingConfig,
+    ) -> None:
+        self.network = network
+        self._decoder, self._head, self._config = decoder, head, config
+        self.device = next(network.parameters()).device
+        self._dtype = resolve_dtype(config.compute_dtype, self.device)
+        self._parameters = list(network.parameters())
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(network, config), betas=_BETAS, fused=True
+        )
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, batches: Sequence[Sequence[Example]], rate_factor: float) -> StepResult:
+        """Learn from some batches together: the mean is over all their targets.
+
+        Args:
+            batches: sequences to compute together, at least one.
+            rate_factor: of the learning rates.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; nothing was changed.
+        """
+        num_targets = sum(example.num_targets for batch in batches for example in batch)
+        total, num_tokens = 0.0, 0
+        self.optimizer.zero_grad()
+        for examples in batches:
+            batch = pack_examples(examples)
+            loss = self._loss(batch) / num_targets
+            total += float(loss.detach())
+            if not math.isfinite(total):
+                raise TrainingError(f"the loss is {total}")
+            loss.backward()
+            num_tokens += len(batch.packed.token_ids)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.clip))
+        if not math.isfinite(norm):
+            raise TrainingError(f"the norm of the gradient is {norm}")
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * rate_factor
+        self.optimizer.step()
+        return StepResult(loss=total, gradient_norm=norm, num_tokens=num_tokens)
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example], *, with_base: bool = False) -> Evaluation:
+        """Compute the loss of held-out examples.
+
+        Args:
+            examples: at least one.
+            with_base: that of the base too; the base runs once for both.
+        """
+        total = base_total = num_right = num_targets = 0.0
+        has_base = with_base and self._head is not None
+        for start in range(0, len(examples), self._config.batch_size):
+            batch = pack_examples(examples[start : start + self._config.batch_size])
+            states, normed, targets = self._states(batch)
+            num_targets += len(targets)
+            if self._head is None:
+                scores = self.network.classify(states)
+                num_right += float((scores.argmax(1) == targets).sum())
+                total += float(F.cross_entropy(scores, targets, reduction="sum"))
+                continue
+            total += float(head_loss(states, targets, self._head))
+            if has_base:
+                base_total += float(head_loss(normed, targets, self._head))
+        return Evaluation(
+            loss=total / num_targets,
+            base_loss=base_total / num_targets if has_base else None,
+            accuracy=num_right / num_targets if self._head is None else None,
+        )
+
+    def _loss(self, batch: TrainingBatch) -> Tensor:
+        states, _, targets = self._states(batch)
+        if self._head is None:
+            return F.cross_entropy(self.network.classify(states), targets, reduction="sum")
+        return head_loss(states, targets, self._head)
+
+    def _states(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the blended and the base's normed (L, D) states of a batch's rows, and targets."""
+        packed, device = batch.packed, self.device
+        rows, targets = batch.rows.to(device), batch.targets.to(device)
+        last: list[Tensor] = []
+        hidden = self._base_states(packed, last)
+        attend = PackedAttention(packed.query_starts, device)
+        with self._precision():
+            side = self.network(hidden, packed.positions.to(device).long(), attend=attend)
+        normed = self._decoder.apply_final_norm(last[0][rows])
+        return self.network.blend(normed, side.float().index_select(0, rows)), normed, targets
+
+    def _base_states(self, packed: PackedBatch, last: list[Tensor]) -> Iterator[Tensor]:
+        """Yield the base's hidden states, computed in its own precision; `last` gets the last."""
+        states = self._decoder.hidden_states(packed)
+        while True:
+            with torch.autocast(self.device.type, enabled=False), torch.no_grad():
+                state = next(states, None)
+            if state is None:
+                return
+            last[:] = [state]
+            yield state
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16
+        )
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return parameters and optimiser state by name; both are needed to go on."""
+        tensors = {}
+        for name, parameter in self.network.named_parameters():
+            tensors[f"parameter.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}.{name}"] = value
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state_tensors` returned."""
+        for name, parameter in self.network.named_parameters():
+            with torch.no_grad():
+                parameter.copy_(tensors[f"parameter.{name}"])
+            self.optimizer.state[parameter] = {
+                key: tensors[f"{key}.{name}"].to(self.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key}.{name}" in tensors
+            }
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Memory of the optimiser's state."""
+        return sum(
+            tensor.nbytes for state in self.optimizer.state.values() for tensor in state.values()
+        )
+
+
+def resolve_dtype(choice: ComputeDtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of the side network's matrix products: "auto" takes the faster one."""
+    if choice != "auto":
+        return torch.bfloat16 if choice == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    found = torch.cpu.get_capabilities()
+    return torch.bfloat16 if found.get("amx_bf16") or found.get("avx512_bf16") else torch.float32
+
+
+def _parameter_groups(network: QstNetwork, config: TrainingConfig) -> list[dict[str, object]]:
+    """Divide parameters into gates, matrices and vectors."""
+    groups: dict[str, list[Tensor]] = {"gates": [], "matrices": [], "vectors": []}
+    for name, parameter in network.named_parameters():
+        kind = "matrices" if parameter.ndim > 1 else "vectors"
+        groups["gates" if name in FLOAT32_TENSORS else kind].append(parameter)
+    settings = {
+        "gates": (config.alpha_learning_rate, 0.0),
+        "matrices": (config.learning_rate, config.weight_decay),
+        "vectors": (config.learning_rate, 0.0),
+    }
+    return [
+        {"params": parameters, "lr": settings[kind][0], "weight_decay": settings[kind][1]}
+        for kind, parameters in groups.items()
+        if parameters
+    ]

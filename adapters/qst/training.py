@@ -1,0 +1,363 @@
+"""Train a side network: data order, checkpoints, evaluation, and what is left on the disk."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.qst.adapter import save_qst
+from adapters.qst.config import QstConfig
+from adapters.qst.examples import DataOrder, Example, digest_examples, hold_out
+from adapters.qst.loss import FrozenHead, head_weight
+from adapters.qst.memory import MemoryBreakdown, PeakMemory, measure
+from adapters.qst.network import QstNetwork
+from adapters.qst.run_log import METRICS_FILE, RunLog, plot_losses
+from adapters.qst.trainer import Evaluation, StepResult, Trainer, perplexity
+from adapters.qst.training_state import (
+    FOLDER,
+    Progress,
+    TrainingError,
+    check_identity,
+    load_progress,
+    save_progress,
+)
+from adapters.training_config import TrainingConfig
+from models.checkpoints import Checkpoint
+from models.decoder import Decoder
+
+_BEST = "best."
+
+
+class TrainingInterrupted(Exception):
+    """A run was asked to stop; its checkpoint is saved."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        super().__init__(f"stopped after step {step}; {folder} has the checkpoint")
+        self.step = step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingResult:
+    """What came of a run.
+
+    Attributes:
+        steps: optimiser steps of the whole run.
+        loss: of the last step's batch; nan if a finished run was resumed.
+        evaluation: on the held-out examples, or None if there are none; of the weights that were
+            kept. `base_loss` is that of the base alone.
+        memory: what this process took.
+        num_parameters: of the side network.
+    """
+
+    steps: int
+    loss: float
+    evaluation: Evaluation | None
+    memory: MemoryBreakdown
+    num_parameters: int
+
+
+def train(
+    decoder: Decoder,
+    checkpoint: Checkpoint,
+    examples: Sequence[Example],
+    output: Path,
+    *,
+    qst: QstConfig | None = None,
+    config: TrainingConfig | None = None,
+    eval_examples: Sequence[Example] | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    description: str = "",
+    should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[str], None] = lambda _: None,
+) -> TrainingResult:
+    """Train a side network on a frozen base and write it as an adapter.
+
+    A run that is resumed computes the same bits as one that was not interrupted, with the same
+    kernels and number of torch threads.
+
+    Args:
+        decoder: the base, made of `checkpoint`.
+        checkpoint: the base's weights.
+        examples: to train on; some are held out if there are no `eval_examples`.
+        output: folder for adapter, metrics, plot and checkpoints; new or empty, unless resuming.
+        qst: the side network; None: the defaults.
+        config: options of the training; None: the defaults.
+        eval_examples: to evaluate on.
+        device: where the decoder computes.
+        resume: go on from the newest checkpoint in `output`, or start if there is none.
+        description: one line about the adapter, for people.
+        should_stop: asked after each step.
+        report: told what happens, a line at a time.
+
+    Raises:
+        TrainingError: the data does not suit the task, the run cannot be resumed or saved, or the
+            loss is not finite.
+        TrainingInterrupted: `should_stop` said so; a checkpoint is saved.
+        AdapterError: the side network does not fit the base, or cannot be written.
+    """
+    qst, config = qst or QstConfig(), config or TrainingConfig()
+    if eval_examples is None:
+        examples, eval_examples = hold_out(
+            examples, config.eval_fraction, config.eval_limit, config.seed
+        )
+    check_examples(examples, qst, decoder.spec.vocab_size)
+    check_examples(eval_examples, qst, decoder.spec.vocab_size, may_be_empty=True)
+    network = QstNetwork(decoder.spec, qst, seed=config.seed, device=device)
+    head = None
+    if qst.task == "causal_lm":
+        head = FrozenHead(decoder, head_weight(checkpoint), torch.device(device))
+        # Brings weights that are mapped from a file to memory, where they are no activations.
+        head.pull_back(torch.zeros(1, decoder.spec.vocab_size, device=device))
+    run = _Run(
+        trainer=Trainer(decoder, network, head, config),
+        checkpoint=checkpoint,
+        config=config,
+        examples=examples,
+        eval_examples=eval_examples,
+        output=output,
+        report=report,
+        identity={
+            **config.as_fields(),
+            **network.config.to_fields(),
+            "data": digest_examples(examples),
+            "eval_data": digest_examples(eval_examples),
+            "base": checkpoint.fingerprint,
+        },
+    )
+    run.prepare(resume)
+    run.steps(should_stop)
+    return run.finish(description)
+
+
+def check_examples(
+    examples: Sequence[Example], qst: QstConfig, vocab_size: int, *, may_be_empty: bool = False
+) -> None:
+    """Refuse examples that do not suit the task.
+
+    Raises:
+        TrainingError: names the first that does not, counted from 1.
+    """
+    if not examples and not may_be_empty:
+        raise TrainingError("there are no examples to train on")
+    is_classifier = qst.task == "sequence_classification"
+    for number, example in enumerate(examples, 1):
+        problem = None
+        if (
+            not example.token_ids
+            or not 0 <= min(example.token_ids) <= max(example.token_ids) < vocab_size
+        ):
+            problem = f"needs token ids from 0 to {vocab_size - 1}"
+        elif is_classifier != (example.label is not None):
+            problem = f"the task {qst.task} takes examples with{'out' * (not is_classifier)} labels"
+        elif example.label is not None and not 0 <= example.label < qst.num_labels:
+            problem = f"label {example.label} is not below num_labels {qst.num_labels}"
+        elif not is_classifier and len(example.is_target) != len(example.token_ids):
+            problem = "is_target must have one entry for each token"
+        elif not example.num_targets:
+            problem = "has no token to predict"
+        if problem:
+            raise TrainingError(f"example {number}: {problem}")
+
+
+class _Run:
+    """One run: its place in the data, its log and its checkpoints."""
+
+    def __init__(
+        self,
+        *,
+        trainer: Trainer,
+        checkpoint: Checkpoint,
+        config: TrainingConfig,
+        examples: Sequence[Example],
+        eval_examples: Sequence[Example],
+        output: Path,
+        report: Callable[[str], None],
+        identity: dict[str, Any],
+    ) -> None:
+        self.trainer, self._checkpoint = trainer, checkpoint
+        self._config, self._examples, self._eval_examples = config, examples, eval_examples
+        self._output, self._report = output, report
+        self._num_steps = config.num_steps(len(examples))
+        self._progress = Progress(step=0, identity=identity)
+        self._best: dict[str, Tensor] = {}
+        self._order = DataOrder(len(examples), config.seed)
+        self._loss = math.nan
+        self._evaluation: Evaluation | None = None
+        self._memory = PeakMemory(trainer.device)
+
+    def prepare(self, resume: bool) -> None:
+        """Make the folder, or load the newest checkpoint of it."""
+        output = self._output
+        if output.exists() and not output.is_dir():
+            raise TrainingError(f"output: {output} is a file; name a folder")
+        found = load_progress(output / FOLDER) if resume else None
+        if found is None:
+            if output.exists() and any(output.iterdir()) and not resume:
+                raise TrainingError(
+                    f"output: {output} is not empty; name a new folder, or resume the run in it"
+                )
+            if resume and (output / METRICS_FILE).exists() and not (output / FOLDER).exists():
+                raise TrainingError(f"output: the run in {output} is complete")
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TrainingError(f"output: {output} cannot be made ({error})") from error
+            return
+        progress, tensors = found
+        check_identity(progress.identity, self._progress.identity)
+        self._progress = progress
+        self._best = {n: t for n, t in tensors.items() if n.startswith(_BEST)}
+        self.trainer.load_state_tensors(
+            {n: t for n, t in tensors.items() if not n.startswith(_BEST)}
+        )
+        self._report(f"resuming after step {progress.step} of {self._num_steps}")
+
+    def steps(self, should_stop: Callable[[], bool]) -> None:
+        """Do what is left of the steps."""
+        config = self._config
+        first = self._progress.step
+        with self._log() as log:
+            if first == 0:
+                self._save(log)
+            for step in range(first + 1, self._num_steps + 1):
+                start_s = time.monotonic()
+                result = self._step(step)
+                self._loss = result.loss
+                log.add_step(self._describe(step, result, time.monotonic() - start_s))
+                self._progress = replace(
+                    self._progress, step=step, num_tokens=self._progress.num_tokens
+                    + result.num_tokens,
+                )  # fmt: skip
+                if step == first + 1:
+                    log.say(self._breakdown().describe())
+                is_last = step == self._num_steps
+                if step % config.eval_every == 0 or is_last:
+                    self._evaluate(log)
+                is_stopping = should_stop() and not is_last
+                if step % config.checkpoint_every == 0 or is_last or is_stopping:
+                    self._save(log)
+                if is_stopping:
+                    raise TrainingInterrupted(step, self._output / FOLDER)
+
+    def finish(self, description: str) -> TrainingResult:
+        """Write adapter and plot; the checkpoints have served their purpose then."""
+        trainer, progress, memory = self.trainer, self._progress, self._breakdown()
+        if self._best and self._config.keep == "best":
+            trainer.load_state_tensors({n.removeprefix(_BEST): t for n, t in self._best.items()})
+            self._evaluation = None
+        if self._eval_examples and self._evaluation is None:
+            self._evaluation = trainer.evaluate(self._eval_examples)
+        evaluation = self._evaluation
+        if evaluation is not None:
+            evaluation = replace(evaluation, base_loss=progress.base_loss)
+        facts = summarize(progress, evaluation)
+        with self._log() as log:
+            log.add({"event": "summary", **facts, "memory": memory.as_fields()})
+        base = self._checkpoint
+        save_qst(
+            self._output, trainer.network, base_id=base.name, base_fingerprint=base.fingerprint,
+            base_quantization=base.quantization, description=description,
+            training={**facts, "options": self._config.as_fields()},
+        )  # fmt: skip
+        plot_losses(self._output)
+        shutil.rmtree(self._output / FOLDER, ignore_errors=True)
+        return TrainingResult(
+            steps=progress.step, loss=self._loss, evaluation=evaluation, memory=memory,
+            num_parameters=trainer.network.num_parameters,
+        )  # fmt: skip
+
+    def _breakdown(self) -> MemoryBreakdown:
+        trainer = self.trainer
+        return measure(
+            self._memory, self._checkpoint.weights.values(), trainer.network.parameters(),
+            trainer.optimizer_bytes,
+        )  # fmt: skip
+
+    def _log(self) -> RunLog:
+        return RunLog(
+            self._output, num_steps=self._num_steps, step=self._progress.step,
+            num_bytes=self._progress.metrics_bytes, report=self._report,
+        )  # fmt: skip
+
+    def _step(self, step: int) -> StepResult:
+        config = self._config
+        size = config.batch_size * config.accumulate
+        start = (step - 1) * size
+        if config.steps is None:  # the last step of the last epoch may be smaller
+            size = min(size, max(1, round(config.epochs * len(self._examples)) - start))
+        chosen = [self._examples[i] for i in self._order.take(start, size)]
+        batches = [
+            chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)
+        ]
+        try:
+            return self.trainer.step(batches, config.rate_factor(step - 1, self._num_steps))
+        except TrainingError as error:
+            raise TrainingError(
+                f"step {step}: {error}; the last checkpoint is kept in {self._output / FOLDER}; "
+                "a lower learning_rate or alpha_learning_rate may help"
+            ) from error
+
+    def _describe(self, step: int, result: StepResult, elapsed_s: float) -> dict[str, Any]:
+        network = self.trainer.network
+        alpha = network.get_parameter("alpha").detach()
+        return {
+            "event": "step",
+            "step": step,
+            "loss": result.loss,
+            "learning_rate": self._config.learning_rate
+            * self._config.rate_factor(step - 1, self._num_steps),
+            "gradient_norm": result.gradient_norm,
+            "alpha": float(alpha.mean()),
+            "tokens": result.num_tokens,
+            "tokens_per_s": round(result.num_tokens / elapsed_s, 1),
+        }
+
+    def _evaluate(self, log: RunLog) -> None:
+        if not self._eval_examples:
+            return
+        progress, step = self._progress, self._progress.step
+        found = self.trainer.evaluate(self._eval_examples, with_base=progress.base_loss is None)
+        self._evaluation = found
+        if found.base_loss is not None:
+            progress = replace(progress, base_loss=found.base_loss)
+        if progress.best_loss is None or found.loss < progress.best_loss:
+            progress = replace(progress, best_step=step, best_loss=found.loss)
+            if self._config.keep == "best":
+                self._best = {
+                    f"{_BEST}parameter.{name}": parameter.detach().clone()
+                    for name, parameter in self.trainer.network.named_parameters()
+                }
+        self._progress = progress
+        log.add(
+            {"event": "eval", "step": step, "loss": found.loss, "base_loss": progress.base_loss,
+             "perplexity": found.perplexity, "accuracy": found.accuracy}
+        )  # fmt: skip
+        accuracy = "" if found.accuracy is None else f", accuracy {found.accuracy:.1%}"
+        base = "" if progress.base_loss is None else f" (base {progress.base_loss:.4f})"
+        log.say(f"step {step}: held-out loss {found.loss:.4f}{base}{accuracy}")
+
+    def _save(self, log: RunLog) -> None:
+        self._progress = replace(self._progress, metrics_bytes=log.sync())
+        tensors = {**self.trainer.state_tensors(), **self._best}
+        save_progress(self._output / FOLDER, self._progress, tensors)
+
+
+def summarize(progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:
+    """Return the facts of a finished run as JSON values."""
+    facts: dict[str, Any] = {"steps": progress.step, "tokens": progress.num_tokens}
+    if evaluation is not None:
+        facts |= {"held_out_loss": evaluation.loss, "best_step": progress.best_step}
+        facts["held_out_perplexity"] = evaluation.perplexity
+        if evaluation.accuracy is not None:
+            facts["held_out_accuracy"] = evaluation.accuracy
+        if evaluation.base_loss is not None:
+            facts["base_held_out_loss"] = evaluation.base_loss
+            facts["base_held_out_perplexity"] = perplexity(evaluation.base_loss)
+    return facts

@@ -1,0 +1,209 @@
+"""POST /v1/compare: one prompt, answered by several arms at once."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from functools import partial
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from decoding import ParameterError, SamplingParams, derive_seed
+from serve.api.answers import Answer, collect_answers, run_text_work, stream_answer
+from serve.api.body import read_request
+from serve.api.chat import encode_messages
+from serve.api.chunks import Details, make_comparison_writer
+from serve.api.completions import DEFAULT_MAX_TOKENS, encode_prompt
+from serve.api.context import ApiContext
+from serve.api.errors import ApiError
+from serve.api.generation import Generation, Job, Piece
+from serve.api.identity import make_id
+from serve.api.logprobs import make_trace_entry
+from serve.api.openapi import describe_body
+from serve.api.resolve import (
+    build_params,
+    resolve_adapter_scale,
+    resolve_max_tokens,
+    resolve_strategy,
+    split_model,
+)
+from serve.api.schema import CompareBody, ComparisonArm, SamplingFields, StreamOptions
+from serve.api.transport import EventStream, JsonWhenDone
+from serve.backends.protocol import Arm
+
+
+def build_compare_router(context: ApiContext) -> APIRouter:
+    """Return the route of comparisons."""
+    router = APIRouter()
+
+    @router.post("/v1/compare", openapi_extra=describe_body(CompareBody))
+    async def create_comparison(request: Request) -> Response:
+        body = await read_request(request, CompareBody, context.settings)
+        _check(body, context)
+        job = await _make_job(context, body)
+        comparison = _Comparison(context, body, job)
+        if not body.stream:
+            return JsonWhenDone(comparison.answer())
+        return EventStream(comparison.stream(), ping_interval_s=context.settings.ping_interval_s)
+
+    return router
+
+
+def _check(body: CompareBody, context: ApiContext) -> None:
+    if (body.messages is None) == (body.prompt is None):
+        raise ApiError(
+            "Give exactly one of messages and prompt.",
+            param="messages" if body.messages is None else "prompt",
+            code="invalid_value",
+        )
+    limit = context.settings.max_sequences_per_prompt
+    if len(body.arms) > limit:
+        raise ApiError(f"arms must be at most {limit}.", param="arms", code="invalid_value")
+    if body.common_random_numbers:
+        for index, arm in enumerate(body.arms):
+            if arm.seed is not None:
+                raise ApiError(
+                    f"arms[{index}].seed contradicts common_random_numbers: true.",
+                    param=f"arms[{index}].seed",
+                    code="invalid_value",
+                )
+
+
+async def _make_job(context: ApiContext, body: CompareBody) -> Job:
+    if body.messages is not None:
+        token_ids = await encode_messages(context, body.messages)
+    else:
+        assert body.prompt is not None
+        work = partial(encode_prompt, context, body.prompt)
+        token_ids = await run_text_work(len(body.prompt), work, param="prompt")
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    SamplingParams(seed=seed)  # refuses one out of range, which a derived seed would hide
+    is_common = body.common_random_numbers is not False
+    arms = []
+    for index, arm in enumerate(body.arms):
+        arm_seed = seed if is_common else derive_seed(seed, index)
+        try:
+            arms.append(_make_arm(context, body, arm, arm_seed, len(token_ids)))
+        except (ApiError, ParameterError) as error:
+            raise _at_arm(error, index, arm) from None
+    if body.adapter_scale is not None and all(arm.adapter is None for arm in arms):
+        resolve_adapter_scale(body.adapter_scale, None)
+    return Job(
+        request_id=make_id("cmp"),
+        prompts=[token_ids],
+        arms=tuple(arms),
+        is_traced=bool(body.return_decoding_trace),
+        prompt_is_template=body.messages is not None,
+    )
+
+
+def _make_arm(
+    context: ApiContext, body: CompareBody, arm: ComparisonArm, seed: int, num_prompt_tokens: int
+) -> Arm:
+    choice = split_model(arm.model, context)
+    own = {name for name in SamplingFields.model_fields if getattr(arm, name) is not None}
+    shared = {name: getattr(body, name) for name in SamplingFields.model_fields.keys() - own}
+    if choice.adapter is None:
+        shared.pop("adapter_scale", None)
+    decoding = shared.get("decoding") or {}
+    if choice.strategy is not None and decoding.get("strategy") not in (None, choice.strategy):
+        del shared["decoding"]  # the arm's model has a strategy of its own
+    if "seed" not in own:
+        shared["seed"] = seed
+    fields = arm.model_copy(update=shared)
+    max_tokens = resolve_max_tokens(
+        {"max_tokens": fields.max_tokens},
+        default=None if body.prompt is None else DEFAULT_MAX_TOKENS,
+        minimum=1,
+        num_prompt_tokens=num_prompt_tokens,
+        prompt_param="messages" if body.prompt is None else "prompt",
+        context=context.backend.max_context_tokens,
+    )
+    params = build_params(
+        fields,
+        strategy=resolve_strategy(fields.decoding, choice.strategy),
+        max_tokens=max_tokens,
+        logprobs=None,
+        vocab_size=context.backend.vocab_size,
+    )
+    scale = resolve_adapter_scale(fields.adapter_scale, choice.adapter)
+    return Arm(params=params, adapter=choice.adapter, adapter_scale=scale)
+
+
+def _at_arm(error: ApiError | ParameterError, index: int, arm: ComparisonArm) -> Exception:
+    """Return an error with its arm's name, if the arm has the field at fault."""
+    if getattr(arm, (error.param or "").partition(".")[0], None) is None:
+        return error
+    return ApiError(
+        f"arms[{index}]: {error}",
+        status=error.status if isinstance(error, ApiError) else 400,
+        param=f"arms[{index}].{error.param}",
+        code=error.code if isinstance(error, ApiError) else "invalid_value",
+    )
+
+
+class _Comparison:
+    """The answer to one request; an arm is a choice."""
+
+    def __init__(self, context: ApiContext, body: CompareBody, job: Job) -> None:
+        self._tokenizer = context.tokenizer
+        self._body = body
+        self._num_arms = len(job.arms)
+        self._generation = Generation(context, job)
+        self._head: dict[str, object] = {
+            "id": job.request_id,
+            "object": "comparison.chunk" if body.stream else "comparison",
+            "created": int(time.time()),
+        }
+
+    async def answer(self) -> dict[str, object]:
+        """Return the whole answer."""
+        answers = await collect_answers(self._generation, self._num_arms)
+        arms = [self._make_entry(index, answer) for index, answer in enumerate(answers)]
+        return {**self._head, "arms": arms, "usage": self._generation.usage()}
+
+    def _make_entry(self, index: int, answer: Answer) -> dict[str, object]:
+        arm = self._body.arms[index]
+        entry: dict[str, object] = {
+            "index": index,
+            "label": arm.model if arm.label is None else arm.label,
+            "model": arm.model,
+        }
+        if self._body.messages is None:
+            entry["text"] = answer.text
+        else:
+            entry["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+        entry["finish_reason"] = answer.finish_reason
+        entry["usage"] = self._generation.choice_usage(index)
+        if self._body.return_decoding_trace:
+            entry["decoding_trace"] = [self._trace_entry(piece) for piece in answer.pieces]
+        return entry
+
+    def stream(self) -> AsyncGenerator[bytes, None]:
+        """Return the events of the streamed answer."""
+        is_chat = self._body.messages is not None
+        writer = make_comparison_writer(self._head, is_chat=is_chat)
+        return stream_answer(
+            self._generation,
+            writer,
+            num_choices=self._num_arms,
+            opening=writer.opening if is_chat else _open_text,
+            describe=self._describe if self._body.return_decoding_trace else None,
+            options=StreamOptions(include_usage=True, continuous_usage_stats=None),
+            usage=self._usage,
+        )
+
+    def _usage(self) -> dict[str, object]:
+        arms = [self._generation.choice_usage(index) for index in range(self._num_arms)]
+        return {**self._generation.usage(), "arms": arms}
+
+    def _describe(self, piece: Piece) -> Details:
+        return Details(trace=[self._trace_entry(piece)])
+
+    def _trace_entry(self, piece: Piece) -> dict[str, object]:
+        return make_trace_entry(self._tokenizer, piece.output)
+
+
+def _open_text(_index: int, _usage: str | None) -> str:
+    return ""

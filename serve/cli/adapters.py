@@ -1,0 +1,105 @@
+"""`proa adapters`: list, inspect and verify adapters."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serve.cli.arguments import UserError, add_options, given_options
+from serve.cli.client import Client
+from serve.config import OPTIONS, build_config
+from serve.environment import client_settings
+
+DESCRIPTION = """\
+Adapters are folders with an adapter_config.json and an adapter_model.safetensors. List those of a
+running server or below a folder, show what one is, or hold one against a base model.
+"""
+
+EXAMPLES = """\
+examples:
+  proa adapters list                       those of the server on http://127.0.0.1:8000
+  proa adapters list ./examples            those below a folder
+  proa adapters inspect ./my-adapter
+  proa adapters verify ./my-adapter --model ./Llama-3.2-1B
+
+Attach one when a server starts with 'proa serve --adapter NAME=DIR', and talk to it by the model id
+BASE:NAME.
+"""
+
+VERIFY_OPTIONS = {name: OPTIONS[name].as_flag() for name in ("model", "quantization", "cache_dir")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the actions and their options."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="list adapters of a running server or below folders")
+    listing.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="where to look")
+    listing.add_argument(
+        "--url", help="address of the server [default: http://127.0.0.1:8000; env: PROA_URL]"
+    )
+    listing.add_argument("--api-key", metavar="TEXT", help="key of the server [env: PROA_API_KEY]")
+    inspecting = actions.add_parser("inspect", help="show what an adapter is")
+    inspecting.add_argument("folder", type=Path, metavar="DIR", help="the adapter")
+    verifying = actions.add_parser(
+        "verify", help="hold an adapter against a base model; status 1 if it does not fit"
+    )
+    verifying.add_argument("folder", type=Path, metavar="DIR", help="the adapter")
+    add_options(verifying, VERIFY_OPTIONS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry out the action.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: options contradict each other, or a folder is missing.
+        CommandError: no adapter, or one that does not fit.
+    """
+    if arguments.action == "list" and not arguments.folders:
+        url, key = client_settings(os.environ)
+        client = Client(arguments.url or url, api_key=arguments.api_key or key)
+        try:
+            print(table(client.get("/v1/adapters")["data"]))
+        finally:
+            client.close()
+        return 0
+    if arguments.action == "list" and (arguments.url or arguments.api_key):
+        raise UserError("--url and --api-key: are for a server; give them or folders")
+    # Loads torch, which takes seconds and a server's list does not need.
+    from serve.cli.adapter_folders import describe_folders, inspect_folder, verify_folder
+
+    if arguments.action == "list":
+        print(describe_folders(arguments.folders))
+    elif arguments.action == "inspect":
+        print(inspect_folder(arguments.folder))
+    else:
+        config = build_config(given_options(arguments, VERIFY_OPTIONS), environ=os.environ)
+        print(verify_folder(arguments.folder, config))
+    return 0
+
+
+def table(adapters: Sequence[dict[str, Any]]) -> str:
+    """Lay out the adapters of a server for reading."""
+    if not adapters:
+        return "no adapter is attached; 'proa serve --adapter NAME=DIR' attaches one"
+    width = max(len(entry["id"]) for entry in adapters)
+    lines = [f"{'model id':{width}}  {'method':6}  {'parameters':>10}  {'MB':>7}  state"]
+    for entry in adapters:
+        state = "loaded" if entry["is_loaded"] else "waits on disk"
+        if entry["num_running"]:
+            state = f"in use by {entry['num_running']}"
+        lines.append(
+            f"{entry['id']:{width}}  {entry['method']:6}  {entry['num_parameters']:>10}  "
+            f"{entry['num_bytes'] / 1e6:>7.1f}  {state}"
+            + (f"  {printable(entry['description'])}" if entry["description"] else "")
+        )
+    return "\n".join(lines)
+
+
+def printable(text: object) -> str:
+    """Return text of an adapter without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))

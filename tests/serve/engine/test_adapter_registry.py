@@ -1,0 +1,337 @@
+import asyncio
+import os
+import threading
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.format import CONFIG_FILE, TENSOR_FILE
+from adapters.qst.adapter import save_qst
+from serve.backends.adapters import AdapterRegistry
+from serve.backends.protocol import (
+    AdapterConflictError,
+    AdapterInfo,
+    AdapterLoadError,
+    AdapterNotFoundError,
+)
+from tests.adapters.side_decoders import make_network
+from tests.serve.engine.backend_client import run, until
+from tests.serve.engine.scripted_adapters import NUM_BYTES, Folders
+from tests.serve.engine.tiny_decoder import make_decoder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path / "root")
+
+
+def attach(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
+    return asyncio.run(registry.attach(name, path))
+
+
+def loaded(registry: AdapterRegistry) -> set[str]:
+    return {info.name for info in registry.infos() if info.is_loaded}
+
+
+def test_attached_adapters_are_listed_by_name(folders: Folders) -> None:
+    registry = folders.registry()
+    registry.attach_folder("poet", folders.write("x"))
+    info = attach(registry, "ant", str(folders.write("y")))
+    assert (info.method, info.description, info.num_parameters) == ("qst", "says y", 7)
+    assert (info.num_bytes, info.is_loaded, info.num_running) == (NUM_BYTES, True, 0)
+    assert info.created > 1.7e9
+    assert [info.name for info in registry.infos()] == ["ant", "poet"]
+
+
+def test_path_may_be_relative_to_the_root(folders: Folders) -> None:
+    folders.write("deep/x")
+    assert attach(folders.registry(), "x", "deep/x").description == "says deep/x"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a/b", "a:b", "a@b", ".a", "a\n", "a b", "a" * 65, "\u00e4", ".."],
+    ids=["empty", "slash", "colon", "at", "dot", "newline", "space", "long", "umlaut", "dots"],
+)
+def test_bad_name_is_refused(name: str, folders: Folders) -> None:
+    folders.write("x")
+    with pytest.raises(AdapterLoadError, match="adapter name must be 1 to 64 letters"):
+        attach(folders.registry(), name, "x")
+
+
+@pytest.mark.parametrize("name", ["a", "_", "-x", "A.b_c-1", "a" * 64])
+def test_good_name_is_taken(name: str, folders: Folders) -> None:
+    folders.write("x")
+    assert attach(folders.registry(), name, "x").name == name
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", ".", "..", "/", "/etc", "../root2/x", "x/../../root2/x", "no", "x/adapter_config.json"],
+)
+def test_path_that_is_no_folder_below_the_root_is_refused(path: str, folders: Folders) -> None:
+    folders.write("x")
+    folders.write("../root2/x")
+    with pytest.raises(AdapterLoadError, match="path must be a folder below the adapter root"):
+        attach(folders.registry(), "x", path)
+
+
+def test_path_of_the_root_itself_is_refused(folders: Folders) -> None:
+    root = folders.write(".")
+    with pytest.raises(AdapterLoadError, match="path must be a folder below the adapter root"):
+        attach(folders.registry(), "x", str(root))
+
+
+@pytest.mark.parametrize("path", ["https://x/y", "file:///etc", "a\0b"])
+def test_path_that_is_a_url_or_has_a_nul_is_refused(path: str, folders: Folders) -> None:
+    with pytest.raises(AdapterLoadError, match="path must be a folder on the server"):
+        attach(folders.registry(), "x", path)
+
+
+def test_path_that_cannot_be_followed_is_refused(folders: Folders) -> None:
+    folders.write("x")
+    (folders.root / "circle").symlink_to(folders.root / "circle")
+    for path in ("circle", "x" * 5000):
+        with pytest.raises(AdapterLoadError, match=r"cannot be followed|must be a folder below"):
+            attach(folders.registry(), "x", path)
+
+
+def test_symlink_is_followed_below_the_root_only(folders: Folders) -> None:
+    outside = folders.write("../outside")
+    inside = folders.write("inside")
+    (folders.root / "in").symlink_to(inside)
+    (folders.root / "out").symlink_to(outside)
+    registry = folders.registry()
+    assert attach(registry, "in", "in").description == "says inside"
+    with pytest.raises(AdapterLoadError, match="path must be a folder below the adapter root"):
+        attach(registry, "out", "out")
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, TENSOR_FILE])
+def test_file_that_is_a_link_to_outside_is_refused(file: str, folders: Folders) -> None:
+    folder = folders.write("x")
+    outside = folders.root.parent / "secret"
+    outside.write_text("secret", encoding="utf-8")
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).symlink_to(outside)
+    with pytest.raises(AdapterLoadError, match=f"{file} is a link to outside of the adapter root"):
+        attach(folders.registry(), "x", "x")
+
+
+def test_nothing_is_attached_at_run_time_without_a_root(folders: Folders) -> None:
+    path = folders.write("x")
+    registry = folders.registry(roots=())
+    with pytest.raises(AdapterLoadError, match="no adapter_root is set"):
+        attach(registry, "x", str(path))
+    assert registry.attach_folder("x", path).is_loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("damaged", "adapter 'x': .*: not for base"),
+        ("classifier", "adapter 'x': it is for sequence_classification, which cannot be served"),
+    ],
+    ids=["damaged", "classifier"],
+)
+def test_folder_that_does_not_fit_is_refused(text: str, message: str, folders: Folders) -> None:
+    path = folders.write("x", text)
+    registry = folders.registry()
+    with pytest.raises(AdapterLoadError, match=message):
+        attach(registry, "x", "x")
+    with pytest.raises(AdapterLoadError, match=message):
+        registry.attach_folder("x", path)
+    folders.write("x")
+    assert attach(registry, "x", "x").is_loaded
+
+
+def test_name_that_is_taken_is_refused(folders: Folders) -> None:
+    folders.write("x")
+    registry = folders.registry()
+    folders.gate = threading.Semaphore(0)
+
+    async def main() -> None:
+        first = asyncio.create_task(registry.attach("a", "x"))
+        await until(lambda: bool(folders.loaded))
+        with pytest.raises(AdapterConflictError, match="an adapter is called 'a' already"):
+            await registry.attach("a", "x")
+        assert registry.infos() == []
+        assert folders.gate is not None
+        folders.gate.release()
+        await first
+        with pytest.raises(AdapterConflictError, match="an adapter is called 'a' already"):
+            await registry.attach("a", "x")
+
+    run(main())
+
+
+def test_cancelled_attach_attaches_nothing(folders: Folders) -> None:
+    folders.write("x")
+    registry = folders.registry()
+    folders.gate = threading.Semaphore(0)
+
+    async def main() -> None:
+        task = asyncio.create_task(registry.attach("a", "x"))
+        await until(lambda: bool(folders.loaded))
+        task.cancel()
+        assert folders.gate is not None
+        folders.gate.release(2)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert registry.infos() == []
+        assert (await registry.attach("a", "x")).name == "a"
+
+    run(main())
+
+
+def test_adapter_in_use_is_not_detached(folders: Folders) -> None:
+    registry = folders.registry()
+    registry.attach_folder("a", folders.write("x"))
+
+    async def main() -> None:
+        async with registry.use("a"), registry.use("a"):
+            with pytest.raises(AdapterConflictError, match="2 requests use the adapter 'a'"):
+                registry.detach("a")
+            assert registry.infos()[0].num_running == 2
+
+    run(main())
+    registry.detach("a")
+    with pytest.raises(AdapterNotFoundError, match="no adapter is called 'a'"):
+        registry.detach("a")
+
+
+def test_least_recently_used_adapters_leave_memory_and_come_back(folders: Folders) -> None:
+    registry = folders.registry(max_bytes=2 * NUM_BYTES)
+
+    async def use(*names: str) -> None:
+        async with AsyncExitStack() as stack:
+            for name in names:
+                adapter = await stack.enter_async_context(registry.use(name))
+                side: Any = adapter.side
+                assert side.name == name
+
+    for name in "abc":
+        registry.attach_folder(name, folders.write(name))
+    assert loaded(registry) == {"b", "c"}
+    run(use("b"))
+    run(use("a"))
+    assert loaded(registry) == {"a", "b"}
+    assert folders.loaded == ["a", "b", "c", "a"]
+    run(use("c"))
+    assert loaded(registry) == {"a", "c"}
+    assert len(registry.infos()) == 3
+
+
+def test_adapters_in_use_stay_above_the_limit(folders: Folders) -> None:
+    registry = folders.registry(max_bytes=0)
+    for name in "ab":
+        registry.attach_folder(name, folders.write(name))
+    assert loaded(registry) == set()
+
+    async def main() -> None:
+        async with registry.use("a"):
+            async with registry.use("b"):
+                assert loaded(registry) == {"a", "b"}
+            assert loaded(registry) == {"a"}
+
+    run(main())
+    assert loaded(registry) == set()
+
+
+def test_adapter_comes_back_under_the_same_key(folders: Folders) -> None:
+    registry = folders.registry(max_bytes=0)
+    registry.attach_folder("a", folders.write("x"))
+
+    async def main() -> None:
+        keys = set()
+        for _ in range(2):
+            async with registry.use("a") as adapter:
+                keys.add(adapter.root_key)
+        assert len(keys) == 1
+
+    run(main())
+    assert len(folders.loaded) == 3
+
+
+def test_requests_that_want_one_adapter_back_load_it_once(folders: Folders) -> None:
+    registry = folders.registry(max_bytes=0)
+    registry.attach_folder("a", folders.write("x"))
+    folders.gate = threading.Semaphore(0)
+    given = []
+
+    async def use() -> None:
+        async with registry.use("a") as adapter:
+            given.append(adapter)
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(use()) for _ in range(5)]
+        await until(lambda: len(folders.loaded) == 2)
+        tasks[0].cancel()
+        with pytest.raises(AdapterConflictError, match="5 requests use"):
+            registry.detach("a")
+        assert folders.gate is not None
+        folders.gate.release(9)
+        await asyncio.wait(tasks)
+
+    run(main())
+    assert len(folders.loaded) == 2
+    assert len(given) == 4
+    assert len(set(given)) == 1
+    assert registry.infos()[0].num_running == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("y", "has changed since it was attached; detach it"), ("damaged", "not for base")],
+    ids=["changed", "damaged"],
+)
+def test_folder_that_has_changed_does_not_come_back(
+    text: str, message: str, folders: Folders
+) -> None:
+    registry = folders.registry(max_bytes=0)
+    registry.attach_folder("a", folders.write("x"))
+
+    async def use() -> None:
+        with pytest.raises(AdapterLoadError, match=message):
+            async with registry.use("a"):
+                raise AssertionError("it came back")
+
+    folders.write("x", text)
+    run(use())
+    run(use())
+    assert registry.infos()[0].num_running == 0
+    registry.detach("a")
+
+
+def test_negative_limit_is_refused(folders: Folders) -> None:
+    with pytest.raises(ValueError, match="adapter_memory_bytes must be at least 0, got -1"):
+        folders.registry(max_bytes=-1)
+
+
+def test_adapter_of_this_base_is_loaded_and_another_refused(tmp_path: Path) -> None:
+    decoder = make_decoder("reference")
+    fingerprint = "ab" * 32
+    for name, of in (("good", fingerprint), ("other", "cd" * 32)):
+        network = make_network(decoder.spec, seed=1)
+        save_qst(
+            tmp_path / name, network, base_id="tiny", base_fingerprint=of, base_quantization="nf4"
+        )
+    registry = AdapterRegistry(
+        decoder, fingerprint=fingerprint, model_id="tiny", roots=[tmp_path], max_bytes=0
+    )
+    info = attach(registry, "good", "good")
+    assert info.num_bytes > 0
+    with pytest.raises(AdapterLoadError, match="adapter 'other'.*fingerprint"):
+        attach(registry, "other", "other")
+
+    async def use() -> None:
+        async with registry.use("good") as adapter:
+            assert torch.is_tensor(adapter.side.program.network.up)
+
+    run(use())
+    os.remove(tmp_path / "good" / TENSOR_FILE)
+    with pytest.raises(AdapterLoadError, match=TENSOR_FILE):
+        run(use())

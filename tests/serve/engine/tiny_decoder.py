@@ -1,0 +1,94 @@
+"""A small decoder with random weights under an engine, and what both give."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from decoding import Sampler, SamplingParams, build_token_tables
+from models.decoder import Decoder, KernelChoice
+from models.kernels.native import is_native_available
+from models.quantization import quantize_4bit
+from models.spec import DecoderSpec, LayerSpec, RotarySpec, canonical_weights
+from models.weights import Weight
+from serve.engine.engine import Engine
+from serve.engine.sequence import Branch, Request, SequenceOutput
+
+VOCAB_SIZE = 96
+KERNELS = [
+    "reference",
+    pytest.param(
+        "native",
+        marks=pytest.mark.skipif(
+            not is_native_available("auto"), reason="no native kernels for this processor"
+        ),
+    ),
+]
+Answer = list[list[SequenceOutput]]
+
+
+def make_decoder(kernels: KernelChoice) -> Decoder:
+    """Return two layers of a 4-bit Llama."""
+    layer = LayerSpec(
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=96
+    )
+    spec = DecoderSpec(
+        family="llama",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        max_position_embeddings=512,
+        layers=(layer, layer),
+        norm="rms",
+        norm_eps=1e-5,
+        activation="silu",
+        gated_mlp=True,
+        rotary=RotarySpec(dim=16, inv_freq=tuple(10000.0 ** (-i / 8) for i in range(8))),
+        tied_head=True,
+    )
+    generator = torch.Generator().manual_seed(0)
+    weights: dict[str, Weight] = {}
+    for name, shape, is_required in canonical_weights(spec):
+        if is_required:
+            tensor = torch.randn(shape, generator=generator) * 0.3
+            is_linear = name.startswith("layers") and len(shape) == 2
+            weights[name] = quantize_4bit(tensor) if is_linear else tensor
+    return Decoder(spec, weights, kernels=kernels, num_threads=1)
+
+
+def make_engine(decoder: Decoder, **settings: Any) -> Engine:
+    tables = build_token_tables([None, *(bytes([32 + i]) for i in range(VOCAB_SIZE - 1))])
+    defaults: dict[str, Any] = {"eos_token_ids": (0,), "num_cache_blocks": 64}
+    return Engine(decoder, Sampler(tables, eos_token_ids=(0,)), **(defaults | settings))
+
+
+def make_request(prompt: list[int], params: SamplingParams) -> Request:
+    return Request(prompt_token_ids=prompt, branches=(Branch(params=params),))
+
+
+def run(engine: Engine, requests: list[Request]) -> list[Answer]:
+    """Run requests, two more joining at each step, and give each one's outputs by sequence."""
+    answers = {request: [[] for _ in range(request.num_sequences)] for request in requests}
+    waiting = list(requests)
+    while waiting or engine.has_work:
+        for request in waiting[:2]:
+            engine.check(request)
+            engine.add(request)
+        del waiting[:2]
+        for request, outputs in engine.step().items():
+            for output in outputs:
+                answers[request][output.index].append(output)
+    return list(answers.values())
+
+
+def assert_equal(
+    outputs: list[SequenceOutput], expected: list[SequenceOutput], *, is_exact: bool
+) -> None:
+    assert [o.token_id for o in outputs] == [o.token_id for o in expected]
+    tolerance = 0.0 if is_exact else 1e-4
+    scored = [(o.scored, e.scored) for o, e in zip(outputs, expected, strict=True)]
+    scored += zip(outputs[0].prompt_logprobs or [], expected[0].prompt_logprobs or [], strict=True)
+    for ours, theirs in scored:
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert ours[0] == pytest.approx(theirs[0], abs=tolerance, rel=0)
+            assert [pair[0] for pair in ours[1]] == [pair[0] for pair in theirs[1]]
