@@ -21,7 +21,7 @@ from models.batch import PackedBatch
 from models.kernels.memory import lazy_zeros
 from models.kernels.native_lowering import Lowering
 from models.kernels.native_program import OP_KINDS, NativeOp, NativeStep, load_library
-from models.kernels.native_side import lower_entries, lower_side
+from models.kernels.native_side import SideEntries, lower_side
 from models.kernels.panels import PANEL, float_format
 from models.kernels.reference import apply_prologue
 from models.kv_cache import KVCache
@@ -67,6 +67,7 @@ class NativeExecutor:
         self._program = program
         self._lowering = Lowering(library, program.widths)
         self._inv_freq = program.inv_freq.contiguous()
+        self._side_entries = SideEntries()
         ops = self._lowering.lower(program.ops)
         kinds = [op.kind for op in ops]
         self._num_ops = len(ops)
@@ -117,10 +118,8 @@ class NativeExecutor:
         step.last_op = self._num_ops
         if batch.write_starts is not None:
             step.write_starts = batch.write_starts.data_ptr()
-        entries = None if batch.side is None else lower_entries(batch.side)
-        if entries is not None:
-            step.sides = ctypes.addressof(entries)
-            step.num_sides = len(entries)
+        if batch.side is not None:
+            self._side_entries.set(step, batch.side)
         self._library.proa_program_run(self._handle, ctypes.byref(step))
         return logits
 

@@ -50,10 +50,7 @@ class NativeSide(ctypes.Structure):
 class NativeSideEntry(ctypes.Structure):
     """`SideEntry` in program.h."""
 
-    _fields_: ClassVar = [
-        ("side", _P), ("k_cache", _P), ("v_cache", _P), ("blocks", _P), ("sequence", _I),
-        ("write_start", _I), ("scale", _F), ("reserved", _I),
-    ]  # fmt: skip
+    _fields_: ClassVar = [("side", _P), ("k_cache", _P), ("v_cache", _P)]
 
 
 class NativeStep(ctypes.Structure):
@@ -62,12 +59,13 @@ class NativeStep(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, _P) for name in (
             "token_ids", "positions", "query_starts", "context_lens", "block_tables",
-            "output_rows", "write_starts", "k_cache", "v_cache", "inv_freq", "sides", "states",
+            "output_rows", "write_starts", "k_cache", "v_cache", "inv_freq", "sides",
+            "side_sequences", "side_block_tables", "side_write_starts", "side_scales", "states",
             "logits", "taps")),
         *((name, _I) for name in (
             "num_tokens", "num_sequences", "num_outputs", "block_table_stride", "cache_format",
-            "num_sides", "first_op", "last_op", "first_tap")),
-        ("rotary_scale", _F),
+            "num_sides", "side_block_table_stride", "first_op", "last_op", "first_tap")),
+        ("rotary_scale", _F), ("reserved", _I),
     ]  # fmt: skip
 
 

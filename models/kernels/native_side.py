@@ -10,7 +10,13 @@ from torch import Tensor
 
 from models.batch import SideBatch
 from models.kernels.native_lowering import Lowering
-from models.kernels.native_program import POOLS, NativeOp, NativeSide, NativeSideEntry
+from models.kernels.native_program import (
+    POOLS,
+    NativeOp,
+    NativeSide,
+    NativeSideEntry,
+    NativeStep,
+)
 from models.kv_cache import KVCache
 from models.program import Activate, LinearOp, Norm, Piece
 from models.side import AttachedSide, Downsample, SideProgram
@@ -57,23 +63,37 @@ def lower_side(program: SideProgram, library: ctypes.CDLL) -> AttachedSide:
     return AttachedSide(program, lowering.num_bytes, _LoweredSide(side, lowering))
 
 
-def lower_entries(batch: SideBatch) -> Array:
-    """Make the kernels' list of a step's side networks."""
-    pointers = {id(cache): _pointers(cache) for cache in batch.caches}
-    tables, stride = batch.block_tables.data_ptr(), batch.block_tables.stride(0) * 4
-    sequences, starts = batch.sequences.tolist(), batch.write_starts.tolist()
-    entries = (NativeSideEntry * len(sequences))()
-    for i, scale in enumerate(batch.scales.tolist()):
-        lowered = batch.networks[i].lowered
-        assert isinstance(lowered, _LoweredSide)
-        keys, values = pointers[id(batch.caches[i])]
-        entry = entries[i]
-        entry.side = ctypes.addressof(lowered.side)
-        entry.k_cache, entry.v_cache = ctypes.addressof(keys), ctypes.addressof(values)
-        entry.blocks = tables + i * stride
-        entry.sequence, entry.write_start, entry.scale = sequences[i], starts[i], scale
-    entries.pointers = pointers  # type: ignore[attr-defined]  # alive as long as the entries
-    return entries
+class SideEntries:
+    """The kernels' list of a step's side networks, kept for steps that repeat it."""
+
+    def __init__(self) -> None:
+        self._networks: tuple[AttachedSide, ...] = ()
+        self._caches: tuple[KVCache, ...] = ()
+        self._entries: Array | None = None
+        self._pointers: dict[int, tuple[Array, Array]] = {}
+
+    def set(self, step: NativeStep, batch: SideBatch) -> None:
+        """Point a step to a batch of side networks, which must outlive it."""
+        if batch.networks is not self._networks or batch.caches is not self._caches:
+            self._lower(batch)
+        step.sides = ctypes.addressof(self._entries)  # type: ignore[arg-type]
+        step.num_sides = len(batch.networks)
+        step.side_sequences = batch.sequences.data_ptr()
+        step.side_block_tables = batch.block_tables.data_ptr()
+        step.side_block_table_stride = batch.block_tables.stride(0)
+        step.side_write_starts = batch.write_starts.data_ptr()
+        step.side_scales = batch.scales.data_ptr()
+
+    def _lower(self, batch: SideBatch) -> None:
+        self._networks, self._caches = batch.networks, batch.caches
+        self._pointers = {id(cache): _pointers(cache) for cache in batch.caches}
+        self._entries = (NativeSideEntry * len(batch.networks))()
+        for i, (network, cache) in enumerate(zip(batch.networks, batch.caches, strict=True)):
+            lowered = network.lowered
+            assert isinstance(lowered, _LoweredSide)
+            keys, values = (ctypes.addressof(array) for array in self._pointers[id(cache)])
+            side = ctypes.addressof(lowered.side)
+            self._entries[i] = NativeSideEntry(side=side, k_cache=keys, v_cache=values)
 
 
 def _pointers(cache: KVCache) -> tuple[Array, Array]:

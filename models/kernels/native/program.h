@@ -81,16 +81,11 @@ struct Side {
   float rotary_scale;
 };
 
-// One side network on all of the step's tokens of one sequence.
+// A side network and the cache that it reads and fills.
 struct SideEntry {
   const Side* side;
   void* const* k_cache;  // as in Step
   void* const* v_cache;
-  const int32_t* blocks;
-  int32_t sequence;
-  int32_t write_start;
-  float scale;           // how much of it goes into the logits; 0: it fills its cache only
-  int32_t reserved;
 };
 
 struct Step {
@@ -104,7 +99,11 @@ struct Step {
   void* const* k_cache;  // one per layer: (num_blocks, kv_heads, head_dim, 16)
   void* const* v_cache;  // one per layer: (num_blocks, kv_heads, 16, head_dim), or as the keys if is_transposed(head_dim)
   const float* inv_freq;
-  const SideEntry* sides;
+  const SideEntry* sides;               // (num_sides), each on all of the step's tokens of one sequence
+  const int32_t* side_sequences;        // which sequence each reads
+  const int32_t* side_block_tables;
+  const int32_t* side_write_starts;     // as write_starts
+  const float* side_scales;             // how much of it goes into the logits; 0: it fills its cache only
   const float* states;  // (num_outputs, hidden) that the last operation reads in place of its source and norm, or null
   float* logits;
   float* taps;  // (layers + 1, T, hidden), or null
@@ -114,10 +113,12 @@ struct Step {
   int32_t block_table_stride;
   int32_t cache_format;  // kFloat32 or kFloat16
   int32_t num_sides;
+  int32_t side_block_table_stride;
   int32_t first_op;      // runs operations first_op .. last_op - 1; buffers keep what they hold
   int32_t last_op;
   int32_t first_tap;     // which tap `taps` starts with
   float rotary_scale;
+  int32_t reserved;
 };
 
 // Values of heads that do not fill panels are stored like keys, so that they are read in whole vectors too.

@@ -21,22 +21,25 @@ class SideRunner {
   void prepare(const Step& step, const Op& head, int score_stride) {
     head_ = &head;
     score_stride_ = score_stride;
-    order_.resize(step.num_sides);
-    for (int s = 0; s < step.num_sides; ++s) order_[s] = &step.sides[s];
-    std::stable_sort(order_.begin(), order_.end(), [](auto a, auto b) { return std::less<const Side*>()(a->side, b->side); });
+    entries_.resize(step.num_sides);
+    for (int s = 0; s < step.num_sides; ++s) {
+      const int32_t* blocks = step.side_block_tables + size_t(s) * step.side_block_table_stride;
+      entries_[s] = {step.sides[s], blocks, step.side_sequences[s], step.side_write_starts[s], step.side_scales[s]};
+    }
+    std::stable_sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) { return std::less<const Side*>()(a.side, b.side); });
     output_of_.assign(step.num_tokens, -1);
     for (int o = 0; o < step.num_outputs; ++o) output_of_[step.output_rows[o]] = o;
     is_blended_.assign(step.num_outputs, 0);
     rows_.clear();
     needs_barrier_ = false;
     size_t kept = 0, rotary = 0, wide = 0, inputs = 0, hidden = 0;
-    for (const SideEntry* entry : order_) {
-      const Side& side = *entry->side;
-      const int first = step.query_starts[entry->sequence], last = step.query_starts[entry->sequence + 1];
+    for (const Entry& entry : entries_) {
+      const Side& side = *entry.side;
+      const int first = step.query_starts[entry.sequence], last = step.query_starts[entry.sequence + 1];
       needs_barrier_ |= last - first > 1;
       for (int t = first; t < last; ++t) {
-        const int output = entry->scale > 0 ? output_of_[t] : -1;
-        rows_.push_back({entry, t, output});
+        const int output = entry.scale > 0 ? output_of_[t] : -1;
+        rows_.push_back({&entry, t, output});
         if (output >= 0) is_blended_[output] = 1;
       }
       kept = std::max<size_t>(kept, side.widths[kStream] + side.widths[kHeads]);
@@ -87,8 +90,13 @@ class SideRunner {
  private:
   static constexpr int kStripRows = 32, kStream = 0, kHeads = 1;
 
+  struct Entry : SideEntry {
+    const int32_t* blocks;
+    int sequence, write_start;
+    float scale;
+  };
   struct Row {
-    const SideEntry* entry;
+    const Entry* entry;
     int token, output;
   };
   struct Strip {
@@ -212,7 +220,7 @@ class SideRunner {
   }
 
   void write_heads(const Op& op, const Step& step, int r) {
-    const SideEntry& entry = *rows_[r].entry;
+    const Entry& entry = *rows_[r].entry;
     const int dim = op.head_dim, position = step.positions[rows_[r].token];
     float* heads = kept_.data() + r * kept_stride_ + entry.side->widths[kStream];
     const float* cos_sin = cos_sin_.data() + r * rotary_stride_;
@@ -232,7 +240,7 @@ class SideRunner {
 
   // Attend rows first .. last - 1 of a strip, which are of one sequence.
   void attend(const Op& op, const Step& step, const Strip& strip, int first, int last, Scratch& scratch) {
-    const SideEntry& entry = *rows_[strip.first + first].entry;
+    const Entry& entry = *rows_[strip.first + first].entry;
     const int group = op.num_heads / op.num_kv_heads, dim = op.head_dim, pairs = (last - first) * group;
     AttentionItem item;
     item.head_dim = dim;
@@ -278,7 +286,7 @@ class SideRunner {
   const Kernels* kernels_;
   const Op* head_ = nullptr;
   std::vector<Scratch> scratch_;
-  std::vector<const SideEntry*> order_;
+  std::vector<Entry> entries_;
   std::vector<Row> rows_;
   std::vector<Strip> strips_;
   std::vector<int> output_of_;
