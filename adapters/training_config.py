@@ -75,7 +75,7 @@ class TrainingConfig:
     clip: float = 1.0
     seed: int = 0
     eval_fraction: float = 0.05
-    eval_limit: int = 256
+    eval_limit: int = 128
     eval_every: int = 100
     checkpoint_every: int = 100
     compute_dtype: ComputeDtype = "auto"

@@ -114,7 +114,7 @@ def train(
             result["held_out"].append([step + 1, held_out])
             print(f"step {step + 1}: held-out loss {held_out:.4f}", flush=True)
     result["median_step_s"] = statistics.median(result.pop("step_s"))
-    result["memory_above_start_bytes"] = memory.above_start_bytes()
+    result["memory_above_start_bytes"] = memory.read()[1]
     return result
 
 

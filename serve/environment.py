@@ -3,7 +3,7 @@
 Every option of `serve.config` has a variable named `PROA_` and its name in capitals.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from difflib import get_close_matches
 
 PREFIX = "PROA_"
@@ -21,6 +21,14 @@ def read_options(environ: Mapping[str, str], options: Iterable[str]) -> dict[str
     """Return the text of every option the environment sets; an empty variable counts as unset."""
     names = {option: environment_name(option) for option in options}
     return {option: environ[name] for option, name in names.items() if environ.get(name)}
+
+
+def let_threads_sleep(environ: MutableMapping[str, str]) -> None:
+    """Let torch's threads sleep when they have nothing to do; call it before torch is imported.
+
+    By default they spin for a while, on the cores that the native kernels' threads then need.
+    """
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def unknown_variables(environ: Mapping[str, str], options: Iterable[str]) -> list[str]:

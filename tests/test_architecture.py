@@ -45,6 +45,7 @@ MAY_IMPORT = {
 # Third-party modules of the packages that keep their own short list.
 THIRD_PARTY = {
     "decoding": {"torch"},
+    "adapters": {"torch", "safetensors", "tqdm", "matplotlib"},
     "models": {
         "torch", "safetensors", "bitsandbytes", "transformers", "tokenizers", "gguf",
         "huggingface_hub", "numpy", "triton",
@@ -59,7 +60,7 @@ THIRD_PARTY = {
 SLOW_OR_OPTIONAL = {
     "transformers", "bitsandbytes", "gguf", "huggingface_hub", "numpy", "triton", "readline",
     "models.checkpoints", "models.checkpoints.conversion", "models.kernels.cuda", "serve.server",
-    "serve.cli.bench_engine",
+    "serve.cli.bench_engine", "serve.cli.adapter_folders", "serve.cli.train_run", "matplotlib",
 }  # fmt: skip
 
 # Requirements that nothing imports by name.

@@ -115,7 +115,7 @@ def load_progress(folder: Path) -> tuple[Progress, dict[str, Tensor]] | None:
         return Progress(**state), safetensors.torch.load(content)
     except TrainingError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise TrainingError(f"{path}: the checkpoint is damaged ({error})") from error
 
 

@@ -249,7 +249,7 @@ def run_side(
     angles = rotary_angles(program.inv_freq, program.rotary_scale, positions)
     stream: Tensor | None = None
     for i, (state, down) in enumerate(zip(hidden, network.downsamples, strict=True)):
-        narrow = apply_downsample(state, down, width)
+        narrow = apply_downsample(state, down, width).float()
         if stream is None:
             stream = narrow
             continue

@@ -1,0 +1,271 @@
+"""Measure serving with side networks: speed beside the bare base, many adapters, shared prompts.
+
+    python -m benchmarks.side_networks
+
+Runs the engine in this process, as the server does, on the demo model; then PEFT with as many LoRA
+adapters on the same base, if it is installed.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from adapters.qst import QstConfig, QstNetwork, save_qst
+from benchmarks.report import (
+    Target,
+    describe_run,
+    finish,
+    run_command,
+    say,
+    target_table,
+    warn_if_busy,
+)
+from benchmarks.serving import memory_mb
+from decoding import Sampler, SamplingParams, build_token_tables
+from models.checkpoints import Checkpoint, load_checkpoint
+from models.decoder import Decoder
+from serve.backends.adapters import AdapterRegistry
+from serve.backends.native import NativeBackend
+from serve.backends.protocol import Arm, GenerationRequest
+from serve.cli.bench_measure import random_prompts
+from serve.cli.bench_timing import StreamTiming, decode_rate
+from serve.text.tokenizer import Tokenizer
+
+STREAMS = 8
+CONTEXT_TOKENS = 49_152
+
+
+class Bench:
+    """A backend with adapters `a0`, `a1`, ... and what is asked of it.
+
+    Args:
+        checkpoint: the base.
+        decoder: made of it.
+        folders: an adapter each.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, folders: Sequence[Path]) -> None:
+        tokenizer = Tokenizer.from_folder(checkpoint.folder)
+        vocab_size = checkpoint.spec.vocab_size
+        token_bytes = tokenizer.token_bytes()[:vocab_size]
+        padding = [None] * (vocab_size - len(token_bytes))
+        self.registry = AdapterRegistry(
+            decoder, fingerprint=checkpoint.fingerprint, model_id=checkpoint.name
+        )
+        self.backend = NativeBackend(
+            decoder,
+            Sampler(build_token_tables([*token_bytes, *padding]), eos_token_ids=()),
+            eos_token_ids=(),
+            num_cache_blocks=CONTEXT_TOKENS // 16,
+            adapters=self.registry,
+        )
+        self._folders = folders
+        self._numbers = count()
+
+    def attach(self, number: int) -> None:
+        """Attach so many of the adapters."""
+        for i in range(number):
+            if f"a{i}" not in {info.name for info in self.registry.adapters()}:
+                self.registry.attach_folder(f"a{i}", self._folders[i])
+
+    async def stream(
+        self, prompt: list[int], num_tokens: int, adapters: Sequence[str | None]
+    ) -> tuple[StreamTiming, dict[int, list[int]]]:
+        """Ask one prompt of some adapters; return when tokens came, and them by arm."""
+        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=0, temperature=0.0)
+        request = GenerationRequest(
+            request_id=f"bench-{next(self._numbers)}",
+            prompt_token_ids=prompt,
+            arms=tuple(Arm(params=params, adapter=name) for name in adapters),
+        )
+        tokens: dict[int, list[int]] = {i: [] for i in range(len(adapters))}
+        arrivals, counts = [], []
+        sent_s = time.perf_counter()
+        async for outputs in self.backend.generate(request):
+            arrivals.append(time.perf_counter())
+            for output in outputs:
+                if output.token_id is not None:
+                    tokens[output.sequence_index].append(output.token_id)
+            counts.append(sum(map(len, tokens.values())))
+        timing = StreamTiming(sent_s=sent_s, arrivals_s=tuple(arrivals), token_counts=tuple(counts))
+        return timing, tokens
+
+    async def decode(self, adapters: Sequence[str | None], num_tokens: int) -> float:
+        """Return tokens/s of one stream for each entry, while all of them decode."""
+        prompts = random_prompts(range(1000, 40_000), len(adapters), 256, seed=next(self._numbers))
+        streams = (
+            self.stream(prompt, num_tokens, [name])
+            for prompt, name in zip(prompts, adapters, strict=True)
+        )
+        return decode_rate([timing for timing, _ in await asyncio.gather(*streams)])
+
+    async def prefill(self, adapters: Sequence[str | None], prompt_tokens: int) -> float:
+        """Return the seconds until every adapter has answered a new prompt with one token."""
+        seed = next(self._numbers)
+        (prompt,) = random_prompts(range(1000, 40_000), 1, prompt_tokens, seed=seed)
+        timing, _ = await self.stream(prompt, 1, adapters)
+        return timing.arrivals_s[-1] - timing.sent_s
+
+    async def switch(self, prompt_tokens: int) -> dict[str, Any]:
+        """Ask a conversation of one adapter, then of another, then of that one on its own."""
+        (prompt,) = random_prompts(range(1000, 40_000), 1, prompt_tokens, seed=next(self._numbers))
+        await self.stream(prompt, 8, ["a0"])
+        before = self.backend.stats()
+        warm_timing, warm = await self.stream(prompt, 16, ["a1"])
+        after = self.backend.stats()
+        return {
+            "prompt_tokens": prompt_tokens,
+            "base_tokens_found": after.base_cached_prompt_tokens - before.base_cached_prompt_tokens,
+            "prompt": prompt,
+            "answer": warm[0],
+            "first_token_s": warm_timing.arrivals_s[0] - warm_timing.sent_s,
+        }
+
+
+def write_adapters(checkpoint: Checkpoint, folder: Path, number: int, reduction: int) -> list[Path]:
+    """Write random adapters that differ from the base, all of one shape."""
+    folders = []
+    for i in range(number):
+        network = QstNetwork(checkpoint.spec, QstConfig(reduction=reduction), seed=i)
+        with torch.no_grad():
+            network.get_parameter("alpha").fill_(0.9)
+        folders.append(folder / f"a{i}")
+        save_qst(
+            folders[-1], network, base_id=checkpoint.name,
+            base_fingerprint=checkpoint.fingerprint, base_quantization=checkpoint.quantization,
+        )  # fmt: skip
+    return folders
+
+
+async def in_turn(
+    runs: dict[str, Callable[[], Awaitable[float]]], repeats: int
+) -> dict[str, list[float]]:
+    """Run each measurement once in every round; return its values."""
+    for run in runs.values():
+        await run()
+    raw: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(repeats):
+        for name, run in runs.items():
+            raw[name].append(await run())
+        say(f"round {i + 1} of {repeats} done")
+    return raw
+
+
+async def measure(options: argparse.Namespace, checkpoint: Checkpoint, folder: Path) -> dict:
+    """Measure ours; return raw figures."""
+    folders = write_adapters(checkpoint, folder, options.adapters, options.reduction)
+    decoder = Decoder(checkpoint.spec, checkpoint.weights)
+    torch.set_num_threads(1)
+    bench = Bench(checkpoint, decoder, folders)
+    bench.attach(STREAMS)
+    one, eight = ["a0"] * STREAMS, [f"a{i}" for i in range(STREAMS)]
+    tokens, prompt = options.new_tokens, options.prompt_tokens
+    runs: dict[str, Callable[[], Awaitable[float]]] = {
+        "decode_1_base": lambda: bench.decode([None], tokens),
+        "decode_1_adapter": lambda: bench.decode(["a0"], tokens),
+        "decode_8_base": lambda: bench.decode([None] * STREAMS, tokens),
+        "decode_8_one_adapter": lambda: bench.decode(one, tokens),
+        "decode_8_eight_adapters": lambda: bench.decode(eight, tokens),
+        "prefill_base_s": lambda: bench.prefill([None], prompt),
+        "prefill_one_adapter_s": lambda: bench.prefill(["a0"], prompt),
+        "prefill_eight_adapters_s": lambda: bench.prefill(eight, prompt),
+    }
+    raw: dict[str, Any] = await in_turn(runs, options.repeats)
+    switched = await bench.switch(prompt)
+    cold = Bench(checkpoint, decoder, folders)
+    cold.attach(2)
+    _, answer = await cold.stream(switched.pop("prompt"), 16, ["a1"])
+    cold.backend.close()
+    raw["switch"] = {**switched, "is_equal_to_a_cold_run": answer[0] == switched["answer"]}
+    before = memory_mb(os.getpid(), "VmRSS")
+    bench.attach(options.adapters)
+    raw["adapters_mb"] = memory_mb(os.getpid(), "VmRSS") - before
+    raw["adapters_attached_then"] = options.adapters - STREAMS
+    raw["adapter_bytes"] = bench.registry.adapters()[0].num_bytes
+    rate = await bench.decode([f"a{i}" for i in range(options.adapters)], 16)
+    raw["decode_all_adapters"] = rate
+    raw["all_adapters_running_mb"] = memory_mb(os.getpid(), "VmRSS") - before
+    bench.backend.close()
+    return raw
+
+
+def judge(raw: dict[str, Any]) -> list[Target]:
+    """Hold the figures against what they must reach."""
+    mid = {name: median(values) for name, values in raw.items() if isinstance(values, list)}
+
+    def ratio(name: str, required: float, top: str, bottom: str, **options: Any) -> Target:
+        detail = f"{mid[top]:.4g} / {mid[bottom]:.4g}"
+        return Target(
+            name=name, required=required, measured=mid[top] / mid[bottom], detail=detail, **options
+        )
+
+    switch = raw["switch"]
+    whole_blocks = (switch["prompt_tokens"] - 1) // 16 * 16
+    per_adapter = raw["adapters_mb"] * 1e6 / raw["adapters_attached_then"]
+    return [
+        ratio("decode, 1 stream, adapter against base", 0.75, "decode_1_adapter", "decode_1_base"),
+        ratio("decode, 8 streams", 0.85, "decode_8_one_adapter", "decode_8_base"),
+        ratio("8 adapters against one", 0.9, "decode_8_eight_adapters", "decode_8_one_adapter"),
+        ratio(
+            "prompt asked of 8 adapters against one", 1.8, "prefill_eight_adapters_s",
+            "prefill_one_adapter_s", is_ceiling=True,
+        ),
+        Target(
+            name="memory of an adapter against its tensors", required=1.25,
+            measured=per_adapter / raw["adapter_bytes"], is_ceiling=True,
+            detail=f"{per_adapter / 1e6:.2f} MB / {raw['adapter_bytes'] / 1e6:.2f} MB",
+        ),
+        Target(
+            name="base KV found on a switch", required=1.0,
+            measured=switch["base_tokens_found"] / whole_blocks, unit="of whole blocks",
+            detail=f"{switch['base_tokens_found']} of {whole_blocks} tokens, answer equal to a "
+            f"cold run: {switch['is_equal_to_a_cold_run']}",
+        ),
+    ]  # fmt: skip
+
+
+def main() -> int:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=1000)
+    parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--reduction", type=int, default=16)
+    parser.add_argument("--cache-dir", type=Path, default=None)
+    parser.add_argument("--no-peer", action="store_true", help="leave PEFT out")
+    options = parser.parse_args()
+    warn_if_busy()
+    run = describe_run()
+    checkpoint = load_checkpoint(None, cache_dir=options.cache_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        raw = asyncio.run(measure(options, checkpoint, Path(folder)))
+    targets = judge(raw)
+    print(target_table(targets))
+    peer = None
+    if not options.no_peer and find_spec("peft") is not None:
+        say("now PEFT with LoRA adapters")
+        command = [sys.executable, "-m", "benchmarks.multi_lora", "--adapters", options.adapters]
+        cache = [] if options.cache_dir is None else ["--cache-dir", options.cache_dir]
+        peer = json.loads(run_command([*command, *cache]).strip().splitlines()[-1])
+    figures = {"targets": [target.as_json() for target in targets], "proa": raw, "peft": peer}
+    finish("side_networks", {**run, "options": {k: str(v) for k, v in vars(options).items()},
+                             **figures})  # fmt: skip
+    is_exact = raw["switch"]["is_equal_to_a_cold_run"]
+    return 0 if is_exact and all(target.is_met for target in targets) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

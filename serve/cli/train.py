@@ -1,0 +1,181 @@
+"""`proa train`: train an adapter for a model."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from adapters.training_config import CHOICES, TrainingConfig
+from serve.cli.arguments import UserError, add_options, given_options
+from serve.config import COMPUTE, MODEL, OPTIONS, build_config
+from serve.environment import let_threads_sleep
+
+DESCRIPTION = """\
+Train a side network (Quantized Side Tuning) for a model and write it as an adapter. The model stays
+in 4 bits and only runs forward; without --model it is the demo model.
+
+Data is a file of JSON lines, or one JSON array. Each entry is one of
+  {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
+  {"instruction": ..., "output" or "response": ..., "input": ... (may be missing)}
+  {"question": ..., "answer": ...}
+  {"prompt": ..., "completion": ...}
+  {"text": ...}
+The first three go through the model's chat template. What is learnt are the answers, each with the
+token that ends it; of "text", everything. With --task classification an entry is
+{"text": ..., "label": ...}, or the data is a .tsv file whose header names "label" and "sentence",
+or "sentence1" and "sentence2", as the GLUE tasks have them.
+
+The output folder receives the adapter, metrics.jsonl (one line for each step and evaluation),
+loss.png and, until the end, checkpoints. Ctrl-C saves a checkpoint; the same command with --resume
+goes on from there, or from the last one after a crash, and computes the very same numbers.
+"""
+
+EXAMPLES = """\
+examples:
+  proa train qst --data chats.jsonl --output ./my-adapter
+  proa train qst --data gsm8k.jsonl --output ./gsm --epochs 2 --max-length 512 --long skip
+  proa train qst --data chats.jsonl --output ./my-adapter --resume
+  proa train qst --model ./Llama-3.2-1B --task classification --data train.tsv \\
+    --eval-data dev.tsv --output ./rte
+"""
+
+METHODS = ("qst",)
+TASKS = ("causal-lm", "classification")
+DOWNSAMPLES = ("linear", "lora", "adapter", "maxpool", "avgpool")
+LONG_POLICIES = ("error", "truncate", "skip")
+MODEL_OPTIONS = {
+    name: declared.as_flag()
+    for name, declared in OPTIONS.items()
+    if declared.group in (MODEL, COMPUTE)
+    and name not in ("served_model_name", "kv_cache_dtype", "kv_cache_tokens")
+}
+# Flag, type, placeholder, help. What is not given keeps the default of `QstConfig`, whose module
+# loads torch; a test compares the numbers here with it.
+SIDE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
+    ("--reduction", int, "R", "the side network is this many times narrower than the model "
+     "[default: 16]"),
+    ("--rank", int, "K", "middle width of the downsamples lora and adapter [default: 16]"),
+    ("--side-heads", int, "N", "attention heads of the side network [default: the model's]"),
+    ("--side-kv-heads", int, "N", "its key and value heads [default: the model's]"),
+    ("--side-head-dim", int, "N", "width of a head [default: the model's / R]"),
+    ("--side-intermediate", int, "N", "MLP width [default: the model's / R]"),
+)  # fmt: skip
+# Field of TrainingConfig, placeholder, help.
+TRAINING_FLAGS = (
+    ("learning_rate", "X", "of everything but the gates"),
+    ("alpha_learning_rate", "X", "of the final blend's weight and of the mix gates"),
+    ("schedule", "", "of both rates after the warm-up"),
+    ("warmup", "SHARE", "share of the steps in which the rates rise from 0"),
+    ("batch_size", "N", "sequences computed together"),
+    ("accumulate", "N", "batches whose gradients make one step"),
+    ("weight_decay", "X", "of matrices"),
+    ("clip", "X", "largest norm of a step's gradient"),
+    ("seed", "N", "of initial weights, data order and held-out examples"),
+    ("compute_dtype", "", "of the side network; auto is bfloat16 where that is faster"),
+    ("eval_every", "N", "steps between evaluations; there is one at the end in any case"),
+    ("checkpoint_every", "N", "steps between checkpoints"),
+    ("keep", "", "which weights become the adapter: the last, or those with the least held-out "
+     "loss"),
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.usage = "proa train qst --data FILE --output DIR [options]"
+    parser.add_argument("method", metavar="METHOD", choices=METHODS, help="qst")
+    data = parser.add_argument_group("Data")
+    data.add_argument("--data", metavar="FILE", type=Path, required=True, help="to train on")
+    data.add_argument("--eval-data", metavar="FILE", type=Path, help="to evaluate on")
+    _add_training(data, "eval_fraction", "SHARE", "share held out of --data without --eval-data")
+    _add_training(data, "eval_limit", "N", "most examples held out")
+    data.add_argument("--task", choices=TASKS, default=TASKS[0], help=f"[default: {TASKS[0]}]")
+    data.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="most tokens of a sequence [default: the model's context]",
+    )
+    data.add_argument(
+        "--long",
+        choices=LONG_POLICIES,
+        default=LONG_POLICIES[0],
+        help=f"what becomes of longer sequences [default: {LONG_POLICIES[0]}]",
+    )
+    side = parser.add_argument_group("Side network")
+    for flag, kind, metavar, text in SIDE_FLAGS:
+        side.add_argument(flag, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)
+    side.add_argument(
+        "--downsample",
+        choices=DOWNSAMPLES,
+        default=argparse.SUPPRESS,
+        help="how it narrows the model's hidden states [default: adapter]",
+    )
+    training = parser.add_argument_group("Training")
+    length = training.add_mutually_exclusive_group()
+    _add_training(length, "epochs", "N", "passes over the data")
+    _add_training(length, "steps", "N", "optimiser steps, instead of epochs")
+    for name, metavar, text in TRAINING_FLAGS:
+        _add_training(training, name, metavar, text)
+    run_group = parser.add_argument_group("Run")
+    run_group.add_argument(
+        "--output", metavar="DIR", type=Path, required=True, help="folder for everything written"
+    )
+    run_group.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    run_group.add_argument(
+        "--description", metavar="TEXT", default="", help="a line about the adapter, kept in it"
+    )
+    add_options(parser, MODEL_OPTIONS)
+
+
+def _add_training(group: Any, name: str, metavar: str, text: str) -> None:
+    """Add a flag for a field of `TrainingConfig`, which has its default and its type."""
+    declared = TrainingConfig.__dataclass_fields__[name]
+    settings: dict[str, Any] = {"default": argparse.SUPPRESS}
+    settings["help"] = text if declared.default is None else f"{text} [default: {declared.default}]"
+    if name in CHOICES:
+        settings["choices"] = CHOICES[name]
+    else:
+        is_float = isinstance(declared.default, float)
+        settings |= {"type": float if is_float else int, "metavar": metavar}
+    group.add_argument("--" + name.replace("_", "-"), **settings)
+
+
+def read_training_config(arguments: argparse.Namespace) -> TrainingConfig:
+    """Return the options of the training.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    known = TrainingConfig.__dataclass_fields__
+    given = {name: value for name, value in vars(arguments).items() if name in known}
+    try:
+        return TrainingConfig(**given)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train.
+
+    Returns:
+        0, or 130 if it was asked to stop and has saved a checkpoint.
+
+    Raises:
+        UserError: an option or the data is wrong.
+        CommandError: the training failed.
+    """
+    config = read_training_config(arguments)
+    for flag, path in (("--data", arguments.data), ("--eval-data", arguments.eval_data)):
+        if path is not None and not path.is_file():
+            raise UserError(f"{flag}: {path} is not a file")
+    if arguments.max_length is not None and arguments.max_length < 2:
+        raise UserError(f"--max-length must be at least 2, got {arguments.max_length}")
+    given = given_options(arguments, MODEL_OPTIONS)
+    server_config = build_config(given, environ=os.environ)
+    let_threads_sleep(os.environ)
+    # Loads torch, which takes seconds: wrong arguments are refused first.
+    from serve.cli.train_run import run_training
+
+    return run_training(arguments, config, server_config)

@@ -1,0 +1,188 @@
+"""Run a training from the command line: model, data, signals, and what is told."""
+
+import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import cast
+
+import torch
+
+from adapters.format import AdapterError
+from adapters.qst.config import QstConfig
+from adapters.qst.examples import Example
+from adapters.qst.trainer import perplexity
+from adapters.qst.training import TrainingInterrupted, TrainingResult, train
+from adapters.qst.training_state import TrainingError
+from adapters.training_config import TrainingConfig
+from models.checkpoints import Checkpoint, CheckpointError, load_checkpoint
+from models.decoder import Decoder, HeadPrecision, KernelChoice
+from serve.cli.arguments import CommandError, UserError, say
+from serve.cli.train_data import (
+    Limit,
+    build_examples,
+    build_labelled,
+    describe_examples,
+    read_records,
+)
+from serve.config import ServeConfig
+from serve.machine import count_processors, release_mapped_pages, trim_heap
+from serve.options import ConfigError
+from serve.resolve import resolve_device, resolve_threads
+from serve.text.chat_template import ChatTemplateError
+from serve.text.token_bytes import TokenizerError
+from serve.text.tokenizer import Tokenizer
+
+QST_FIELDS = (
+    "reduction", "rank", "downsample", "side_heads", "side_kv_heads", "side_head_dim",
+    "side_intermediate",
+)  # fmt: skip
+_INTERRUPTED = 130
+
+
+def run_training(
+    arguments: argparse.Namespace, config: TrainingConfig, server_config: ServeConfig
+) -> int:
+    """Train as `serve.cli.train` was told; see its `run`."""
+    server_config = resolve_device(server_config, has_cuda=torch.cuda.is_available())
+    server_config = resolve_threads(server_config, num_processors=count_processors())
+    try:
+        checkpoint = load_checkpoint(
+            server_config.model,
+            quantization=server_config.quantization,
+            cache_dir=None if server_config.cache_dir is None else Path(server_config.cache_dir),
+            report=say,
+        )
+        tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    except (CheckpointError, TokenizerError, ChatTemplateError) as error:
+        raise UserError(str(error)) from error
+    examples, eval_examples, labels = read_data(arguments, checkpoint, tokenizer)
+    given = {name: value for name, value in vars(arguments).items() if name in QST_FIELDS}
+    try:
+        qst = QstConfig(
+            **given,
+            task="sequence_classification" if labels else "causal_lm",
+            num_labels=len(labels),
+            labels=labels,
+        )
+        qst.side_spec(checkpoint.spec)
+    except AdapterError as error:
+        raise UserError(str(error)) from None
+    decoder = build_decoder(server_config, checkpoint)
+    with _stop_signals() as requested:
+        try:
+            result = train(
+                decoder,
+                checkpoint,
+                examples,
+                arguments.output,
+                qst=qst,
+                config=config,
+                eval_examples=eval_examples,
+                device=server_config.device,
+                resume=arguments.resume,
+                description=arguments.description,
+                should_stop=lambda: bool(requested),
+                report=say,
+            )
+        except TrainingInterrupted as stopped:
+            say(f"{stopped}; the same command with --resume goes on from there")
+            return _INTERRUPTED
+        except (TrainingError, AdapterError) as error:
+            raise CommandError(str(error)) from None
+    for line in describe_result(result, arguments.output):
+        say(line)
+    return 0
+
+
+def read_data(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> tuple[list[Example], list[Example] | None, tuple[str, ...]]:
+    """Return the examples to train on, those to evaluate on if given, and the classes.
+
+    Raises:
+        UserError: a file is malformed, or sequences are too long.
+    """
+    context = checkpoint.spec.max_position_embeddings
+    max_length = arguments.max_length or context
+    if max_length > context:
+        raise UserError(f"--max-length: {max_length} is more than the model's {context} tokens")
+    reason = "--max-length" if arguments.max_length else "the model's context"
+    labels: tuple[str, ...] = ()
+    found: list[list[Example]] = []
+    for path in (arguments.data, arguments.eval_data):
+        if path is None:
+            continue
+        limit = Limit(max_tokens=max_length, policy=arguments.long, reason=reason)
+        records = read_records(path)
+        if arguments.task == "classification":
+            examples, labels = build_labelled(records, tokenizer, limit, labels=labels or None)
+        else:
+            examples = build_examples(records, tokenizer, limit)
+        describe_examples(str(path), examples, limit, say)
+        found.append(examples)
+    return found[0], found[1] if len(found) > 1 else None, labels
+
+
+def build_decoder(config: ServeConfig, checkpoint: Checkpoint) -> Decoder:
+    """Build the base and give torch as many threads as its kernels.
+
+    Raises:
+        ConfigError: the kernels asked for cannot run here.
+    """
+    try:
+        decoder = Decoder(
+            checkpoint.spec,
+            checkpoint.weights,
+            kernels=cast(KernelChoice, config.kernels),
+            device=config.device,
+            head=cast(HeadPrecision, config.head),
+            num_threads=int(config.threads),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    torch.set_num_threads(int(config.threads))
+    trim_heap()
+    release_mapped_pages(checkpoint.folder.resolve())
+    say(f"{decoder.kernels} kernels, {config.threads} threads")
+    return decoder
+
+
+def describe_result(result: TrainingResult, output: Path) -> list[str]:
+    """Return the lines that end a training."""
+    lines = [result.memory.describe()]
+    found = result.evaluation
+    if found is not None:
+        if found.base_loss is not None:
+            base = f"base {found.base_loss:.4f}, perplexity {perplexity(found.base_loss):.3f}; "
+        else:
+            base = ""
+        adapted = f"with the side network {found.loss:.4f}, perplexity {found.perplexity:.3f}"
+        if found.accuracy is not None:
+            adapted = f"{found.loss:.4f}, accuracy {found.accuracy:.1%}"
+        lines.append(f"held-out loss: {base}{adapted}")
+    lines.append(f"{output}: {result.steps} steps, {result.num_parameters} parameters")
+    if found is None or found.accuracy is None:
+        lines.append(f"serve it with: proa serve --adapter {output.resolve().name}={output}")
+    return lines
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM; a second one stops at once."""
+    requested: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if requested:
+            raise KeyboardInterrupt
+        requested.append(number)
+        say("stopping after this step; once more: at once")
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
