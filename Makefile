@@ -45,8 +45,9 @@ $(STAMP): $(BIN)/python pyproject.toml setup.py serve/version.py $(NATIVE)
 	@touch $@
 	@echo "==> $(VENV) is ready"
 
+# The demo model comes with its example adapter.
 serve: $(STAMP)
-	@exec $(BIN)/proa serve $(if $(MODEL),"$(MODEL)") $(if $(PORT),--port "$(PORT)") $(ARGS)
+	@exec $(BIN)/proa serve $(if $(MODEL),"$(MODEL)",--adapter roleplay=examples/roleplay/adapter) $(if $(PORT),--port "$(PORT)") $(ARGS)
 
 # All tests: also those that the plain `pytest` leaves out because they load the demo model.
 test: $(STAMP)

@@ -67,8 +67,8 @@ class TrainingConfig:
     epochs: float = 1.0
     batch_size: int = 8
     accumulate: int = 1
-    learning_rate: float = 1e-3
-    alpha_learning_rate: float = 5e-3
+    learning_rate: float = 5e-3
+    alpha_learning_rate: float = 2e-2
     schedule: Schedule = "linear"
     warmup: float = 0.03
     weight_decay: float = 0.01

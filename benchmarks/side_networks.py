@@ -77,7 +77,7 @@ class Bench:
     def attach(self, number: int) -> None:
         """Attach so many of the adapters."""
         for i in range(number):
-            if f"a{i}" not in {info.name for info in self.registry.adapters()}:
+            if f"a{i}" not in {info.name for info in self.registry.infos()}:
                 self.registry.attach_folder(f"a{i}", self._folders[i])
 
     async def stream(
@@ -193,7 +193,7 @@ async def measure(options: argparse.Namespace, checkpoint: Checkpoint, folder: P
     bench.attach(options.adapters)
     raw["adapters_mb"] = memory_mb(os.getpid(), "VmRSS") - before
     raw["adapters_attached_then"] = options.adapters - STREAMS
-    raw["adapter_bytes"] = bench.registry.adapters()[0].num_bytes
+    raw["adapter_bytes"] = bench.registry.infos()[0].num_bytes
     rate = await bench.decode([f"a{i}" for i in range(options.adapters)], 16)
     raw["decode_all_adapters"] = rate
     raw["all_adapters_running_mb"] = memory_mb(os.getpid(), "VmRSS") - before

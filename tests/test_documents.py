@@ -16,6 +16,8 @@ from serve.api.schema import (
     HARMLESS_FIELDS,
     UNSUPPORTED_FIELDS,
     ChatBody,
+    CompareBody,
+    ComparisonArm,
     CompletionBody,
 )
 from serve.cli.main import COMMANDS, build_parser
@@ -142,7 +144,8 @@ def test_decoding_lists_every_token_class() -> None:
 
 def test_api_names_every_field() -> None:
     text = read("docs/api.md")
-    fields = {*ChatBody.model_fields, *CompletionBody.model_fields}
+    bodies = (ChatBody, CompletionBody, CompareBody, ComparisonArm)
+    fields = {field for body in bodies for field in body.model_fields}
     assert [name for name in sorted(fields) if f"`{name}`" not in text] == []
     section = text.split("## Fields without effect")[1].split("## ")[0]
     assert [name for name in HARMLESS_FIELDS if f"`{name}`" not in section] == []

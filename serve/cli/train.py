@@ -35,8 +35,7 @@ examples:
   proa train qst --data chats.jsonl --output ./my-adapter
   proa train qst --data gsm8k.jsonl --output ./gsm --epochs 2 --max-length 512 --long skip
   proa train qst --data chats.jsonl --output ./my-adapter --resume
-  proa train qst --model ./Llama-3.2-1B --task classification --data train.tsv \\
-    --eval-data dev.tsv --output ./rte
+  proa train qst --task classification --data train.tsv --eval-data dev.tsv --output ./rte
 """
 
 METHODS = ("qst",)
