@@ -120,7 +120,8 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Ten
     """Write an adapter; other files of the folder are left alone.
 
     Both files are written out beside the old ones before they take their place, so an adapter
-    that was there stays whole if the disk is full or the process is killed.
+    that was there stays whole if the disk is full or the process is killed meanwhile. Only between
+    the two renames at the end would a kill leave new tensors beside the old config.
 
     Args:
         folder: made if missing.

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import sys
 import tempfile
 import time
@@ -73,6 +74,7 @@ class Bench:
         )
         self._folders = folders
         self._numbers = count()
+        self._random = random.Random(1)
 
     def attach(self, number: int) -> None:
         """Attach so many of the adapters."""
@@ -104,7 +106,7 @@ class Bench:
 
     async def decode(self, adapters: Sequence[str | None], num_tokens: int) -> float:
         """Return tokens/s of one stream for each entry, while all of them decode."""
-        prompts = random_prompts(range(1000, 40_000), len(adapters), 256, seed=next(self._numbers))
+        prompts = random_prompts(range(1000, 40_000), len(adapters), 256, self._random)
         streams = (
             self.stream(prompt, num_tokens, [name])
             for prompt, name in zip(prompts, adapters, strict=True)
@@ -113,14 +115,13 @@ class Bench:
 
     async def prefill(self, adapters: Sequence[str | None], prompt_tokens: int) -> float:
         """Return the seconds until every adapter has answered a new prompt with one token."""
-        seed = next(self._numbers)
-        (prompt,) = random_prompts(range(1000, 40_000), 1, prompt_tokens, seed=seed)
+        (prompt,) = random_prompts(range(1000, 40_000), 1, prompt_tokens, self._random)
         timing, _ = await self.stream(prompt, 1, adapters)
         return timing.arrivals_s[-1] - timing.sent_s
 
     async def switch(self, prompt_tokens: int) -> dict[str, Any]:
         """Ask a conversation of one adapter, then of another, then of that one on its own."""
-        (prompt,) = random_prompts(range(1000, 40_000), 1, prompt_tokens, seed=next(self._numbers))
+        (prompt,) = random_prompts(range(1000, 40_000), 1, prompt_tokens, self._random)
         await self.stream(prompt, 8, ["a0"])
         before = self.backend.stats()
         warm_timing, warm = await self.stream(prompt, 16, ["a1"])

@@ -86,7 +86,7 @@ class SideProgram:
     rotary_scale: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class AttachedSide:
     """A side network held by a decoder, ready to run; freed with the last reference.
 

@@ -1,8 +1,10 @@
 """Side networks as the native kernels read them."""
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, TypeAlias
 
 import torch
@@ -67,14 +69,15 @@ class SideEntries:
     """The kernels' list of a step's side networks, kept for steps that repeat it."""
 
     def __init__(self) -> None:
-        self._networks: tuple[AttachedSide, ...] = ()
+        self._networks: list[weakref.ref[AttachedSide]] = []  # one that left memory is not held
         self._caches: tuple[KVCache, ...] = ()
         self._entries: Array | None = None
         self._pointers: dict[int, tuple[Array, Array]] = {}
 
     def set(self, step: NativeStep, batch: SideBatch) -> None:
         """Point a step to a batch of side networks, which must outlive it."""
-        if batch.networks is not self._networks or batch.caches is not self._caches:
+        known = [reference() for reference in self._networks]
+        if batch.caches is not self._caches or not all(map(is_, batch.networks, known)):
             self._lower(batch)
         step.sides = ctypes.addressof(self._entries)  # type: ignore[arg-type]
         step.num_sides = len(batch.networks)
@@ -85,7 +88,7 @@ class SideEntries:
         step.side_scales = batch.scales.data_ptr()
 
     def _lower(self, batch: SideBatch) -> None:
-        self._networks, self._caches = batch.networks, batch.caches
+        self._networks, self._caches = [*map(weakref.ref, batch.networks)], batch.caches
         self._pointers = {id(cache): _pointers(cache) for cache in batch.caches}
         self._entries = (NativeSideEntry * len(batch.networks))()
         for i, (network, cache) in enumerate(zip(batch.networks, batch.caches, strict=True)):

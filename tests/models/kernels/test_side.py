@@ -1,6 +1,8 @@
 """Side networks: native against reference, batches against rows alone, the base left alone."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -254,3 +256,14 @@ def test_side_cache_takes_its_share_of_the_bases_bytes() -> None:
     decoder = Decoder(spec, weights, kernels="reference")
     side = decoder.attach(make_side(spec, heads=4, kv_heads=2, head_dim=4))
     assert 4 * decoder.side_cache_bytes_per_block(side) == decoder.cache_bytes_per_block()
+
+
+def test_side_network_is_freed_with_its_last_reference(kernels: str) -> None:
+    spec, weights = make_decoder_parts("llama")
+    decoder = Decoder(spec, weights, kernels=kernels)  # type: ignore[arg-type]
+    side = decoder.attach(make_side(spec))
+    run_side_alone(decoder, side, SEQUENCES[1])
+    reference = weakref.ref(side)
+    del side
+    gc.collect()
+    assert reference() is None

@@ -1,5 +1,6 @@
 """The demo model behind the real command, with the README's own examples."""
 
+import json
 import re
 import shutil
 import signal
@@ -49,6 +50,30 @@ def test_readme_examples_run(url: str) -> None:
         answer = run("sh", "-c", example("bash", "curl", url))
         assert '"model":"smollm2@adapt"' in answer
         assert '"finish_reason":"' in answer
+
+
+def test_readme_comparison_runs_on_the_example_adapter(start_server) -> None:
+    server = start_server("--adapter", "roleplay=examples/roleplay/adapter")
+    found = re.search(r"^```bash\n(curl \S+/v1/compare.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    if shutil.which("curl"):
+        answer = json.loads(run("sh", "-c", found[1].replace("http://127.0.0.1:8000", server.url)))
+        texts = [arm["message"]["content"] for arm in answer["arms"]]
+        assert len(set(texts)) == 3
+        assert all(texts)
+    body = {"prompt": "The sea", "max_tokens": 8, "temperature": 0, "logprobs": 0}
+    base, off, on = (
+        httpx.post(server.url + "/v1/completions", json=body | choice, timeout=300).json()
+        for choice in (
+            {"model": "smollm2"},
+            {"model": "smollm2:roleplay", "adapter_scale": 0},
+            {"model": "smollm2:roleplay"},
+        )
+    )
+    scores = [x["choices"][0]["logprobs"]["token_logprobs"] for x in (base, off, on)]
+    assert scores[0] == scores[1]
+    assert scores[0] != scores[2]
+    assert server.stop(signal.SIGTERM) == 0
 
 
 def test_chat_streams_with_a_strategy(url: str) -> None:
