@@ -91,19 +91,14 @@ class AttachedSide:
     """A side network held by a decoder, ready to run; freed with the last reference.
 
     Attributes:
-        program: what it computes.
+        spec: the narrow decoder.
         num_bytes: memory that it takes.
         lowered: what the executor made of it.
     """
 
-    program: SideProgram
+    spec: DecoderSpec
     num_bytes: int
     lowered: object
-
-    @property
-    def spec(self) -> DecoderSpec:
-        """The narrow decoder; side networks whose layers have equal shapes can share a cache."""
-        return self.program.network.spec
 
     @property
     def cache_shape(self) -> tuple[tuple[int, int], ...]:

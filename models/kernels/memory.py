@@ -36,3 +36,22 @@ def _map(num_bytes: int, is_huge: bool) -> Tensor:
     if is_huge and hasattr(mmap, "MADV_HUGEPAGE"):
         region.madvise(mmap.MADV_HUGEPAGE)
     return data[start : start + num_bytes]
+
+
+class Arena:
+    """Memory in which tensors lie one after the other, as they are read.
+
+    Args:
+        num_bytes: most that it will hold; what is never used takes no memory.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._region = _map(num_bytes, is_huge=False)
+        self._end = 0
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor to the next free place, at a multiple of 64 bytes."""
+        start = -(-self._end // 64) * 64
+        self._end = start + tensor.nbytes
+        copy = self._region[start : self._end].view(tensor.dtype).view(tensor.shape)
+        return copy.copy_(tensor)

@@ -1,7 +1,7 @@
 """Turn a program's operations into the structures that the native kernels read."""
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
@@ -23,10 +23,17 @@ class Lowering:
     Args:
         library: the extension.
         widths: of the buffers, by name.
+        place: copies a tensor to where the kernels read it.
     """
 
-    def __init__(self, library: ctypes.CDLL, widths: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        widths: Mapping[str, int],
+        place: Callable[[Tensor], Tensor] = on_huge_pages,
+    ) -> None:
         self._library = library
+        self._place = place
         self._buffers = {name: i for i, name in enumerate(widths)}
         self._keep: list[object] = []
         self.num_bytes = 0
@@ -62,7 +69,7 @@ class Lowering:
         """Keep a copy of a tensor, free of the file it may be mapped from; return its address."""
         if tensor is None:
             return None
-        tensor = on_huge_pages(tensor)
+        tensor = self._place(tensor)
         self._keep.append(tensor)
         self.num_bytes += tensor.nbytes
         return tensor.data_ptr()

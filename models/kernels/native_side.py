@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.batch import SideBatch
+from models.kernels.memory import Arena
 from models.kernels.native_lowering import Lowering
 from models.kernels.native_program import (
     POOLS,
@@ -19,6 +20,8 @@ from models.kernels.native_program import (
     NativeSideEntry,
     NativeStep,
 )
+from models.kernels.panels import PANEL
+from models.kernels.reference_executor import map_tensors
 from models.kv_cache import KVCache
 from models.program import Activate, LinearOp, Norm, Piece
 from models.side import AttachedSide, Downsample, SideProgram
@@ -36,11 +39,15 @@ def lower_side(program: SideProgram, library: ctypes.CDLL) -> AttachedSide:
     """Copy a side network into the panels and structures of the native kernels."""
     network = program.network
     width, hidden = network.spec.hidden_size, len(network.base_share)
-    lowering = Lowering(library, {**program.widths, "narrow": width, "up": hidden})
-    downs = [op for down in network.downsamples for op in _lower_down(down, lowering)]
+    # In one piece and in the order of use: in a batch of many, each is read once a step.
+    arena = Arena(_padded_bytes(program))
+    widths = {**program.widths, "narrow": width, "up": hidden}
+    lowering = Lowering(library, widths, place=arena.place)
+    downs = _lower_down(network.downsamples[0], lowering)
     ops: list[NativeOp] = []
     starts = [0]
-    for layer in program.layers:
+    for down, layer in zip(network.downsamples[1:], program.layers, strict=True):
+        downs += _lower_down(down, lowering)
         ops += lowering.lower(layer)
         starts.append(len(ops))
     up = lowering.lower([_linear(network.up, network.up_bias, program.final_norm, src="x")])
@@ -51,18 +58,33 @@ def lower_side(program: SideProgram, library: ctypes.CDLL) -> AttachedSide:
     def ints(values: Sequence[int]) -> int | None:
         return lowering.pointer(torch.tensor(values, dtype=torch.int32))
 
-    widths = list(program.widths.values())
+    buffers = list(program.widths.values())
     side = NativeSide(
         downs=array(downs), ops=array(ops), op_starts=ints(starts), up=array(up),
         gates=lowering.pointer(network.gates.detach().float()),
         base_share=lowering.pointer(network.base_share.detach().float()),
-        inv_freq=lowering.pointer(program.inv_freq), widths=ints(widths), num_buffers=len(widths),
+        inv_freq=lowering.pointer(program.inv_freq), widths=ints(buffers), num_buffers=len(buffers),
         num_layers=len(program.layers), width=width, hidden=hidden,
         pool=POOLS[network.downsamples[0].pool], rotary_dim=2 * len(program.inv_freq),
-        max_inputs=max(hidden, *widths, *(op.inputs for op in downs)),
+        max_inputs=max(hidden, *buffers, *(op.inputs for op in downs)),
         rotary_scale=program.rotary_scale,
     )  # fmt: skip
-    return AttachedSide(program, lowering.num_bytes, _LoweredSide(side, lowering))
+    return AttachedSide(network.spec, lowering.num_bytes, _LoweredSide(side, lowering))
+
+
+def _padded_bytes(program: SideProgram) -> int:
+    """Bound what a side network takes in panels, each of its tensors as often as it is used."""
+    sizes: list[int] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        rows = tensor.shape[0] if tensor.ndim else 1
+        sizes.append((rows + PANEL) * max(1, tensor.numel() // max(1, rows)) * 4 + 64)
+        return tensor
+
+    network = program.network
+    for part in (*network.downsamples, program, network):
+        map_tensors(part, add)
+    return sum(sizes) + 64 * PANEL * len(program.layers)
 
 
 class SideEntries:

@@ -159,7 +159,8 @@ def attach_plain(program: SideProgram, device: torch.device) -> AttachedSide:
 
     moved = map_tensors(program, copy)
     assert isinstance(moved, SideProgram)
-    return AttachedSide(moved, sum(tensor.nbytes for tensor in copies), moved)
+    size = sum(tensor.nbytes for tensor in copies)
+    return AttachedSide(moved.network.spec, size, moved)
 
 
 def map_tensors(item: object, change: Callable[[Tensor], Tensor]) -> object:
