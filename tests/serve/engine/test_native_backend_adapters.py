@@ -139,6 +139,7 @@ def test_request_that_is_left_lets_its_adapter_go(
             task.cancel()
         await asyncio.wait([task])
         await backend.detach_adapter("x")
+        assert backend.adapters() == []
         model.gate.release(100)
         await until(lambda: all_blocks_are_back(backend))
 
