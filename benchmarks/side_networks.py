@@ -34,15 +34,15 @@ from benchmarks.report import (
     warn_if_busy,
 )
 from benchmarks.serving import memory_mb
-from decoding import Sampler, SamplingParams, build_token_tables
+from decoding import Sampler, SamplingParams
 from models.checkpoints import Checkpoint, load_checkpoint
 from models.decoder import Decoder
 from serve.backends.adapters import AdapterRegistry
 from serve.backends.native import NativeBackend
 from serve.backends.protocol import Arm, GenerationRequest
+from serve.base_model import load_tokenizer
 from serve.cli.bench_measure import random_prompts
 from serve.cli.bench_timing import StreamTiming, decode_rate
-from serve.text.tokenizer import Tokenizer
 
 STREAMS = 8
 CONTEXT_TOKENS = 49_152
@@ -58,16 +58,13 @@ class Bench:
     """
 
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, folders: Sequence[Path]) -> None:
-        tokenizer = Tokenizer.from_folder(checkpoint.folder)
-        vocab_size = checkpoint.spec.vocab_size
-        token_bytes = tokenizer.token_bytes()[:vocab_size]
-        padding = [None] * (vocab_size - len(token_bytes))
+        _, tables = load_tokenizer(checkpoint)
         self.registry = AdapterRegistry(
             decoder, fingerprint=checkpoint.fingerprint, model_id=checkpoint.name
         )
         self.backend = NativeBackend(
             decoder,
-            Sampler(build_token_tables([*token_bytes, *padding]), eos_token_ids=()),
+            Sampler(tables, eos_token_ids=()),
             eos_token_ids=(),
             num_cache_blocks=CONTEXT_TOKENS // 16,
             adapters=self.registry,

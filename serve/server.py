@@ -19,20 +19,19 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from decoding import Sampler, TokenTables, build_token_tables
-from models.checkpoints import Checkpoint, CheckpointError, load_checkpoint
-from models.decoder import Decoder, HeadPrecision, KernelChoice
+from decoding import Sampler, TokenTables
+from models.checkpoints import Checkpoint, CheckpointError
+from models.decoder import Decoder
 from serve.api import ApiSettings, create_app
 from serve.api.settings import UnknownFields
 from serve.backends.adapters import AdapterRegistry
 from serve.backends.native import NativeBackend
 from serve.backends.protocol import AdapterConflictError, AdapterLoadError
+from serve.base_model import build_decoder, load_base, load_tokenizer, settle_memory
 from serve.config import ServeConfig
 from serve.machine import (
     count_processors,
     free_memory_bytes,
-    release_mapped_pages,
-    trim_heap,
 )
 from serve.options import ConfigError
 from serve.resolve import (
@@ -44,7 +43,6 @@ from serve.resolve import (
 )
 from serve.text.chat_template import ChatTemplateError
 from serve.text.token_bytes import TokenizerError
-from serve.text.tokenizer import Tokenizer
 
 CACHE_DTYPES = {"auto": None, "float16": torch.float16, "float32": torch.float32}
 HEALTH_CHECK_S = 1.0
@@ -92,16 +90,14 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
     config = resolve_device(config, has_cuda=torch.cuda.is_available())
     config = resolve_threads(config, num_processors=count_processors())
     try:
-        checkpoint = load_checkpoint(
-            config.model,
-            quantization=config.quantization,
-            cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
-            report=report,
-        )
+        checkpoint = load_base(config, report=report)
         # The tokenizer loads while the decoder packs its weights: both leave Python's lock alone.
         with ThreadPoolExecutor(1) as pool:
-            loading = pool.submit(_load_tokenizer, checkpoint)
-            decoder = _build_decoder(config, checkpoint)
+            loading = pool.submit(load_tokenizer, checkpoint)
+            decoder = build_decoder(config, checkpoint)
+            # The native kernels have their own threads; torch's would only get in their way.
+            is_torch = decoder.kernels == "reference"
+            torch.set_num_threads(int(config.threads) if is_torch else 1)
             registry = _build_registry(config, decoder, checkpoint)
             tokenizer, tables = loading.result()
     except (CheckpointError, TokenizerError, ChatTemplateError) as error:
@@ -110,7 +106,7 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
     folder, eos_token_ids = checkpoint.folder, checkpoint.eos_token_ids
     # Its weights are mapped from disk; what the decoder needs of them, it has.
     del checkpoint
-    _settle_memory(folder.resolve())
+    settle_memory(folder.resolve())
     config = _size_cache(config, decoder, report)
     backend = _build_backend(config, decoder, tables, eos_token_ids, registry)
     app = create_app(backend, tokenizer, settings=_api_settings(config, model_id))
@@ -125,32 +121,6 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
         has_chat_template=tokenizer.chat_template is not None,
         adapters=tuple(f"{model_id}:{name}" for name, _ in config.adapters),
     )
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, TokenTables]:
-    """Return the tokenizer, and the tables of its tokens with one entry for each logit."""
-    tokenizer = Tokenizer.from_folder(checkpoint.folder)
-    vocab_size = checkpoint.spec.vocab_size
-    token_bytes = tokenizer.token_bytes()[:vocab_size]
-    padding = [None] * (vocab_size - len(token_bytes))
-    return tokenizer, build_token_tables([*token_bytes, *padding])
-
-
-def _build_decoder(config: ServeConfig, checkpoint: Checkpoint) -> Decoder:
-    try:
-        decoder = Decoder(
-            checkpoint.spec,
-            checkpoint.weights,
-            kernels=cast(KernelChoice, config.kernels),
-            device=config.device,
-            head=cast(HeadPrecision, config.head),
-            num_threads=int(config.threads),
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    # The native kernels have their own threads; torch's would only get in their way.
-    torch.set_num_threads(int(config.threads) if decoder.kernels == "reference" else 1)
-    return decoder
 
 
 def _build_registry(
@@ -389,10 +359,3 @@ async def _wait_until_broken(backend: NativeBackend) -> str:
     while (error := backend.stats().error) is None:
         await asyncio.sleep(HEALTH_CHECK_S)
     return error
-
-
-def _settle_memory(folder: Path) -> None:
-    """Give back what loading has used and nothing needs any more."""
-    gc.collect()
-    trim_heap()
-    release_mapped_pages(folder)

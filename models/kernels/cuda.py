@@ -20,6 +20,7 @@ from models.kernels.reference_executor import (
     attach_plain,
     forward_batch,
     make_plain_cache,
+    map_tensors,
     walk_whole_sequences,
 )
 from models.kv_cache import KVCache
@@ -204,22 +205,14 @@ def _quant_state(weight: Quantized4Bit, dtype: torch.dtype) -> QuantState:
 
 def place_program(program: Program, device: torch.device, dtype: torch.dtype) -> Program:
     """Copy a program to a device; matrices that are not 4-bit become dense ones of `dtype`."""
-    copies: dict[int, Tensor] = {}
 
-    def move(item: object) -> object:
-        if isinstance(item, Tensor):
-            return copies.setdefault(id(item), item.to(device))
-        if isinstance(item, tuple):
-            return tuple(move(part) for part in item)
-        if isinstance(item, Piece) and not isinstance(item.weight, Quantized4Bit):
-            matrix = dense(item.weight).to(device, dtype)
-            bias = None if item.bias is None else item.bias.to(device)
-            return Piece(weight=matrix, bias=bias, offset=item.offset)
-        if dataclasses.is_dataclass(item) and not isinstance(item, type):
-            fields = {f.name: move(getattr(item, f.name)) for f in dataclasses.fields(item)}
-            return dataclasses.replace(item, **fields)
-        return item
+    def make_dense(item: object) -> object | None:
+        if not isinstance(item, Piece) or isinstance(item.weight, Quantized4Bit):
+            return None
+        matrix = dense(item.weight).to(device, dtype)
+        bias = None if item.bias is None else item.bias.to(device)
+        return Piece(weight=matrix, bias=bias, offset=item.offset)
 
-    moved = move(program)
+    moved = map_tensors(program, lambda tensor: tensor.to(device), make_dense)
     assert isinstance(moved, Program)
     return moved

@@ -163,8 +163,18 @@ def attach_plain(program: SideProgram, device: torch.device) -> AttachedSide:
     return AttachedSide(moved.network.spec, size, moved)
 
 
-def map_tensors(item: object, change: Callable[[Tensor], Tensor]) -> object:
-    """Rebuild nested dataclasses, tuples and mappings with every tensor changed, each one once."""
+def map_tensors(
+    item: object,
+    change: Callable[[Tensor], Tensor],
+    rebuild: Callable[[object], object | None] = lambda _: None,
+) -> object:
+    """Rebuild nested dataclasses, tuples and mappings with every tensor changed, each one once.
+
+    Args:
+        item: what to rebuild.
+        change: gives the new tensor.
+        rebuild: gives an item's replacement as a whole, or None to look into it.
+    """
     changed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def visit(item: object) -> object:
@@ -172,6 +182,9 @@ def map_tensors(item: object, change: Callable[[Tensor], Tensor]) -> object:
             if id(item) not in changed:
                 changed[id(item)] = (item, change(item))
             return changed[id(item)][1]
+        whole = rebuild(item)
+        if whole is not None:
+            return whole
         if isinstance(item, tuple):
             return tuple(visit(part) for part in item)
         if isinstance(item, Mapping):

@@ -16,7 +16,8 @@ from adapters.format import (
 )
 from adapters.qst.adapter import check_qst_tensors
 from adapters.qst.config import QstConfig, from_fields
-from models.checkpoints import CheckpointError, load_checkpoint
+from models.checkpoints import CheckpointError
+from serve.base_model import load_base
 from serve.cli.adapters import printable
 from serve.cli.arguments import CommandError, UserError, say
 from serve.config import ServeConfig
@@ -97,12 +98,7 @@ def verify_folder(folder: Path, config: ServeConfig) -> str:
     except AdapterError as error:
         raise CommandError(str(error)) from None
     try:
-        base = load_checkpoint(
-            config.model,
-            quantization=config.quantization,
-            cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
-            report=say,
-        )
+        base = load_base(config, report=say)
     except CheckpointError as error:
         raise UserError(str(error)) from None
     about = stored.config

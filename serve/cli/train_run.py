@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import cast
 
 import torch
 
@@ -17,8 +16,8 @@ from adapters.qst.trainer import perplexity
 from adapters.qst.training import TrainingInterrupted, TrainingResult, train
 from adapters.qst.training_state import TrainingError
 from adapters.training_config import TrainingConfig
-from models.checkpoints import Checkpoint, CheckpointError, load_checkpoint
-from models.decoder import Decoder, HeadPrecision, KernelChoice
+from models.checkpoints import Checkpoint, CheckpointError
+from serve.base_model import build_decoder, load_base, settle_memory
 from serve.cli.arguments import CommandError, UserError, say
 from serve.cli.train_data import (
     Limit,
@@ -28,8 +27,7 @@ from serve.cli.train_data import (
     read_records,
 )
 from serve.config import ServeConfig
-from serve.machine import count_processors, release_mapped_pages, trim_heap
-from serve.options import ConfigError
+from serve.machine import count_processors
 from serve.resolve import resolve_device, resolve_threads
 from serve.text.chat_template import ChatTemplateError
 from serve.text.token_bytes import TokenizerError
@@ -49,12 +47,7 @@ def run_training(
     server_config = resolve_device(server_config, has_cuda=torch.cuda.is_available())
     server_config = resolve_threads(server_config, num_processors=count_processors())
     try:
-        checkpoint = load_checkpoint(
-            server_config.model,
-            quantization=server_config.quantization,
-            cache_dir=None if server_config.cache_dir is None else Path(server_config.cache_dir),
-            report=say,
-        )
+        checkpoint = load_base(server_config, report=say)
         tokenizer = Tokenizer.from_folder(checkpoint.folder)
     except (CheckpointError, TokenizerError, ChatTemplateError) as error:
         raise UserError(str(error)) from error
@@ -71,6 +64,9 @@ def run_training(
     except AdapterError as error:
         raise UserError(str(error)) from None
     decoder = build_decoder(server_config, checkpoint)
+    torch.set_num_threads(int(server_config.threads))
+    settle_memory(checkpoint.folder.resolve())
+    say(f"{decoder.kernels} kernels, {server_config.threads} threads")
     with _stop_signals() as requested:
         try:
             result = train(
@@ -124,30 +120,6 @@ def read_data(
         describe_examples(str(path), examples, limit, say)
         found.append(examples)
     return found[0], found[1] if len(found) > 1 else None, labels
-
-
-def build_decoder(config: ServeConfig, checkpoint: Checkpoint) -> Decoder:
-    """Build the base and give torch as many threads as its kernels.
-
-    Raises:
-        ConfigError: the kernels asked for cannot run here.
-    """
-    try:
-        decoder = Decoder(
-            checkpoint.spec,
-            checkpoint.weights,
-            kernels=cast(KernelChoice, config.kernels),
-            device=config.device,
-            head=cast(HeadPrecision, config.head),
-            num_threads=int(config.threads),
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    torch.set_num_threads(int(config.threads))
-    trim_heap()
-    release_mapped_pages(checkpoint.folder.resolve())
-    say(f"{decoder.kernels} kernels, {config.threads} threads")
-    return decoder
 
 
 def describe_result(result: TrainingResult, output: Path) -> list[str]:

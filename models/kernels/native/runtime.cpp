@@ -104,7 +104,7 @@ class Program {
   void walk(const Step& step, int thread) {
     const int threads = pool_->size();
     const int half = rotary_dim_ / 2;
-    for (int t = thread; half && t < step.num_tokens; t += threads) {
+    for (int t = thread; half && step.first_op == 0 && t < step.num_tokens; t += threads) {
       float* row = cos_sin_.data() + size_t(t) * rotary_dim_;
       for (int i = 0; i < half; ++i) {
         const float angle = float(step.positions[t]) * step.inv_freq[i];
