@@ -1,6 +1,7 @@
 """The base decoder: a spec and weights made runnable."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Literal, Protocol
 
 import torch
@@ -10,10 +11,10 @@ from models.batch import PackedBatch
 from models.kernels.native import NativeExecutor, is_native_available
 from models.kernels.reference_executor import ReferenceExecutor
 from models.kv_cache import KVCache, cache_bytes_per_block
-from models.program import build_program
+from models.program import Program, Vectors, build_program
 from models.quantization import quantize_4bit
 from models.side import AttachedSide, SideNetwork, SideProgram, build_side_program
-from models.spec import DecoderSpec
+from models.spec import DecoderSpec, SpecError
 from models.weights import Matrix, Weight, dense, quantize_8bit
 
 HeadPrecision = Literal["int8", "nf4", "dense"]
@@ -39,6 +40,9 @@ class Executor(Protocol):
 
     def attach(self, program: SideProgram) -> AttachedSide: ...
 
+    @property
+    def num_bytes(self) -> int: ...
+
 
 class Decoder:
     """A decoder-only transformer over a paged KV cache.
@@ -51,9 +55,13 @@ class Decoder:
         device: "cpu" or a CUDA device.
         head: precision of the LM head. The embedding keeps its own.
         num_threads: threads of the native kernels; None: one for each core.
+        base: a decoder that this one is a pruned variant of. Its kernels, device, head precision
+            and threads are used, whatever is asked for here; weights that are the same objects as
+            the base's are shared with it; its caches serve both. The two must not run at the same
+            time. The base may leave memory first.
 
     Raises:
-        SpecError: weights are missing, misshapen or unknown.
+        SpecError: weights are missing, misshapen or unknown, or this is no variant of the base.
         ValueError: the kernels asked for cannot run here.
     """
 
@@ -66,22 +74,49 @@ class Decoder:
         device: str = "cpu",
         head: HeadPrecision = "int8",
         num_threads: int | None = None,
+        base: "Decoder | None" = None,
     ) -> None:
         self.spec = spec
-        kernels = resolve_kernels(kernels, device)
-        program = build_program(spec, weights, _head_matrix(spec, weights, head))
-        self._executor: Executor
-        if kernels == "cuda":
+        if base is not None:
+            _check_variant(spec, base.spec)
+            kernels, device, head = base._kernels, base._device, base._head
+        self._kernels: KernelChoice = resolve_kernels(kernels, device)
+        self._device: str = device
+        self._head: HeadPrecision = head
+        self._vectors: Vectors = {} if base is None else dict(base._vectors)
+        stored = weights.get("embed.weight" if spec.tied_head else "head.weight")
+        self._head_matrix: tuple[Weight | None, Matrix] = (
+            base._head_matrix
+            if base is not None and stored is base._head_matrix[0]
+            else (stored, _head_matrix(stored, head))
+        )
+        program = build_program(spec, weights, self._head_matrix[1], self._vectors)
+        self._executor: Executor = self._make_executor(
+            program, num_threads, None if base is None else base._executor
+        )
+        is_reference = self._kernels == "reference"
+        self._default_cache_dtype = torch.float32 if is_reference else torch.float16
+        self.kernels = self._executor.name
+
+    def _make_executor(
+        self, program: Program, num_threads: int | None, base: Executor | None
+    ) -> Executor:
+        if self._kernels == "cuda":
             from models.kernels.cuda import CudaExecutor  # needs a CUDA build of its libraries
 
-            self._executor = CudaExecutor(program, device)
-        elif kernels == "reference":
-            self._executor = ReferenceExecutor(program, device)
-        else:
-            wanted = "auto" if kernels == "native" else kernels
-            self._executor = NativeExecutor(program, kernels=wanted, num_threads=num_threads)
-        self._default_cache_dtype = torch.float32 if kernels == "reference" else torch.float16
-        self.kernels = self._executor.name
+            assert base is None or isinstance(base, CudaExecutor)
+            return CudaExecutor(program, self._device, base=base)
+        if self._kernels == "reference":
+            assert base is None or isinstance(base, ReferenceExecutor)
+            return ReferenceExecutor(program, self._device, base=base)
+        assert base is None or isinstance(base, NativeExecutor)
+        wanted = "auto" if self._kernels == "native" else self._kernels
+        return NativeExecutor(program, kernels=wanted, num_threads=num_threads, base=base)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights that it computes with, without those it shares with its base."""
+        return self._executor.num_bytes
 
     def cache_bytes_per_block(
         self, *, block_size: int = 16, dtype: torch.dtype | None = None
@@ -189,10 +224,29 @@ def resolve_kernels(kernels: KernelChoice, device: str) -> KernelChoice:
     return kernels
 
 
-def _head_matrix(spec: DecoderSpec, weights: Mapping[str, Weight], head: HeadPrecision) -> Matrix:
-    matrix = weights.get("embed.weight" if spec.tied_head else "head.weight")
-    if matrix is None:
+def _check_variant(spec: DecoderSpec, base: DecoderSpec) -> None:
+    """Refuse a decoder that differs from a base in more than widths."""
+
+    def attention(spec: DecoderSpec) -> list[tuple[int, int, int]]:
+        return [
+            (layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim)
+            for layer in spec.layers
+        ]
+
+    differing = [
+        item.name
+        for item in fields(DecoderSpec)
+        if item.name != "layers" and getattr(spec, item.name) != getattr(base, item.name)
+    ]
+    if attention(spec) != attention(base):
+        differing.append("attention heads of the layers")
+    if differing:
+        raise SpecError(f"not a variant of the base: {', '.join(differing)} must be the base's")
+
+
+def _head_matrix(stored: Weight | None, head: HeadPrecision) -> Matrix:
+    if stored is None:
         return torch.empty(0, 0)  # reported by build_program with everything else that is missing
-    if not isinstance(matrix, Tensor) or head == "dense":
-        return matrix if isinstance(matrix, Tensor) else dense(matrix)
-    return quantize_8bit(matrix) if head == "int8" else quantize_4bit(matrix)
+    if not isinstance(stored, Tensor) or head == "dense":
+        return stored if isinstance(stored, Tensor) else dense(stored)
+    return quantize_8bit(stored) if head == "int8" else quantize_4bit(stored)

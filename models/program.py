@@ -7,6 +7,7 @@ architecture.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -112,6 +113,8 @@ class TapOp:
 
 Op = EmbedOp | LinearOp | AttentionOp | TapOp
 LOGITS = "logits"
+# Norms and biases as operations have them, in float32, by the id of the weight that comes first.
+Vectors: TypeAlias = dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,15 +165,23 @@ def check_weights(spec: DecoderSpec, weights: Mapping[str, Weight]) -> None:
 
 
 class _Builder:
-    def __init__(self, spec: DecoderSpec, weights: Mapping[str, Weight]) -> None:
+    def __init__(
+        self, spec: DecoderSpec, weights: Mapping[str, Weight], vectors: Vectors | None = None
+    ) -> None:
         self.spec = spec
         self.weights = weights
+        self.vectors: Vectors = {} if vectors is None else vectors
         self.ops: list[Op] = []
         self.widths: dict[str, int] = {"x": spec.hidden_size}
 
     def vector(self, name: str) -> Tensor | None:
         weight = self.weights.get(name)
-        return None if weight is None else weight.float().contiguous()  # type: ignore[union-attr]
+        if weight is None:
+            return None
+        assert isinstance(weight, Tensor)
+        if id(weight) not in self.vectors:
+            self.vectors[id(weight)] = weight, weight.float().contiguous()
+        return self.vectors[id(weight)][1]
 
     def norm(self, name: str, kept: tuple[int, ...] | None = None) -> Norm:
         weight = self.vector(f"{name}.weight")
@@ -292,19 +303,25 @@ def build_layers(
     return tuple(layers), builder.norm("final_norm") if spec.final_norm else None, builder.widths
 
 
-def build_program(spec: DecoderSpec, weights: Mapping[str, Weight], head: Matrix) -> Program:
+def build_program(
+    spec: DecoderSpec,
+    weights: Mapping[str, Weight],
+    head: Matrix,
+    vectors: Vectors | None = None,
+) -> Program:
     """Lay out the operations of a decoder.
 
     Args:
         spec: the architecture.
         weights: by canonical name; see `canonical_weights`.
         head: (vocab_size, hidden_size) LM head, in whatever precision it is to be computed.
+        vectors: those that are known already; the rest is added.
 
     Raises:
         SpecError: weights are missing, misshapen or unknown.
     """
     check_weights(spec, weights)
-    builder = _Builder(spec, {**weights, "head.weight": head})
+    builder = _Builder(spec, {**weights, "head.weight": head}, vectors)
     has_positions = spec.learned_positions_offset is not None
     builder.ops.append(
         EmbedOp(

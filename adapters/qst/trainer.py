@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters.precision import resolve_dtype
 from adapters.qst.attention import PackedAttention
 from adapters.qst.examples import Example, TrainingBatch, pack_examples
 from adapters.qst.loss import FrozenHead, head_loss
 from adapters.qst.network import FLOAT32_TENSORS, QstNetwork
-from adapters.qst.training_state import TrainingError
-from adapters.training_config import ComputeDtype, TrainingConfig
+from adapters.training_config import TrainingConfig
+from adapters.training_state import TrainingError
 from models.batch import PackedBatch
 from models.decoder import Decoder
 
@@ -208,16 +209,6 @@ class Trainer:
         return sum(
             tensor.nbytes for state in self.optimizer.state.values() for tensor in state.values()
         )
-
-
-def resolve_dtype(choice: ComputeDtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of the side network's matrix products: "auto" takes the faster one."""
-    if choice != "auto":
-        return torch.bfloat16 if choice == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16
-    found = torch.cpu.get_capabilities()
-    return torch.bfloat16 if found.get("amx_bf16") or found.get("avx512_bf16") else torch.float32
 
 
 def _parameter_groups(network: QstNetwork, config: TrainingConfig) -> list[dict[str, object]]:

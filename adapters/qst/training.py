@@ -17,29 +17,22 @@ from adapters.qst.examples import DataOrder, Example, digest_examples, hold_out
 from adapters.qst.loss import FrozenHead, head_weight
 from adapters.qst.memory import MemoryBreakdown, PeakMemory, measure
 from adapters.qst.network import QstNetwork
-from adapters.qst.run_log import METRICS_FILE, RunLog, plot_losses
 from adapters.qst.trainer import Evaluation, StepResult, Trainer, perplexity
-from adapters.qst.training_state import (
+from adapters.qst.training_plot import plot_losses
+from adapters.run_log import RunLog, open_run
+from adapters.training_config import TrainingConfig
+from adapters.training_state import (
     FOLDER,
     Progress,
     TrainingError,
+    TrainingInterrupted,
     check_identity,
-    load_progress,
     save_progress,
 )
-from adapters.training_config import TrainingConfig
 from models.checkpoints import Checkpoint
 from models.decoder import Decoder
 
 _BEST = "best."
-
-
-class TrainingInterrupted(Exception):
-    """A run was asked to stop; its checkpoint is saved."""
-
-    def __init__(self, step: int, folder: Path) -> None:
-        super().__init__(f"stopped after step {step}; {folder} has the checkpoint")
-        self.step = step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +122,7 @@ def train(
             "data": digest_examples(examples),
             "eval_data": digest_examples(eval_examples),
             "base": checkpoint.fingerprint,
+            "chain": list(checkpoint.chain),
         },
     )
     run.prepare(resume)
@@ -194,21 +188,8 @@ class _Run:
 
     def prepare(self, resume: bool) -> None:
         """Make the folder, or load the newest checkpoint of it."""
-        output = self._output
-        if output.exists() and not output.is_dir():
-            raise TrainingError(f"output: {output} is a file; name a folder")
-        found = load_progress(output / FOLDER) if resume else None
+        found = open_run(self._output, resume=resume)
         if found is None:
-            if output.exists() and any(output.iterdir()) and not resume:
-                raise TrainingError(
-                    f"output: {output} is not empty; name a new folder, or resume the run in it"
-                )
-            if resume and (output / METRICS_FILE).exists() and not (output / FOLDER).exists():
-                raise TrainingError(f"output: the run in {output} is complete")
-            try:
-                output.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise TrainingError(f"output: {output} cannot be made ({error})") from error
             return
         progress, tensors = found
         check_identity(progress.identity, self._progress.identity)
@@ -230,7 +211,8 @@ class _Run:
                 start_s = time.monotonic()
                 result = self._step(step)
                 self._loss = result.loss
-                log.add_step(self._describe(step, result, time.monotonic() - start_s))
+                record = self._describe(step, result, time.monotonic() - start_s)
+                log.add_step(record, f"loss {result.loss:.4f}")
                 self._progress = replace(
                     self._progress, step=step, num_tokens=self._progress.num_tokens
                     + result.num_tokens,
@@ -256,14 +238,14 @@ class _Run:
             self._evaluation = trainer.evaluate(self._eval_examples)
         evaluation = self._evaluation
         if evaluation is not None:
-            evaluation = replace(evaluation, base_loss=progress.base_loss)
+            evaluation = replace(evaluation, base_loss=progress.state["base_loss"])
         facts = summarize(progress, evaluation)
         with self._log() as log:
             log.add({"event": "summary", **facts, "memory": memory.as_fields()})
         base = self._checkpoint
         save_qst(
             self._output, trainer.network, base_id=base.name, base_fingerprint=base.fingerprint,
-            base_quantization=base.quantization, description=description,
+            base_quantization=base.quantization, chain=base.chain, description=description,
             training={**facts, "options": self._config.as_fields()},
         )  # fmt: skip
         plot_losses(self._output)
@@ -322,25 +304,24 @@ class _Run:
     def _evaluate(self, log: RunLog) -> None:
         if not self._eval_examples:
             return
-        progress, step = self._progress, self._progress.step
-        found = self.trainer.evaluate(self._eval_examples, with_base=progress.base_loss is None)
+        state, step = dict(self._progress.state), self._progress.step
+        found = self.trainer.evaluate(self._eval_examples, with_base="base_loss" not in state)
         self._evaluation = found
-        if found.base_loss is not None:
-            progress = replace(progress, base_loss=found.base_loss)
-        if progress.best_loss is None or found.loss < progress.best_loss:
-            progress = replace(progress, best_step=step, best_loss=found.loss)
+        base_loss = state.setdefault("base_loss", found.base_loss)
+        if "best_loss" not in state or found.loss < state["best_loss"]:
+            state |= {"best_step": step, "best_loss": found.loss}
             if self._config.keep == "best":
                 self._best = {
                     f"{_BEST}parameter.{name}": parameter.detach().clone()
                     for name, parameter in self.trainer.network.named_parameters()
                 }
-        self._progress = progress
+        self._progress = replace(self._progress, state=state)
         log.add(
-            {"event": "eval", "step": step, "loss": found.loss, "base_loss": progress.base_loss,
+            {"event": "eval", "step": step, "loss": found.loss, "base_loss": base_loss,
              "perplexity": found.perplexity, "accuracy": found.accuracy}
         )  # fmt: skip
         accuracy = "" if found.accuracy is None else f", accuracy {found.accuracy:.1%}"
-        base = "" if progress.base_loss is None else f" (base {progress.base_loss:.4f})"
+        base = "" if base_loss is None else f" (base {base_loss:.4f})"
         log.say(f"step {step}: held-out loss {found.loss:.4f}{base}{accuracy}")
 
     def _save(self, log: RunLog) -> None:
@@ -353,7 +334,7 @@ def summarize(progress: Progress, evaluation: Evaluation | None) -> dict[str, An
     """Return the facts of a finished run as JSON values."""
     facts: dict[str, Any] = {"steps": progress.step, "tokens": progress.num_tokens}
     if evaluation is not None:
-        facts |= {"held_out_loss": evaluation.loss, "best_step": progress.best_step}
+        facts |= {"held_out_loss": evaluation.loss, "best_step": progress.state["best_step"]}
         facts["held_out_perplexity"] = evaluation.perplexity
         if evaluation.accuracy is not None:
             facts["held_out_accuracy"] = evaluation.accuracy

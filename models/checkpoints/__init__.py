@@ -9,6 +9,7 @@ from models.checkpoints.checkpoint import (
     quantize_checkpoint,
 )
 from models.checkpoints.four_bit import select_rows
+from models.checkpoints.pruned import load_pruned
 from models.families import CheckpointError, UnsupportedArchitectureError
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "fingerprint_weights",
     "load_checkpoint",
+    "load_pruned",
     "quantize_checkpoint",
     "select_rows",
 ]

@@ -48,6 +48,7 @@ class Checkpoint:
         eos_token_ids: tokens that end a text, in increasing order.
         quantization: "nf4", "fp4" or "none".
         known_fingerprint: the fingerprint, if the cache has it.
+        chain: digests of what was attached to the base to make this, in order.
     """
 
     spec: DecoderSpec
@@ -57,10 +58,14 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]
     quantization: str
     known_fingerprint: str | None = field(default=None, repr=False)
+    chain: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights as computed with, and of how they are quantised; 64 hex digits."""
+        """SHA-256 of the weights as computed with, and of how they are quantised; 64 hex digits.
+
+        What `chain` names is no part of it: it is the base's.
+        """
         return self.known_fingerprint or fingerprint_weights(self.weights, self.quantization)
 
 

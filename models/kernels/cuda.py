@@ -7,6 +7,7 @@ so that launching its kernels costs one call. Other steps run operation by opera
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import bitsandbytes as bnb
 import torch
@@ -18,17 +19,20 @@ from models.batch import PackedBatch
 from models.kernels.reference import Linear, apply_head, apply_prologue, run_program
 from models.kernels.reference_executor import (
     attach_plain,
+    count_bytes,
     forward_batch,
     make_plain_cache,
     map_tensors,
     walk_whole_sequences,
 )
 from models.kv_cache import KVCache
-from models.program import AttentionOp, LinearOp, Piece, Program
+from models.program import AttentionOp, EmbedOp, LinearOp, Piece, Program
 from models.quantization import NF4_CODEBOOK
 from models.side import AttachedSide, SideProgram
 from models.spec import DecoderSpec
 from models.weights import Matrix, Quantized4Bit, dense
+
+Copies: TypeAlias = tuple[tuple[object, object], ...]
 
 
 class CudaExecutor:
@@ -38,16 +42,29 @@ class CudaExecutor:
         program: what to run; its tensors are copied to the device.
         device: "cuda" or "cuda:N".
         compute_dtype: of the matmuls' operands; sums, norms and the residual stream are float32.
+        base: its embedding and LM head are used if this program has the same.
+
+    Attributes:
+        num_bytes: see `Decoder.num_bytes`.
     """
 
     name = "cuda"
 
     def __init__(
-        self, program: Program, device: str, compute_dtype: torch.dtype = torch.bfloat16
+        self,
+        program: Program,
+        device: str,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        *,
+        base: "CudaExecutor | None" = None,
     ) -> None:
         self._device = torch.device(device)
         self._dtype = compute_dtype
-        self._program = place_program(program, self._device, compute_dtype)
+        known = () if base is None else base._ends
+        self._program = place_program(program, self._device, compute_dtype, known)
+        ends = zip(program.head.pieces, self._program.head.pieces, strict=True)
+        self._ends: Copies = ((program.ops[0], self._program.ops[0]), *ends)
+        self.num_bytes = count_bytes(self._program, None if base is None else base._program)
         self._states = {
             id(piece.weight): _quant_state(piece.weight, compute_dtype)
             for op in self._program.ops
@@ -203,10 +220,21 @@ def _quant_state(weight: Quantized4Bit, dtype: torch.dtype) -> QuantState:
     )  # fmt: skip
 
 
-def place_program(program: Program, device: torch.device, dtype: torch.dtype) -> Program:
-    """Copy a program to a device; matrices that are not 4-bit become dense ones of `dtype`."""
+def place_program(
+    program: Program, device: torch.device, dtype: torch.dtype, known: Copies = ()
+) -> Program:
+    """Copy a program to a device; matrices that are not 4-bit become dense ones of `dtype`.
+
+    Args:
+        program: on the CPU.
+        device, dtype: where to and as what.
+        known: operations and pieces that have been copied, with their copies.
+    """
 
     def make_dense(item: object) -> object | None:
+        for source, copy in known:
+            if _is_same(item, source):
+                return copy
         if not isinstance(item, Piece) or isinstance(item.weight, Quantized4Bit):
             return None
         matrix = dense(item.weight).to(device, dtype)
@@ -216,3 +244,12 @@ def place_program(program: Program, device: torch.device, dtype: torch.dtype) ->
     moved = map_tensors(program, lambda tensor: tensor.to(device), make_dense)
     assert isinstance(moved, Program)
     return moved
+
+
+def _is_same(item: object, source: object) -> bool:
+    """Tell whether two embeddings or pieces hold the same tensors."""
+    if isinstance(item, EmbedOp) and isinstance(source, EmbedOp):
+        return item.table is source.table and item.positions_table is source.positions_table
+    if isinstance(item, Piece) and isinstance(source, Piece):
+        return item.weight is source.weight and item.bias is source.bias
+    return False

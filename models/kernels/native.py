@@ -44,6 +44,14 @@ def is_native_available(kernels: str) -> bool:
     return library is not None and library.proa_kernels_name(kernels.encode()) != b""
 
 
+class _ThreadPool:
+    """Threads of the extension; they end with the last executor that uses them."""
+
+    def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
+        self.handle = library.proa_pool_create(num_threads)
+        weakref.finalize(self, library.proa_pool_destroy, self.handle)
+
+
 class NativeExecutor:
     """Executor over the native extension.
 
@@ -51,13 +59,20 @@ class NativeExecutor:
         program: what to run.
         kernels: "auto" (the best this processor has), "avx2" or "avx512".
         num_threads: None: one for each core this process may use.
+        base: its threads are used, and what it made of tensors and matrices that this program has
+            too; the two must not run at the same time.
 
     Raises:
         ValueError: the extension is not built or lacks these kernels.
     """
 
     def __init__(
-        self, program: Program, *, kernels: str = "auto", num_threads: int | None = None
+        self,
+        program: Program,
+        *,
+        kernels: str = "auto",
+        num_threads: int | None = None,
+        base: "NativeExecutor | None" = None,
     ) -> None:
         library = _library()
         if library is None or not is_native_available(kernels):
@@ -65,21 +80,30 @@ class NativeExecutor:
         self.name = f"native-{library.proa_kernels_name(kernels.encode()).decode()}"
         self._library = library
         self._program = program
-        self._lowering = Lowering(library, program.widths)
+        lowered_base = None if base is None else base._lowering
+        self._lowering: Lowering = Lowering(library, program.widths, base=lowered_base)
         self._inv_freq = program.inv_freq.contiguous()
         self._side_entries = SideEntries()
         ops = self._lowering.lower(program.ops)
         kinds = [op.kind for op in ops]
         self._num_ops = len(ops)
         self._after_taps = [i + 1 for i, kind in enumerate(kinds) if kind == OP_KINDS["tap"]]
-        threads = num_threads or len(os.sched_getaffinity(0))
         widths = torch.tensor(list(program.widths.values()), dtype=torch.int32)
-        pool = library.proa_pool_create(threads)
+        self._pool: _ThreadPool = (
+            _ThreadPool(library, num_threads or len(os.sched_getaffinity(0)))
+            if base is None
+            else base._pool
+        )
         self._handle = library.proa_program_create(
-            (NativeOp * len(ops))(*ops), len(ops), widths.data_ptr(), len(widths), pool,
-            kernels.encode(),
+            (NativeOp * len(ops))(*ops), len(ops), widths.data_ptr(), len(widths),
+            self._pool.handle, kernels.encode(),
         )  # fmt: skip
-        weakref.finalize(self, _destroy, library, self._handle, pool)
+        weakref.finalize(self, _destroy, library, self._handle, self._pool)
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Decoder.num_bytes`."""
+        return self._lowering.num_bytes
 
     def make_cache(
         self, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype
@@ -189,6 +213,6 @@ class NativeExecutor:
         return step
 
 
-def _destroy(library: ctypes.CDLL, program: int, pool: int) -> None:
+def _destroy(library: ctypes.CDLL, program: int, _: _ThreadPool) -> None:
+    """Free a program; its threads are held until then."""
     library.proa_program_destroy(program)
-    library.proa_pool_destroy(pool)

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -13,8 +14,9 @@ from models.kernels.native_program import (
     NativeOp,
     NativePiece,
 )
-from models.kernels.panels import float_format, kernel_group, pack
+from models.kernels.panels import Panels, float_format, kernel_group, pack
 from models.program import LOGITS, Activate, AttentionOp, EmbedOp, LinearOp, Norm, Op, Piece
+from models.weights import Matrix
 
 
 class Lowering:
@@ -24,6 +26,11 @@ class Lowering:
         library: the extension.
         widths: of the buffers, by name.
         place: copies a tensor to where the kernels read it.
+        base: lowered already; what `lower` meets again of its tables, norms, biases and matrices,
+            the same objects, is shared with it.
+
+    Attributes:
+        num_bytes: memory that it owns, without what it shares with the base.
     """
 
     def __init__(
@@ -31,11 +38,16 @@ class Lowering:
         library: ctypes.CDLL,
         widths: Mapping[str, int],
         place: Callable[[Tensor], Tensor] = on_huge_pages,
+        base: "Lowering | None" = None,
     ) -> None:
+        self._base: Lowering | None = base
         self._library = library
         self._place = place
         self._buffers = {name: i for i, name in enumerate(widths)}
         self._keep: list[object] = []
+        # By id of what operations hold, so good for as long as those live.
+        self._tensors: dict[int, Tensor] = {}
+        self._panels: dict[int, Panels] = {}
         self.num_bytes = 0
 
     def lower(self, ops: Iterable[Op]) -> list[NativeOp]:
@@ -51,6 +63,7 @@ class Lowering:
             else:
                 src = self._buffers[op.src]
                 lowered.append(NativeOp(kind=OP_KINDS["tap"], src=src, layer=op.index))
+        self._base = None  # the rest of it may leave memory
         return lowered
 
     def norm_op(self, norm: Norm | None) -> NativeOp:
@@ -67,19 +80,41 @@ class Lowering:
 
     def pointer(self, tensor: Tensor | None) -> int | None:
         """Keep a copy of a tensor, free of the file it may be mapped from; return its address."""
+        return None if tensor is None else self._copy(tensor).data_ptr()
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        copy = self._place(tensor)
+        self._keep.append(copy)
+        self.num_bytes += copy.nbytes
+        return copy
+
+    def _shared(self, tensor: Tensor | None) -> int | None:
+        """Do as `pointer` for a tensor of an operation, which the base may have copied already."""
         if tensor is None:
             return None
-        tensor = self._place(tensor)
-        self._keep.append(tensor)
-        self.num_bytes += tensor.nbytes
-        return tensor.data_ptr()
+        copy = None if self._base is None else self._base._tensors.get(id(tensor))
+        if copy is None:
+            copy = self._copy(tensor)
+        self._tensors[id(tensor)] = copy
+        return copy.data_ptr()
+
+    def _pack(self, weight: Matrix) -> Panels:
+        """Repack a matrix of an operation, or take the panels that the base made of it."""
+        panels = None if self._base is None else self._base._panels.get(id(weight))
+        if panels is None:
+            panels = pack(weight, self._library)
+            panels = replace(panels, data=self._copy(panels.data))
+            if panels.codebook is not None:
+                panels = replace(panels, codebook=self._copy(panels.codebook))
+        self._panels[id(weight)] = panels
+        return panels
 
     def _lower_embed(self, op: EmbedOp) -> NativeOp:
         native = NativeOp(kind=OP_KINDS["embed"], dst=self._buffers[op.dst])
-        native.table = self.pointer(op.table)
+        native.table = self._shared(op.table)
         native.table_format = float_format(op.table.dtype)
         if op.positions_table is not None:
-            native.position_table = self.pointer(op.positions_table)
+            native.position_table = self._shared(op.positions_table)
             native.position_format = float_format(op.positions_table.dtype)
             native.position_offset = op.positions_offset
         return native
@@ -95,12 +130,12 @@ class Lowering:
     def _lower_pieces(self, op: LinearOp, pieces: list[Piece], group: int) -> NativeOp:
         lowered = []
         for piece in pieces:
-            panels = pack(piece.weight, self._library)
+            panels = self._pack(piece.weight)
             lowered.append(
                 NativePiece(
-                    data=self.pointer(panels.data),
-                    bias=self.pointer(piece.bias),
-                    codebook=self.pointer(panels.codebook),
+                    data=panels.data.data_ptr(),
+                    bias=self._shared(piece.bias),
+                    codebook=None if panels.codebook is None else panels.codebook.data_ptr(),
                     format=panels.format,
                     outputs=panels.outputs,
                     dst_offset=piece.offset,
@@ -128,8 +163,8 @@ class Lowering:
 
     def _set_norm(self, native: NativeOp, norm: Norm) -> None:
         native.prologue = PROLOGUES["rms_norm" if norm.bias is None else "layer_norm"]
-        native.norm_weight = self.pointer(norm.weight)
-        native.norm_bias = self.pointer(norm.bias)
+        native.norm_weight = self._shared(norm.weight)
+        native.norm_bias = self._shared(norm.bias)
         native.norm_width = len(norm.weight)
         native.gather = self.pointer(norm.indices)
         native.eps = norm.eps
@@ -144,8 +179,8 @@ class Lowering:
             num_kv_heads=op.num_kv_heads,
             head_dim=op.head_dim,
             rotary_dim=op.rotary_dim,
-            q_norm=self.pointer(op.q_norm),
-            k_norm=self.pointer(op.k_norm),
+            q_norm=self._shared(op.q_norm),
+            k_norm=self._shared(op.k_norm),
             eps=op.eps,
             scale=op.scale,
         )

@@ -31,13 +31,20 @@ class ReferenceExecutor:
     Args:
         program: what to run; its tensors must be on `device`.
         device: where to compute.
+        base: runs a program that may share tensors with this one.
+
+    Attributes:
+        num_bytes: see `Decoder.num_bytes`.
     """
 
     name = "reference"
 
-    def __init__(self, program: Program, device: str = "cpu") -> None:
+    def __init__(
+        self, program: Program, device: str = "cpu", *, base: "ReferenceExecutor | None" = None
+    ) -> None:
         self._program = program
         self._device = torch.device(device)
+        self.num_bytes = count_bytes(program, None if base is None else base._program)
 
     def make_cache(
         self, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype
@@ -195,6 +202,18 @@ def map_tensors(
         return item
 
     return visit(item)
+
+
+def count_bytes(program: Program, base: Program | None = None) -> int:
+    """Count the bytes of what a program computes with, without what another one has too."""
+
+    def tensors_of(program: Program) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+        map_tensors(program.ops, lambda tensor: found.setdefault(id(tensor), tensor))
+        return found
+
+    shared = set() if base is None else tensors_of(base).keys()
+    return sum(tensor.nbytes for key, tensor in tensors_of(program).items() if key not in shared)
 
 
 def make_plain_cache(

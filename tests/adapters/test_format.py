@@ -174,7 +174,7 @@ def test_config_that_is_no_object_is_refused(folder: Path, text: str, message: s
         ({"format_version": 2, "novelty": 1, "chain": ...}, "format_version 2 is newer"),
         ({"format_version": 0}, "format_version must be an integer of at least 1, got 0"),
         ({"format_version": "1"}, "format_version must be an integer of at least 1, got '1'"),
-        ({"method": "lora"}, "method must be one of qst, got 'lora'"),
+        ({"method": "lora"}, "method must be one of qst, disp, got 'lora'"),
         ({"base_id": 3}, "base_id must be a string, got 3"),
         ({"fields": []}, r"fields must be an object, got \[\]"),
         ({"chain": "abc"}, "chain must be a list of strings, got 'abc'"),

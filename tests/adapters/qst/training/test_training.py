@@ -13,9 +13,9 @@ from adapters.format import CONFIG_FILE, TENSOR_FILE, AdapterError, read_adapter
 from adapters.qst import QstConfig, load_qst
 from adapters.qst import training as module
 from adapters.qst.examples import Example
-from adapters.qst.run_log import METRICS_FILE, PLOT_FILE, read_metrics
-from adapters.qst.training import TrainingInterrupted
-from adapters.qst.training_state import FOLDER, TrainingError
+from adapters.qst.training_plot import PLOT_FILE
+from adapters.run_log import METRICS_FILE, read_metrics
+from adapters.training_state import FOLDER, TrainingError, TrainingInterrupted
 from models.checkpoints import Checkpoint
 from models.decoder import Decoder
 from tests.adapters.qst.training.small_run import HANGING, make_examples, run
@@ -180,11 +180,11 @@ def test_full_disk_keeps_the_last_checkpoint(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("adapters.qst.training_state._write", fail)
+        patch.setattr("adapters.training_state._write", fail)
         with pytest.raises(TrainingError, match=r"step 3 cannot .* No space left .*step-00000001"):
             run(base, tmp_path, resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr("adapters.qst.run_log.os.fsync", fail)
+        patch.setattr("adapters.run_log.os.fsync", fail)
         with pytest.raises(TrainingError, match=r"metrics.jsonl: cannot be written .*No space"):
             run(base, tmp_path, resume=True)
     run(base, tmp_path, resume=True)

@@ -1,4 +1,4 @@
-"""What a training run tells: `metrics.jsonl`, a plot of the losses, a progress bar."""
+"""What a training run leaves in its folder and tells: `metrics.jsonl`, a progress bar."""
 
 import json
 import os
@@ -7,12 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
-from adapters.qst.training_state import TrainingError
+from adapters.training_state import FOLDER, Progress, TrainingError, load_progress
 
 METRICS_FILE = "metrics.jsonl"
-PLOT_FILE = "loss.png"
 
 
 class RunLog:
@@ -69,10 +69,10 @@ class RunLog:
         except OSError as error:
             raise TrainingError(f"{self._path}: cannot be written ({error})") from error
 
-    def add_step(self, record: Mapping[str, Any]) -> None:
-        """Write the record of a step and move the bar."""
+    def add_step(self, record: Mapping[str, Any], status: str) -> None:
+        """Write the record of a step and move the bar, which shows the status."""
         self.add(record)
-        self._bar.set_postfix_str(f"loss {record['loss']:.4f}", refresh=False)
+        self._bar.set_postfix_str(status, refresh=False)
         self._bar.update()
 
     def say(self, message: str) -> None:
@@ -100,33 +100,32 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def plot_losses(folder: Path) -> None:
-    """Draw the losses of `metrics.jsonl` into `loss.png`.
+def open_run(output: Path, *, resume: bool) -> tuple[Progress, dict[str, Tensor]] | None:
+    """Make the folder of a run, or find the newest checkpoint in it.
+
+    Args:
+        output: new or empty, unless resuming.
+        resume: go on with the run in it, if there is one.
+
+    Returns:
+        The checkpoint, or None for a run that starts.
 
     Raises:
-        TrainingError: the file cannot be written.
+        TrainingError: the folder cannot be used, its run is complete or its checkpoint damaged.
     """
-    # Takes a second to load and is of no use until here.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    records = read_metrics(folder)
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    steps = [r for r in records if r["event"] == "step"]
-    evals = [r for r in records if r["event"] == "eval"]
-    axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], lw=0.8, label="training")
-    if evals:
-        axes.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o-", label="held out")
-    if evals and evals[0].get("base_loss") is not None:
-        axes.axhline(evals[0]["base_loss"], color="grey", ls="--", label="base, held out")
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross entropy (nats)")
-    axes.legend()
-    part = folder / f".{PLOT_FILE}.part"
+    if output.exists() and not output.is_dir():
+        raise TrainingError(f"output: {output} is a file; name a folder")
+    found = load_progress(output / FOLDER) if resume else None
+    if found is not None:
+        return found
+    if output.exists() and any(output.iterdir()) and not resume:
+        raise TrainingError(
+            f"output: {output} is not empty; name a new folder, or resume the run in it"
+        )
+    if resume and (output / METRICS_FILE).exists() and not (output / FOLDER).exists():
+        raise TrainingError(f"output: the run in {output} is complete")
     try:
-        figure.savefig(part, format="png")
-        part.replace(folder / PLOT_FILE)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(f"{folder / PLOT_FILE}: cannot be written ({error})") from error
+        raise TrainingError(f"output: {output} cannot be made ({error})") from error
+    return None

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 FOLDER = "checkpoints"
-_VERSION = 1
+_VERSION = 2
 _STATE_FILE = "state.json"
 _TENSOR_FILE = "state.safetensors"
 _PART = ".part"
@@ -27,6 +27,14 @@ _PART = ".part"
 
 class TrainingError(ValueError):
     """A training run cannot start, go on or be saved."""
+
+
+class TrainingInterrupted(Exception):
+    """A run was asked to stop; its checkpoint is saved."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        super().__init__(f"stopped after step {step}; {folder} has the checkpoint")
+        self.step = step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,17 +46,14 @@ class Progress:
         identity: every option, and what data and base are; a run resumes only with the same.
         metrics_bytes: length of `metrics.jsonl`.
         num_tokens: tokens computed so far.
-        base_loss: held-out loss of the base, once it is known.
-        best_step, best_loss: the evaluation with the least held-out loss.
+        state: what else the method keeps; JSON values.
     """
 
     step: int
     identity: Mapping[str, Any]
     metrics_bytes: int = 0
     num_tokens: int = 0
-    base_loss: float | None = None
-    best_step: int | None = None
-    best_loss: float | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_progress(folder: Path, progress: Progress, tensors: Mapping[str, Tensor]) -> None:

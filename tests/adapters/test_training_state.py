@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.qst import training_state as module
-from adapters.qst.training_state import (
+from adapters import training_state as module
+from adapters.training_state import (
     Progress,
     TrainingError,
     check_identity,
@@ -19,8 +19,8 @@ from adapters.qst.training_state import (
 )
 
 TENSORS = {"parameter.alpha": torch.tensor(0.5), "exp_avg.alpha": torch.tensor([1.0, 2.0])}
-FIRST = Progress(step=3, identity={"seed": 0, "name": "a"}, metrics_bytes=17, base_loss=1.25)
-SECOND = Progress(step=6, identity={"seed": 0, "name": "a"}, best_step=4, best_loss=0.1)
+FIRST = Progress(step=3, identity={"seed": 0, "name": "a"}, metrics_bytes=17, num_tokens=9)
+SECOND = Progress(step=6, identity={"seed": 0, "name": "a"}, state={"best_step": 4, "loss": 0.1})
 
 
 def names(folder: Path) -> list[str]:
@@ -94,7 +94,7 @@ def test_half_written_folder_is_not_seen(tmp_path: Path) -> None:
         ("state.json", b"{", "is damaged"),
         ("state.json", b"[]", "is damaged"),
         ("state.json", b'{"version": 9}', "another version"),
-        ("state.json", b'{"version": 1, "tensors_sha256": ""}', "not what was written"),
+        ("state.json", b'{"version": 2, "tensors_sha256": ""}', "not what was written"),
         ("state.safetensors", b"\0\0", "not what was written"),
     ],
 )

@@ -1,0 +1,121 @@
+"""The network whose output says which channels to keep.
+
+A GRU over fixed random inputs, one for each structure, so that structures share what they learn.
+Source: DISP-LLM's published code, `pruning/hypernetwork.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapters.disp.estimators import TEMPERATURE
+from adapters.disp.search_config import Residual
+from models.pruning import MODULES, widths_of
+from models.spec import DecoderSpec
+
+Value = TypeVar("Value")
+_INPUT, _HIDDEN = 32, 64
+_JUST_ABOVE = torch.finfo(torch.float32).tiny
+_OFFSET = 3.0  # every channel starts as kept: sigmoid(3.0 / 0.4) is 0.9994
+
+
+class Structures:
+    """The sets of channels that are chosen from: one for each mask.
+
+    Args:
+        spec: of the base, not pruned.
+        residual: "independent": `MODULES` of each layer; "shared": the residual stream once, then
+            the MLP's middle of each layer.
+    """
+
+    def __init__(self, spec: DecoderSpec, residual: Residual) -> None:
+        full = widths_of(spec)
+        is_shared = residual == "shared"
+        middle = MODULES.index("mlp_mid")
+        self.widths: tuple[int, ...] = (
+            (spec.hidden_size, *(layer[middle] for layer in full))
+            if is_shared
+            else tuple(width for layer in full for width in layer)
+        )
+        # Which structure each module of each layer takes.
+        self.places: tuple[tuple[int, ...], ...] = tuple(
+            tuple((1 + i) * (j == middle) if is_shared else i * len(MODULES) + j for j in range(5))
+            for i in range(len(full))
+        )
+
+    def arrange(self, values: Sequence[Value]) -> tuple[tuple[Value, ...], ...]:
+        """Return for each layer, in the order of `MODULES`, its modules' structures' values."""
+        return tuple(tuple(values[place] for place in layer) for layer in self.places)
+
+    def split(self, values: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """Return the (..., width) part of each module of each layer, of (..., N) values."""
+        return self.arrange(values.split(self.widths, dim=-1))
+
+    def count(self, masks: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """Return how many channels each module of each layer keeps, (...) of (..., N) masks."""
+        return self.arrange([part.sum(-1) for part in masks.split(self.widths, dim=-1)])
+
+    def threshold(self, logits: Tensor) -> Tensor:
+        """Return (N,) masks of what is kept without chance: logits above 0, and the highest."""
+        parts = logits.detach().split(self.widths)
+        return torch.cat([part >= part.amax().clamp_max(_JUST_ABOVE) for part in parts]).float()
+
+
+class Hypernetwork(nn.Module):
+    """GRU, norm, GELU and a linear for each structure.
+
+    Its buffers `inputs` (fixed, standard normal) and `bias` (of the warm start, zeros without) are
+    kept with its parameters.
+
+    Args:
+        widths: channels of each structure.
+        seed: of inputs and initial parameters.
+    """
+
+    inputs: Tensor
+    bias: Tensor
+
+    def __init__(self, widths: Sequence[int], *, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.register_buffer("inputs", torch.randn(len(widths), 1, _INPUT))
+            self.gru = nn.GRU(_INPUT, _HIDDEN, bidirectional=True)
+            self.norm = nn.LayerNorm(2 * _HIDDEN)
+            self.heads = nn.ModuleList(
+                nn.Linear(2 * _HIDDEN, width, bias=False) for width in widths
+            )
+        self.register_buffer("bias", torch.zeros(sum(widths)))
+
+    def forward(self) -> Tensor:
+        """Return the (N,) float32 logits of all structures' channels, one after the other."""
+        states = F.gelu(self.norm(self.gru(self.inputs)[0][:, 0]))
+        pairs = zip(self.heads, states, strict=True)
+        theta = torch.cat([head(state) for head, state in pairs])
+        return (theta + self.bias + _OFFSET) / TEMPERATURE
+
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters and buffers by name."""
+        yield from self.named_parameters()
+        yield from self.named_buffers()
+
+
+def rank_bias(importance: Tensor, widths: Sequence[int], size: float) -> Tensor:
+    """Turn how much channels matter into a head start.
+
+    Args:
+        importance: (N,) of all structures' channels.
+        widths: channels of each structure.
+        size: of the result.
+
+    Returns:
+        (N,) float32: ranks within each structure, spread evenly from -size to size.
+    """
+    parts = []
+    for part in importance.split(list(widths)):
+        ranks = part.argsort(stable=True).argsort().float()
+        parts.append((2 * ranks / max(1, len(part) - 1) - 1) * size)
+    return torch.cat(parts)

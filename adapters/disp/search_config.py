@@ -1,0 +1,136 @@
+"""How a pruned variant is searched for: every option, with its default and its limits."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from adapters.training_config import ComputeDtype
+
+Estimator = Literal["reinmax", "ste", "gumbel"]
+Residual = Literal["independent", "shared"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "estimator": ("reinmax", "ste", "gumbel"),
+    "residual": ("independent", "shared"),
+    "compute_dtype": ("auto", "float32", "bfloat16"),
+}
+_COUNT = "a whole number of at least 1"
+_POSITIVE = "a number above 0"
+_LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "steps": (_COUNT, lambda x: x >= 1),
+    "batch_size": (_COUNT, lambda x: x >= 1),
+    "length": (_COUNT, lambda x: x >= 1),
+    "learning_rate": (_POSITIVE, lambda x: x > 0),
+    "decay": ("a share from 0 to 1", lambda x: 0 <= x <= 1),
+    "weight_decay": ("a number of at least 0", lambda x: x >= 0),
+    "clip": (_POSITIVE, lambda x: x > 0),
+    "penalty": (_POSITIVE, lambda x: x > 0),
+    "ramp": ("a share from 0 to 1", lambda x: 0 <= x <= 1),
+    "warm_start": ("a number of at least 0", lambda x: x >= 0),
+    "align": (_COUNT, lambda x: x >= 1),
+    "seed": ("a whole number from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63),
+    "eval_windows": ("a whole number of at least 0", lambda x: x >= 0),
+    "eval_every": (_COUNT, lambda x: x >= 1),
+    "checkpoint_every": (_COUNT, lambda x: x >= 1),
+}
+_FLOATS = {
+    "learning_rate", "decay", "weight_decay", "clip", "penalty", "ramp", "warm_start",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchConfig:
+    """Options of one search.
+
+    Attributes:
+        remove: shares of the parameters of the decoder's linears to remove; they are searched for
+            in increasing order, each from where the one before ended.
+        steps: optimiser steps for each share.
+        batch_size: windows of text computed together, each with masks of its own.
+        length: tokens of a window.
+        learning_rate: AdamW's, of the hypernetwork.
+        decay: share of each share's steps, at their end, in which the rate falls as a line to 0.
+        weight_decay: AdamW's.
+        clip: largest norm of a step's gradient; larger ones are scaled down.
+        penalty: weight of the log of kept over wanted parameters (the paper's lambda).
+        ramp: share of each share's steps in which the wanted number goes down as a line.
+        warm_start: how far, in units of the logits before the temperature, the channels whose
+            removal would change the loss least start below those where it would most; 0: not at
+            all.
+        estimator: gradient of the binary masks: "reinmax", "ste" (straight through), or "gumbel",
+            the published code's soft masks.
+        residual: "independent": each block chooses the channels of the residual stream that it
+            reads and writes; "shared": one set for all of them (dimension-dependent pruning).
+        align: widths are multiples of this.
+        compute_dtype: of the base's matrix products; "auto" is bfloat16 where it is faster.
+        gradient_checkpointing: compute each layer again for the gradient: a quarter more time, a
+            small part of the memory.
+        seed: of the hypernetwork, the windows and the masks.
+        eval_windows: most windows held out at the end of the text; at most a tenth of it is.
+        eval_every: steps between evaluations; there is one for each share in any case.
+        checkpoint_every: steps between checkpoints.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    remove: tuple[float, ...] = (0.3,)
+    steps: int = 300
+    batch_size: int = 2
+    length: int = 256
+    learning_rate: float = 5e-3
+    decay: float = 0.2
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    penalty: float = 6.0
+    ramp: float = 0.5
+    warm_start: float = 0.0
+    estimator: Estimator = "reinmax"
+    residual: Residual = "independent"
+    align: int = 64
+    compute_dtype: ComputeDtype = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    eval_windows: int = 16
+    eval_every: int = 100
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        shares = tuple(self.remove) if isinstance(self.remove, (tuple, list)) else (self.remove,)
+        object.__setattr__(self, "remove", shares)
+        are_fine = all(isinstance(x, float) and 0 < x < 1 for x in shares)
+        if not shares or not are_fine or len(set(shares)) < len(shares):
+            raise ValueError(
+                f"remove must be different shares between 0 and 1, at least one, got {shares!r}"
+            )
+        for name, (allowed, is_fine) in _LIMITS.items():
+            value = getattr(self, name)
+            kinds = (int, float) if name in _FLOATS else (int,)
+            is_number = isinstance(value, kinds) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or not is_fine(value):
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole search."""
+        return self.steps * len(self.remove)
+
+    def rate_factor(self, step: int) -> float:
+        """Return what the learning rate is multiplied by at a step of a share, counted from 0."""
+        left = 1 - step / self.steps
+        return min(1.0, left / self.decay) if self.decay else 1.0
+
+    def target(self, step: int, before: float, wanted: float) -> float:
+        """Return the share to keep at a step, counted from 0, on the way from one to the next."""
+        ramp = self.ramp * self.steps
+        return wanted if step + 1 >= ramp else before + (wanted - before) * (step + 1) / ramp
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return every option by name, as JSON values."""
+        return asdict(self) | {"remove": list(self.remove)}

@@ -1,0 +1,209 @@
+"""One step of a search, and its evaluation."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.disp.budget import kept_share, log_ratio, ratio_penalty
+from adapters.disp.estimators import sample_masks
+from adapters.disp.hypernetwork import Hypernetwork, Structures, rank_bias
+from adapters.disp.masked import MaskedDecoder, Masks
+from adapters.disp.search_config import SearchConfig
+from adapters.training_state import TrainingError
+from models.pruning import MODULES, Selections, widths_of
+
+_BETAS = (0.9, 0.999)
+_INTEGRAL_RATE = 0.3
+_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        loss: mean cross entropy of the masked base, in nats.
+        penalty: what the distance from the target added to it.
+        sampled: share of the linears' parameters that the step's masks kept, on the average.
+        kept: the same of the masks without chance, which are what is materialised.
+        widths: share of its channels that each of `MODULES` keeps, on the average over layers.
+        gradient_norm: before clipping.
+        num_tokens: computed.
+    """
+
+    loss: float
+    penalty: float
+    sampled: float
+    kept: float
+    widths: tuple[float, ...]
+    gradient_norm: float
+    num_tokens: int
+
+
+class Searcher:
+    """A hypernetwork, its optimiser, and the base that its masks are tried on.
+
+    What holds the kept parameters T at the target is the T of the masks without chance, with the
+    gradient of the drawn ones: the two differ by a few per cent while probabilities are not yet
+    near 0 or 1. The paper's penalty has no say once the loss pulls harder than its weight; the
+    `multiplier`, which sums up what is missing, makes up for that.
+
+    Args:
+        base: frozen.
+        config: options.
+    """
+
+    def __init__(self, base: MaskedDecoder, config: SearchConfig) -> None:
+        self._base, self._config, self.spec = base, config, base.spec
+        self.structures = Structures(base.spec, config.residual)
+        self.network = Hypernetwork(self.structures.widths, seed=config.seed).to(base.device)
+        self._parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self._parameters, lr=config.learning_rate, betas=_BETAS,
+            weight_decay=config.weight_decay, fused=True,
+        )  # fmt: skip
+        self.multiplier = 0.0
+
+    def warm_start(self, windows: Tensor) -> None:
+        """Give channels that matter a head start, as they do in windows of text."""
+        importance = saliency(self._base, windows, self.structures, self._config.batch_size)
+        bias = rank_bias(importance, self.structures.widths, self._config.warm_start)
+        self.network.bias.copy_(bias)
+
+    def step(
+        self, windows: Tensor, generator: torch.Generator, *, target: float, rate_factor: float
+    ) -> StepResult:
+        """Learn from windows of text, each with masks of its own.
+
+        Args:
+            windows: (B, length + 1) int64.
+            generator: draws the masks.
+            target: share of the linears' parameters to keep.
+            rate_factor: of the learning rate.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; nothing was changed.
+        """
+        config = self._config
+        logits = self.network()
+        masks, counted = sample_masks(logits, len(windows), config.estimator, generator)
+        loss = self._base.loss(windows, self.structures.split(masks))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(f"the loss is {value}")
+        sampled = kept_share(self.spec, self.structures.count(counted))
+        settled = self.structures.count(self.structures.threshold(logits))
+        kept = kept_share(self.spec, settled)
+        pulled = sampled + (kept - sampled).detach()
+        penalty = ratio_penalty(pulled, target, config.penalty).mean()
+        multiplier = self.multiplier + _INTEGRAL_RATE * config.penalty * float(
+            log_ratio(kept, target)
+        )
+        self.optimizer.zero_grad()
+        (loss + penalty + multiplier * log_ratio(pulled, target).mean()).backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, config.clip))
+        if not math.isfinite(norm):
+            raise TrainingError(f"the norm of the gradient is {norm}")
+        self.multiplier = multiplier
+        self.optimizer.param_groups[0]["lr"] = config.learning_rate * rate_factor
+        self.optimizer.step()
+        counts = torch.stack([torch.stack(layer) for layer in settled]).cpu()
+        shares = (counts / torch.tensor(widths_of(self.spec))).mean(0)
+        return StepResult(
+            loss=value, penalty=float(penalty.detach()), sampled=float(sampled.detach().mean()),
+            kept=float(kept), widths=tuple(shares.tolist()), gradient_norm=norm,
+            num_tokens=windows[:, 1:].numel(),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """Return the (N,) float32 logits of all structures' channels."""
+        return self.network()
+
+    def kept(self) -> float:
+        """Return the share of the linears' parameters that masks without chance keep."""
+        masks = self.structures.threshold(self.logits())
+        return float(kept_share(self.spec, self.structures.count(masks)))
+
+    @torch.no_grad()
+    def evaluate(self, windows: Tensor, selections: Selections | None = None) -> float:
+        """Return the mean cross entropy of (n, length + 1) windows, n > 0.
+
+        Args:
+            windows: of text.
+            selections: channels to keep; None: the masks without chance.
+        """
+        masks: Masks
+        if selections is None:
+            masks = self.structures.split(self.structures.threshold(self.network()))
+        else:
+            masks = selection_masks(selections, widths_of(self.spec), self._base.device)
+        return mean_loss(self._base, windows, self._config.batch_size, masks)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return parameters, fixed inputs and optimiser state by name; all are needed to go on."""
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.named_state()}
+        for name, parameter in self.network.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}.{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state_tensors` returned."""
+        for name, tensor in self.network.named_state():
+            tensor.copy_(tensors[f"network.{name}"])
+        for name, parameter in self.network.named_parameters():
+            self.optimizer.state[parameter] = {
+                key: tensors[f"{key}.{name}"].to(parameter.device)
+                for key in _STATE_KEYS
+                if f"{key}.{name}" in tensors
+            }
+
+
+def mean_loss(
+    base: MaskedDecoder, windows: Tensor, batch_size: int, masks: Masks | None = None
+) -> float:
+    """Return the mean cross entropy of (n, S + 1) windows, n > 0, some at a time."""
+    with torch.no_grad():
+        losses = [float(base.loss(part, masks)) * len(part) for part in windows.split(batch_size)]
+    return sum(losses) / len(windows)
+
+
+def saliency(
+    base: MaskedDecoder, windows: Tensor, structures: Structures, batch_size: int
+) -> Tensor:
+    """Tell how much the loss would change, to first order, without each channel.
+
+    Args:
+        base: frozen; nothing of it is masked.
+        windows: (n, S + 1) int64 token ids, n > 0.
+        structures: whose channels.
+        batch_size: windows computed together.
+
+    Returns:
+        (N,) float32, the mean over windows of |dL / dmask|, L a window's mean loss.
+    """
+    total = torch.zeros(sum(structures.widths), device=base.device)
+    for part in windows.split(batch_size):
+        masks = torch.ones(len(part), len(total), device=base.device, requires_grad=True)
+        loss = base.loss(part, structures.split(masks)) * len(part)
+        total += torch.autograd.grad(loss, masks)[0].abs().sum(0)
+    return total / len(windows)
+
+
+def selection_masks(
+    selections: Selections, widths: tuple[tuple[int, ...], ...], device: torch.device
+) -> Masks:
+    """Return masks of ones at the selected channels, for each layer in the order of `MODULES`."""
+    return [
+        [
+            torch.zeros(width, device=device).index_fill_(
+                0, torch.tensor(getattr(layer, module), device=device), 1.0
+            )
+            for module, width in zip(MODULES, full, strict=True)
+        ]
+        for layer, full in zip(selections, widths, strict=True)
+    ]

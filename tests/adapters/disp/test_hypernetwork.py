@@ -1,0 +1,74 @@
+"""The hypernetwork starts with everything kept; structures are where they belong."""
+
+import pytest
+import torch
+
+from adapters.disp.hypernetwork import Hypernetwork, Structures, rank_bias
+from tests.models.kernels.random_decoders import make_decoder_parts
+
+SPEC, _ = make_decoder_parts("llama")  # D = 64, I = 160, three layers
+
+
+def test_everything_is_kept_at_the_start() -> None:
+    structures = Structures(SPEC, "independent")
+    logits = Hypernetwork(structures.widths, seed=0)()
+    assert logits.shape == (3 * (4 * 64 + 160),)
+    assert float(logits.mean().detach()) == pytest.approx(3.0 / 0.4, abs=0.5)
+    assert structures.threshold(logits).all()
+
+
+def test_network_has_the_published_shapes() -> None:
+    network = Hypernetwork([64, 160], seed=0)
+    sizes = {name: tuple(p.shape) for name, p in network.named_state()}
+    assert sizes["inputs"] == (2, 1, 32)
+    assert sizes["heads.1.weight"] == (160, 128)
+    assert sizes["norm.weight"] == (128,)
+    assert sum(p.numel() for p in network.gru.parameters()) == 37_632
+    assert not any(name.startswith("heads") and "bias" in name for name in sizes)
+
+
+def test_seed_decides_and_leaves_torch_alone() -> None:
+    before = torch.random.get_rng_state()
+    first, again, other = (dict(Hypernetwork([8], seed=s).named_state()) for s in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["inputs"], other["inputs"])
+
+
+def test_inputs_are_not_trained() -> None:
+    network = Hypernetwork([8, 8], seed=0)
+    network().sum().backward()
+    assert not network.inputs.requires_grad
+    assert all(p.grad is not None and p.grad.any() for p in network.heads.parameters())
+
+
+@pytest.mark.parametrize("residual", ["independent", "shared"])
+def test_structures_are_divided_by_layer_and_module(residual: str) -> None:
+    structures = Structures(SPEC, residual)  # type: ignore[arg-type]
+    values = torch.arange(sum(structures.widths))
+    layers = structures.split(values)
+    assert [tuple(len(part) for part in layer) for layer in layers] == [(64, 64, 64, 160, 64)] * 3
+    firsts = [[int(part[0]) for part in layer] for layer in layers]
+    if residual == "independent":
+        assert firsts == [[416 * i + s for s in (0, 64, 128, 192, 352)] for i in range(3)]
+    else:
+        assert firsts == [[0, 0, 0, 64 + 160 * i, 0] for i in range(3)]
+
+
+def test_masks_without_chance_keep_positive_logits_and_never_nothing() -> None:
+    structures = Structures(SPEC, "shared")
+    logits = torch.full((sum(structures.widths),), -1.0)
+    logits[64:224] = torch.linspace(-1, 1, 160)
+    logits[10] = -0.5
+    logits[300] = 0.0
+    masks = structures.threshold(logits)
+    stream, first, *_ = structures.widths
+    assert masks[:stream].nonzero().flatten().tolist() == [10]
+    assert torch.equal(masks[stream : stream + first], (logits[64:224] > 0).float())
+    assert masks[224:384].nonzero().flatten().tolist() == [300 - 224]
+    assert float(structures.count(masks)[0][0]) == 1
+
+
+def test_ranks_are_spread_within_each_structure() -> None:
+    bias = rank_bias(torch.tensor([5.0, 1.0, 3.0, 100.0, 300.0]), [3, 2], 2.0)
+    assert bias.tolist() == [2.0, -2.0, 0.0, -2.0, 2.0]

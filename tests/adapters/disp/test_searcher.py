@@ -1,0 +1,146 @@
+"""One step of a search: what pulls the masks to the target, and what matters to the loss."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters.disp import searcher as module
+from adapters.disp.hypernetwork import Structures
+from adapters.disp.masked import MaskedDecoder
+from adapters.disp.search_config import SearchConfig
+from adapters.disp.searcher import Searcher, saliency
+from adapters.disp.windows import Windows, step_generator
+from adapters.training_state import TrainingError
+from models.weights import Weight
+from tests.adapters.disp.fitted_base import LENGTH, fitted_checkpoint, make_random, make_text
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make_searcher(weights: dict[str, Weight] | None = None, **options: object) -> Searcher:
+    checkpoint = fitted_checkpoint()
+    config = SearchConfig(length=LENGTH, **options)  # type: ignore[arg-type]
+    return Searcher(MaskedDecoder(checkpoint.spec, weights or checkpoint.weights), config)
+
+
+def some_windows(count: int = 4) -> Tensor:
+    windows = Windows(make_text(), LENGTH, held_out=0, spec=fitted_checkpoint().spec)
+    return windows.draw(count, step_generator(0, 1))
+
+
+def take_steps(searcher: Searcher, count: int, target: float) -> None:
+    windows = Windows(make_text(), LENGTH, held_out=0, spec=searcher.spec)
+    for step in range(count):
+        generator = step_generator(0, step)
+        searcher.step(windows.draw(2, generator), generator, target=target, rate_factor=1.0)
+
+
+@pytest.mark.parametrize("residual", ["independent", "shared"])
+def test_saliency_is_the_mean_size_of_each_windows_gradient(residual: str) -> None:
+    spec, weights = make_random("llama")
+    base, structures = MaskedDecoder(spec, weights), Structures(spec, residual)  # type: ignore[arg-type]
+    windows = some_windows(3)
+    found = saliency(base, windows, structures, batch_size=2)
+    expected = torch.zeros_like(found)
+    for window in windows:
+        masks = torch.ones(len(found), requires_grad=True)
+        base.loss(window[None], structures.split(masks)).backward()
+        assert masks.grad is not None
+        expected += masks.grad.abs() / 3
+    torch.testing.assert_close(found, expected)
+
+
+def test_saliency_tells_what_a_channel_is_worth() -> None:
+    spec, weights = make_random("llama")
+    down = weights["layers.1.down.weight"].clone()  # type: ignore[union-attr]
+    down[:, 5] = 0.0
+    base = MaskedDecoder(spec, {**weights, "layers.1.down.weight": down})
+    structures = Structures(spec, "independent")
+    found = structures.split(saliency(base, some_windows(), structures, 4))[1][3]
+    assert found.argmin() == 5
+    assert found[5] == 0
+
+
+def test_warm_start_puts_channels_in_order() -> None:
+    searcher = make_searcher(warm_start=1.5)
+    before = searcher.logits()
+    searcher.warm_start(some_windows())
+    moved = (searcher.logits() - before) * 0.4
+    assert float(moved.max()) == pytest.approx(1.5, abs=1e-4)
+    assert float(moved.min()) == pytest.approx(-1.5, abs=1e-4)
+    assert searcher.kept() == 1.0
+    assert any(name == "network.bias" for name in searcher.state_tensors())
+
+
+def test_loss_that_pulls_harder_than_the_penalty_is_held_by_the_multiplier(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searcher = make_searcher(penalty=0.3)
+    take_steps(searcher, 60, target=0.6)
+    assert searcher.multiplier > 0.3
+    assert searcher.kept() < 0.65
+    monkeypatch.setattr(module, "_INTEGRAL_RATE", 0.0)
+    without = make_searcher(penalty=0.3)
+    take_steps(without, 60, target=0.6)
+    assert without.kept() > 0.7
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_loss_that_is_not_finite_changes_nothing(broken: float) -> None:
+    weights = dict(fitted_checkpoint().weights)
+    weights["final_norm.weight"] = torch.full((64,), broken)
+    searcher = make_searcher(weights)
+    before = searcher.logits()
+    with pytest.raises(TrainingError, match="the loss is nan"):
+        take_steps(searcher, 1, target=0.7)
+    assert torch.equal(searcher.logits(), before)
+    assert searcher.multiplier == 0.0
+
+
+def test_state_is_all_that_is_needed_to_go_on() -> None:
+    searcher = make_searcher()
+    take_steps(searcher, 3, target=0.7)
+    other = make_searcher(seed=5)
+    other.load_state_tensors({n: t.clone() for n, t in searcher.state_tensors().items()})
+    other.multiplier = searcher.multiplier
+    for each in (searcher, other):
+        take_steps(each, 2, target=0.7)
+    assert torch.equal(searcher.logits(), other.logits())
+
+
+def test_text_has_to_fit() -> None:
+    spec = fitted_checkpoint().spec
+    with pytest.raises(TrainingError, match=r"at least length \+ 1 = 33 tokens, got 32; give"):
+        Windows(make_text(32), 32, held_out=1, spec=spec)
+    with pytest.raises(TrainingError, match="at least length .*, got 0"):
+        Windows(torch.empty(0, dtype=torch.long), 32, held_out=1, spec=spec)
+    with pytest.raises(TrainingError, match="length must be at most the model's 128 positions"):
+        Windows(make_text(), 129, held_out=1, spec=spec)
+    with pytest.raises(TrainingError, match="token ids from 0 to 49"):
+        Windows(make_text(), 32, held_out=1, spec=replace(spec, vocab_size=50))
+
+
+def test_held_out_windows_are_the_end_and_a_tenth_at_most() -> None:
+    spec, text = fitted_checkpoint().spec, torch.arange(3000) % 97
+    windows = Windows(text, 29, held_out=4, spec=spec)
+    assert torch.equal(windows.held_out.flatten(), text[-120:])
+    assert len(Windows(text, 29, held_out=100, spec=spec).held_out) == 10
+    assert len(Windows(text[:50], 29, held_out=4, spec=spec).held_out) == 0
+    only = Windows(text[:30], 29, held_out=4, spec=spec)
+    assert torch.equal(only.draw(2, step_generator(0, 1)), text[:30].expand(2, -1))
+
+
+def test_windows_follow_from_seed_and_step() -> None:
+    windows = Windows(torch.arange(5000) % 97, 16, held_out=4, spec=fitted_checkpoint().spec)
+    drawn = {
+        (seed, step): windows.draw(8, step_generator(seed, step)).flatten().tolist()
+        for seed in (0, 1, 2**40)
+        for step in (1, 2)
+    }
+    assert len({tuple(tokens) for tokens in drawn.values()}) == 6
+    assert windows.draw(8, step_generator(1, 2)).flatten().tolist() == drawn[1, 2]

@@ -1,0 +1,350 @@
+"""Pruned variants of checkpoints: original weights sliced, quantised, kept and mapped."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_pruned,
+    quantize_checkpoint,
+)
+from models.checkpoints.origins import open_gguf
+from models.decoder import Decoder
+from models.pruning import Selections, kept_parts, prune_spec, slice_weight
+from models.quantization import quantize_4bit
+from models.spec import SpecError, canonical_weights
+from models.weights import Quantized4Bit, dense
+from tests.models.kernels.random_decoders import pack_batch
+from tests.models.random_selections import random_selections, whole_selections
+from tests.models.test_gguf import TOKENS, write_gguf
+
+FAMILIES = ["llama", "llama-biased", "smollm", "qwen2", "qwen3", "opt", "phi", "neox-parallel"]
+WIDTHS = (32, 48, 33, 80, 17)
+ALIGNED = (64, 32, 64, 96, 32)
+DIGEST = "cd" * 32
+
+
+def load_quickly(source: Path) -> Checkpoint:
+    """Load a folder in 4 bits, without the process that converts it."""
+    checkpoint = load_checkpoint(source, quantization="none")
+    weights = {
+        name: quantize_4bit(dense(weight)) if is_linear(name) else weight
+        for name, weight in checkpoint.weights.items()
+    }
+    return dataclasses.replace(checkpoint, quantization="nf4", weights=weights)
+
+
+def is_linear(name: str) -> bool:
+    return name.endswith(".weight") and name.startswith("layers.") and "norm" not in name
+
+
+class Bench:
+    """A base, a cache, and what is reported about variants."""
+
+    def __init__(self, source: Path, cache: Path, base: Checkpoint | None = None) -> None:
+        self.source, self.cache = source, cache
+        self.base = base or load_quickly(source)
+        self.lines: list[str] = []
+
+    def load(
+        self, selections: Selections, *, digest: str = DIGEST, dequantize: bool = False
+    ) -> Checkpoint:
+        return load_pruned(
+            self.source, self.base, selections, digest=digest, cache_dir=self.cache,
+            dequantize=dequantize, report=self.lines.append,
+        )  # fmt: skip
+
+    @property
+    def folder(self) -> Path:
+        """Where the one variant lies."""
+        (folder,) = (self.cache / "checkpoints").glob("*-pruned-*")
+        return folder
+
+
+@pytest.fixture
+def bench(tiny_folder: Callable[..., Path], tmp_path: Path) -> Bench:
+    return Bench(tiny_folder("llama"), tmp_path / "cache")
+
+
+def assert_same(loaded: Checkpoint, expected: dict[str, torch.Tensor], base: Checkpoint) -> None:
+    """Hold a variant against sliced dense weights."""
+    assert list(loaded.weights) == list(base.weights)
+    shapes = {name: shape for name, shape, _ in canonical_weights(loaded.spec)}
+    for name, weight in loaded.weights.items():
+        assert tuple(weight.shape) == shapes[name], name
+        if weight is base.weights[name]:
+            continue
+        if isinstance(weight, Quantized4Bit):
+            rounded = quantize_4bit(expected[name])
+            assert torch.equal(weight.packed, rounded.packed), name
+            assert torch.equal(weight.absmax, rounded.absmax), name
+            assert torch.equal(weight.dequantize(), rounded.dequantize()), name
+        else:
+            assert torch.equal(dense(weight), dense(expected[name])), name
+
+
+def slices_of(dense_base: Checkpoint, selections: Selections) -> dict[str, torch.Tensor]:
+    return {
+        name: slice_weight(name, dense(weight), dense_base.spec, selections)
+        for name, weight in dense_base.weights.items()
+    }
+
+
+@pytest.mark.parametrize("widths", [WIDTHS, ALIGNED, (1, 1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_original_weights_are_sliced_then_quantised(
+    name: str, widths: tuple[int, ...], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    bench = Bench(tiny_folder(name), tmp_path)
+    selections = random_selections(bench.base.spec, widths)
+    loaded = bench.load(selections)
+    original = load_checkpoint(bench.source, quantization="none")
+    assert_same(loaded, slices_of(original, selections), bench.base)
+    assert loaded.spec == prune_spec(bench.base.spec, selections)
+    kinds = {n: type(w) for n, w in loaded.weights.items() if w is not bench.base.weights[n]}
+    assert {kinds[n] for n in kinds if n.endswith(".weight")} == {Quantized4Bit}
+    assert {kinds[n] for n in kinds if n.endswith(".bias")} <= {torch.Tensor}
+    assert bench.lines == [f"slicing {bench.base.name} (once; later starts use {tmp_path})"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_keeps_all_channels_is_the_bases_own(
+    name: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    bench = Bench(tiny_folder(name), tmp_path)
+    selections = random_selections(bench.base.spec, (bench.base.spec.hidden_size, 32, 32, 64, 32))
+    loaded = bench.load(selections)
+    for key, weight in bench.base.weights.items():
+        is_whole = not any(kept_parts(key, bench.base.spec, selections))
+        assert (loaded.weights[key] is weight) == is_whole
+        assert is_whole or key.startswith("layers.")
+    assert loaded.weights["layers.0.q.weight"] is bench.base.weights["layers.0.q.weight"]
+
+
+def test_variant_that_removes_nothing_is_its_base(bench: Bench) -> None:
+    loaded = bench.load(whole_selections(bench.base.spec))
+    assert loaded.spec == bench.base.spec
+    assert all(loaded.weights[name] is weight for name, weight in bench.base.weights.items())
+    assert loaded.chain == (DIGEST,)
+    assert bench.lines == []
+
+
+def test_converted_folder_is_sliced_from_its_source(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_folder("neox-parallel")
+    bench = Bench(source, tmp_path, load_checkpoint(source, cache_dir=tmp_path))
+    selections = random_selections(bench.base.spec)
+    loaded = bench.load(selections)
+    original = load_checkpoint(source, quantization="none")
+    assert_same(loaded, slices_of(original, selections), bench.base)
+    assert loaded.fingerprint == bench.base.fingerprint
+
+
+def test_variant_has_its_bases_fingerprint_and_a_chain(bench: Bench) -> None:
+    base, loaded = bench.base, bench.load(random_selections(bench.base.spec))
+    assert (base.chain, loaded.chain) == ((), (DIGEST,))
+    for name in ("fingerprint", "name", "folder", "quantization", "eos_token_ids"):
+        assert getattr(loaded, name) == getattr(base, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dense_base_has_dense_variants_in_its_dtype(
+    dtype: torch.dtype, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_folder("llama"), tmp_path / "tiny")
+    tensors = {n: t.to(dtype) for n, t in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors")
+    bench = Bench(source, tmp_path / "cache", load_checkpoint(source, quantization="none"))
+    selections = random_selections(bench.base.spec)
+    loaded = bench.load(selections)
+    assert_same(loaded, slices_of(bench.base, selections), bench.base)
+    assert {w.dtype for w in loaded.weights.values() if isinstance(w, torch.Tensor)} == {dtype}
+    assert all(isinstance(weight, torch.Tensor) for weight in loaded.weights.values())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_gguf_file_is_sliced_without_a_warning(
+    quantization: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_folder("smollm", vocab_size=len(TOKENS))
+    source = write_gguf(tmp_path / "Tiny.Q8_0.gguf", folder, packed=True)
+    cache = tmp_path / "cache"
+    bench = Bench(
+        source, cache, load_checkpoint(source, quantization=quantization, cache_dir=cache)
+    )
+    selections = random_selections(bench.base.spec)
+    loaded = bench.load(selections)
+    if quantization == "none":
+        expected = slices_of(bench.base, selections)
+    else:
+        opened = open_gguf(source)
+        expected = {
+            name: slice_weight(name, opened.reader.read(where.name), bench.base.spec, selections)
+            for name, where in opened.description.sources.items()
+        }
+    assert_same(loaded, expected, bench.base)
+    assert not [line for line in bench.lines if "warning" in line]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_4_bit_folder_is_refused_unless_asked_for_and_warned_about(
+    kind: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "four-bit"
+    quantize_checkpoint(tiny_folder("llama"), source, quant_type=kind)
+    bench = Bench(source, tmp_path / "cache", load_checkpoint(source))
+    selections = random_selections(bench.base.spec)
+    message = r"four-bit: has 4-bit weights only, and slicing needs the original ones.*23\.1 to 28"
+    with pytest.raises(CheckpointError, match=message):
+        bench.load(selections)
+    assert not list((tmp_path / "cache").glob("checkpoints/*"))
+    for _ in range(2):
+        bench.lines.clear()
+        loaded = bench.load(selections, dequantize=True)
+        assert "warning: four-bit: 4-bit weights are dequantised" in bench.lines[0]
+        assert "from 23.1 to 28.8 on WikiText-2" in bench.lines[0]
+    assert_same(loaded, slices_of(bench.base, selections), bench.base)
+
+
+def test_4_bit_folder_gives_a_variant_that_removes_nothing(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    quantize_checkpoint(tiny_folder("llama"), tmp_path / "four-bit")
+    source = tmp_path / "four-bit"
+    bench = Bench(source, tmp_path / "cache", load_checkpoint(source))
+    loaded = bench.load(whole_selections(bench.base.spec))
+    assert all(loaded.weights[name] is weight for name, weight in bench.base.weights.items())
+
+
+def test_second_load_maps_the_same_bytes_without_slicing(bench: Bench) -> None:
+    selections = random_selections(bench.base.spec)
+    first = bench.load(selections)
+    before = (bench.folder / "model.safetensors").stat()
+    bench.lines.clear()
+    second = bench.load(selections)
+    assert bench.lines == []
+    assert (bench.folder / "model.safetensors").stat().st_mtime_ns == before.st_mtime_ns
+    for name, weight in first.weights.items():
+        assert torch.equal(dense(weight), dense(second.weights[name]))
+    assert before.st_mode & 0o777 == 0o644
+
+
+def test_cache_holds_tensors_only(bench: Bench) -> None:
+    bench.load(random_selections(bench.base.spec))
+    assert [path.name for path in bench.folder.iterdir()] == ["model.safetensors"]
+    names = load_file(bench.folder / "model.safetensors").keys()
+    assert {name.rsplit(".", 1)[1] for name in names} == {"packed", "absmax"}
+
+
+def test_another_digest_or_source_is_sliced_anew(
+    bench: Bench, tiny_folder: Callable[..., Path]
+) -> None:
+    bench.load(random_selections(bench.base.spec))
+    other = random_selections(bench.base.spec, seed=1)
+    loaded = bench.load(other, digest="ef" * 32)
+    original = load_checkpoint(bench.source, quantization="none")
+    assert_same(loaded, slices_of(original, other), bench.base)
+    Bench(bench.source, bench.cache, original).load(other, digest="ef" * 32)
+    assert len(list(bench.cache.glob("checkpoints/*-pruned-*"))) == 3
+
+
+@pytest.mark.parametrize("length", [0, 100, -1], ids=["empty", "header", "cut"])
+def test_damaged_cache_is_named(bench: Bench, length: int) -> None:
+    selections = random_selections(bench.base.spec)
+    bench.load(selections)
+    path = bench.folder / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:length])
+    with pytest.raises(CheckpointError, match=f"cache is damaged: remove {bench.folder}, and the"):
+        bench.load(selections)
+
+
+def test_cache_that_lacks_a_tensor_is_named(bench: Bench) -> None:
+    selections = random_selections(bench.base.spec)
+    bench.load(selections)
+    path = bench.folder / "model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    save_file({n: t.clone() for n, t in tensors.items() if n != "layers.1.o.weight.absmax"}, path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.o\.weight\.absmax is missing or missh"):
+        bench.load(selections)
+    path.unlink()
+    save_file({n: t[:-1].clone() for n, t in tensors.items()}, path)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.q\.weight\.packed is missing or missh"):
+        bench.load(selections)
+
+
+def test_empty_cache_folder_is_named(bench: Bench) -> None:
+    selections = random_selections(bench.base.spec)
+    bench.load(selections)
+    (bench.folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no weights; .* cache is damaged: remove"):
+        bench.load(selections)
+
+
+def test_cache_that_cannot_be_written_is_named(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    bench.cache = tmp_path / "file"
+    with pytest.raises(CheckpointError, match=r"file: the cache cannot be used \("):
+        bench.load(random_selections(bench.base.spec))
+
+
+def test_another_model_is_not_the_bases_source(
+    bench: Bench, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    bench.source = tiny_folder("qwen2")
+    with pytest.raises(CheckpointError, match="tiny-qwen2: is not what the base tiny-llama was lo"):
+        bench.load(random_selections(bench.base.spec))
+    damaged = shutil.copytree(tiny_folder("llama"), tmp_path / "damaged")
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    bench.source = damaged
+    with pytest.raises(CheckpointError, match=r"missing model\.layers\.2\.self_attn\.q_proj"):
+        bench.load(random_selections(bench.base.spec))
+    assert not list(bench.cache.glob("checkpoints/*-pruned-*"))
+
+
+def test_missing_source_is_named(bench: Bench, tmp_path: Path) -> None:
+    bench.source = tmp_path / "nothing"
+    with pytest.raises(CheckpointError, match="no such folder or file"):
+        bench.load(random_selections(bench.base.spec))
+
+
+def test_selections_that_do_not_fit_are_refused(bench: Bench) -> None:
+    first, second = random_selections(bench.base.spec)
+    wrong = (dataclasses.replace(first, mlp_mid=(7, 128)), second)
+    with pytest.raises(SpecError, match="layer 0, mlp_mid: indices must be 0 to 127, got 128"):
+        bench.load(wrong)
+
+
+@pytest.mark.parametrize("widths", [WIDTHS, ALIGNED, (1, 1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_native_kernels_compute_loaded_variants_as_the_reference_does(
+    name: str, widths: tuple[int, ...], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    bench = Bench(tiny_folder(name), tmp_path)
+    loaded = bench.load(random_selections(bench.base.spec, widths))
+    tokens = [(11 * i + 5) % 96 for i in range(40)]
+    results = []
+    for kernels in ("auto", "reference"):
+        base = Decoder(
+            bench.base.spec, bench.base.weights, kernels=kernels, head="dense", num_threads=1
+        )  # type: ignore[arg-type]
+        decoder = Decoder(loaded.spec, loaded.weights, base=base)
+        cache = base.make_cache(num_blocks=4, dtype=torch.float32)
+        spans = [(0, 20), *((i, i + 1) for i in range(20, 40))]
+        logits = [decoder.forward(pack_batch([tokens], [[3, 1, 0]], [s]), cache) for s in spans]
+        results.append(torch.cat(logits))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=2e-2)
+    assert results[1].std() > 0.1
