@@ -60,7 +60,8 @@ THIRD_PARTY = {
 SLOW_OR_OPTIONAL = {
     "transformers", "bitsandbytes", "gguf", "huggingface_hub", "numpy", "triton", "readline",
     "models.checkpoints", "models.checkpoints.conversion", "models.kernels.cuda", "serve.server",
-    "serve.cli.bench_engine", "serve.cli.adapter_folders", "serve.cli.train_run", "matplotlib",
+    "serve.cli.bench_engine", "serve.cli.adapter_folders", "serve.cli.train_run",
+    "serve.cli.prune_run", "matplotlib",
 }  # fmt: skip
 
 # Requirements that nothing imports by name.

@@ -16,6 +16,7 @@ COMMANDS = {
     "chat": "chat with a running server in the terminal",
     "generate": "continue a prompt in this process, without a server",
     "train": "train a side network on the frozen 4-bit base",
+    "prune": "search for a pruned variant of the model",
     "adapters": "list, inspect and verify adapters",
     "quantize": "write a 4-bit checkpoint that transformers loads too",
     "bench": "measure decode and prefill speed",
@@ -34,6 +35,8 @@ examples:
   proa generate "def fibonacci(n):" --decoding adapt --max-tokens 100
   proa train qst --data chats.jsonl --output ./my-adapter
   proa serve --adapter mine=./my-adapter  the model ids are then smollm2 and smollm2:mine
+  proa prune disp --data text.txt --remove 0.3 --output ./small
+  proa serve --variant small=./small      the model ids are then smollm2 and smollm2:small
   proa adapters inspect ./my-adapter
   proa quantize ./Llama-3.2-1B ./Llama-3.2-1B-nf4
   proa bench --streams 1,8,32

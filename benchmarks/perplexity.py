@@ -1,0 +1,152 @@
+"""Perplexity of a model, of a pruned variant of it, and of either with a side network.
+
+    python -m benchmarks.perplexity --text wiki.test.raw --windows 16
+    python -m benchmarks.perplexity --text wiki.test.raw --variant ./small --adapter ./healed
+
+The text is cut into windows of `--length` tokens; each is read by itself, from position 0 and
+without a token before it, and all its tokens but the first are predicted. Prints one JSON object.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serve.environment import let_threads_sleep
+
+let_threads_sleep(os.environ)  # before torch is imported
+
+import torch  # noqa: E402
+
+from adapters.format import read_tensors  # noqa: E402
+from adapters.qst.adapter import load_qst  # noqa: E402
+from adapters.qst.examples import Example, pack_examples  # noqa: E402
+from adapters.qst.loss import FrozenHead, head_loss, head_weight  # noqa: E402
+from adapters.qst.network import QstNetwork  # noqa: E402
+from adapters.qst.trainer import Trainer, perplexity  # noqa: E402
+from adapters.training_config import TrainingConfig  # noqa: E402
+from benchmarks.report import say  # noqa: E402
+from models.checkpoints import Checkpoint  # noqa: E402
+from models.decoder import Decoder  # noqa: E402
+from serve.base_model import load_base, load_variant  # noqa: E402
+from serve.cli.text_file import read_text  # noqa: E402
+from serve.config import ServeConfig  # noqa: E402
+from serve.text.tokenizer import Tokenizer  # noqa: E402
+
+DEFAULT_LENGTH = 2048
+
+
+def cut_windows(token_ids: Sequence[int], length: int, limit: int | None = None) -> list[list[int]]:
+    """Cut a text into whole windows; a shorter rest is left out.
+
+    Args:
+        token_ids: of the text.
+        length: tokens of a window, at least 2.
+        limit: the first so many windows; None: all.
+
+    Raises:
+        ValueError: the text is shorter than one window, or an argument is too small.
+    """
+    if length < 2 or (limit is not None and limit < 1):
+        raise ValueError(f"length must be at least 2 and windows at least 1, got {length}, {limit}")
+    if len(token_ids) < length:
+        raise ValueError(f"the text has {len(token_ids)} tokens, a window {length}")
+    count = min(len(token_ids) // length, limit or len(token_ids))
+    return [list(token_ids[i * length : (i + 1) * length]) for i in range(count)]
+
+
+@torch.no_grad()
+def mean_loss(decoder: Decoder, head: FrozenHead, windows: Sequence[Sequence[int]]) -> float:
+    """Return the mean cross entropy of all predicted tokens, in nats."""
+    total, count = 0.0, 0
+    for window in windows:
+        batch = pack_examples([_example(window)])
+        *_, last = decoder.hidden_states(batch.packed)
+        normed = decoder.apply_final_norm(last[batch.rows.to(last.device)])
+        total += float(head_loss(normed, batch.targets.to(last.device), head))
+        count += len(batch.targets)
+    return total / count
+
+
+def losses_with_adapter(
+    decoder: Decoder, head: FrozenHead, windows: Sequence[Sequence[int]], network: QstNetwork
+) -> tuple[float, float]:
+    """Return the mean loss with a side network, and that of the base alone."""
+    config = TrainingConfig(batch_size=1, compute_dtype="float32")
+    found = Trainer(decoder, network, head, config).evaluate(
+        [_example(window) for window in windows], with_base=True
+    )
+    assert found.base_loss is not None
+    return found.loss, found.base_loss
+
+
+def _example(window: Sequence[int]) -> Example:
+    return Example(token_ids=window, is_target=b"\1" * len(window))
+
+
+def load_network(folder: Path, checkpoint: Checkpoint) -> QstNetwork:
+    """Read a side network that was trained on a checkpoint.
+
+    Raises:
+        AdapterError: it cannot be read or does not fit.
+    """
+    adapter = load_qst(
+        folder, checkpoint.spec, fingerprint=checkpoint.fingerprint, model_id=checkpoint.name,
+        chain=checkpoint.chain,
+    )  # fmt: skip
+    network = QstNetwork(checkpoint.spec, adapter.qst)
+    network.load_state_dict({n: t.float() for n, t in read_tensors(folder).items()})
+    return network
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the base."""
+    parser.add_argument("--model", default=None, help="folder, hub id or .gguf [the demo model]")
+    parser.add_argument("--cache-dir", type=Path, default=None)
+
+
+def model_config(options: argparse.Namespace, quantization: str = "nf4") -> ServeConfig:
+    """Return what the options say of the base, as a server is told it."""
+    cache_dir = None if options.cache_dir is None else str(options.cache_dir)
+    return ServeConfig(model=options.model, quantization=quantization, cache_dir=cache_dir)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Compute what the command line asks for."""
+    config = model_config(options, options.quantization)
+    checkpoint = load_base(config, report=say)
+    if options.variant is not None:
+        _, checkpoint = load_variant(config, checkpoint, options.variant, report=say)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    token_ids = tokenizer.encode(read_text(options.text), add_special_tokens=False)
+    windows = cut_windows(token_ids, options.length, options.windows)
+    decoder = Decoder(checkpoint.spec, checkpoint.weights, head=options.head)
+    head = FrozenHead(decoder, head_weight(checkpoint), torch.device("cpu"))
+    figures: dict[str, Any] = {"windows": len(windows), "length": options.length}
+    if options.adapter is None:
+        loss = mean_loss(decoder, head, windows)
+    else:
+        network = load_network(options.adapter, checkpoint)
+        loss, base_loss = losses_with_adapter(decoder, head, windows, network)
+        figures |= {"loss_without_adapter": base_loss}
+    return figures | {"loss": loss, "perplexity": perplexity(loss)}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text")
+    parser.add_argument("--variant", type=Path, help="folder of a pruned variant")
+    parser.add_argument("--adapter", type=Path, help="folder of a side network trained on it")
+    parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
+    parser.add_argument("--head", choices=("int8", "nf4", "dense"), default="int8")
+    parser.add_argument("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=None, help="the first N [default: all]")
+    print(json.dumps(measure(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Run a search for a pruned variant from the command line: model, text, signals, what is told."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from adapters.disp.budget import BudgetError, check_shares, linears_share
+from adapters.disp.search import SearchResult, search
+from adapters.disp.search_config import SearchConfig
+from adapters.format import AdapterError
+from adapters.training_state import TrainingError, TrainingInterrupted
+from models.checkpoints import Checkpoint, CheckpointError, load_checkpoint
+from models.spec import DecoderSpec
+from models.weights import dense
+from serve.base_model import load_base, settle_memory
+from serve.cli.arguments import CommandError, UserError, say
+from serve.cli.stop_signals import INTERRUPTED, stop_signals
+from serve.cli.text_file import read_text
+from serve.config import ServeConfig
+from serve.machine import count_processors
+from serve.resolve import resolve_device, resolve_threads
+from serve.text.chat_template import ChatTemplateError
+from serve.text.token_bytes import TokenizerError
+from serve.text.tokenizer import Tokenizer
+
+_SERVED_QUANTIZATION = "nf4"
+
+
+def run_search(
+    arguments: argparse.Namespace, config: SearchConfig, server_config: ServeConfig
+) -> int:
+    """Search as `serve.cli.prune` was told; see its `run`."""
+    server_config = resolve_device(server_config, has_cuda=torch.cuda.is_available())
+    server_config = resolve_threads(server_config, num_processors=count_processors())
+    text = read_text(arguments.data)
+    try:
+        original, served = load_originals(server_config)
+        tokenizer = Tokenizer.from_folder(original.folder)
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+    except (CheckpointError, TokenizerError, ChatTemplateError) as error:
+        raise UserError(str(error)) from error
+    context = original.spec.max_position_embeddings
+    if config.length > context:
+        raise UserError(f"--length: {config.length} is more than the model's {context} tokens")
+    if len(token_ids) <= config.length:
+        raise UserError(
+            f"--data: {arguments.data} has {len(token_ids)} tokens; a window of --length "
+            f"{config.length} takes {config.length + 1}, give more text or a smaller --length"
+        )
+    config = resolve_shares(config, original.spec, is_total=arguments.remove_total is not None)
+    torch.set_num_threads(int(server_config.threads))
+    settle_memory(original.folder.resolve())
+    say(f"{arguments.data}: {len(token_ids)} tokens; {server_config.threads} threads")
+    with stop_signals() as requested:
+        try:
+            results = search(
+                original,
+                token_ids,
+                arguments.output,
+                base_fingerprint=served.fingerprint,
+                base_quantization=served.quantization,
+                config=config,
+                device=server_config.device,
+                resume=arguments.resume,
+                description=arguments.description,
+                should_stop=lambda: bool(requested),
+                report=say,
+            )
+        except TrainingInterrupted as stopped:
+            say(f"{stopped}; the same command with --resume goes on from there")
+            return INTERRUPTED
+        except (TrainingError, AdapterError) as error:
+            raise CommandError(str(error)) from None
+    for result in results:
+        say(describe_result(result))
+    folder = results[0].folder
+    say(f"serve it with: proa serve --variant {folder.resolve().name}={folder}")
+    say(f"heal it with: proa train qst --on {folder} --data FILE --output DIR")
+    return 0
+
+
+def load_originals(config: ServeConfig) -> tuple[Checkpoint, Checkpoint]:
+    """Load a model twice: its original weights, and as it is served by default.
+
+    Args:
+        config: names the model; `dequantize` takes 4-bit weights where there are no others.
+
+    Raises:
+        CheckpointError: the model cannot be found or read.
+        UserError: it has only 4-bit weights.
+    """
+    served = load_base(replace(config, quantization=_SERVED_QUANTIZATION), report=say)
+    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+    original = load_checkpoint(config.model, quantization="none", cache_dir=cache_dir, report=say)
+    if original.quantization != "none":
+        if not config.dequantize:
+            raise UserError(
+                f"--model: the weights of {original.name} are in 4 bits "
+                f"({original.quantization}); a search, and slicing after it, need the original "
+                "ones. Name those, or give --dequantize, which takes what 4 bits have left of them "
+                "and costs quality"
+            )
+        say(
+            f"warning: {original.name} has 4-bit weights only; what is cut out of them is rounded "
+            "to 4 bits a second time, which costs quality"
+        )
+        weights = {name: dense(weight) for name, weight in original.weights.items()}
+        original = replace(original, weights=weights, quantization="none", known_fingerprint=None)
+    return original, served
+
+
+def resolve_shares(config: SearchConfig, spec: DecoderSpec, *, is_total: bool) -> SearchConfig:
+    """Turn shares of the whole model into those of linears, and refuse what cannot be reached.
+
+    Raises:
+        UserError: names the largest share that can be.
+    """
+    try:
+        if is_total:
+            shares = [linears_share(spec, share, align=config.align) for share in config.remove]
+            config = replace(config, remove=tuple(shares))
+        check_shares(spec, config.remove, config.align)
+    except BudgetError as error:
+        raise UserError("--" + str(error).replace("remove_total", "remove-total", 1)) from None
+    return config
+
+
+def describe_result(result: SearchResult) -> str:
+    """Return the line about one variant."""
+    losses = ""
+    if result.loss is not None and result.dense_loss is not None:
+        losses = f"; held-out loss {result.loss:.4f}, of the whole model {result.dense_loss:.4f}"
+    return (
+        f"{result.folder}: {result.remove_linears:.1%} of the linears' parameters removed, "
+        f"{result.remove_total:.1%} of the whole model{losses}"
+    )
