@@ -1,12 +1,14 @@
-"""Load the base model as the options say; what the server, training and adapter checks share."""
+"""Load the base and its variants as the options say; the server, training and checks share it."""
 
 import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from adapters.disp.variant import DispVariant, load_disp
 from decoding import TokenTables, build_token_tables
 from models.checkpoints import Checkpoint, load_checkpoint
+from models.checkpoints.pruned import load_pruned
 from models.decoder import Decoder, HeadPrecision, KernelChoice
 from serve.config import ServeConfig
 from serve.machine import release_mapped_pages, trim_heap
@@ -23,9 +25,39 @@ def load_base(config: ServeConfig, *, report: Callable[[str], None]) -> Checkpoi
     return load_checkpoint(
         config.model,
         quantization=config.quantization,
-        cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
+        cache_dir=_cache_dir(config),
         report=report,
     )
+
+
+def load_variant(
+    config: ServeConfig, base: Checkpoint, folder: Path, *, report: Callable[[str], None]
+) -> tuple[DispVariant, Checkpoint]:
+    """Load a pruned variant of the base, and the weights that it leaves.
+
+    Args:
+        config: what `base` was loaded with.
+        base: not pruned.
+        folder: of the variant.
+        report: called with one line at a time about what is being done.
+
+    Raises:
+        AdapterError: the folder does not hold a variant of this base.
+        CheckpointError: the base's original weights cannot be read, or there are none.
+    """
+    variant = load_disp(
+        folder, base.spec, fingerprint=base.fingerprint, quantization=base.quantization,
+        model_id=base.name,
+    )  # fmt: skip
+    pruned = load_pruned(
+        config.model, base, variant.selections, digest=variant.digest,
+        cache_dir=_cache_dir(config), dequantize=config.dequantize, report=report,
+    )  # fmt: skip
+    return variant, pruned
+
+
+def _cache_dir(config: ServeConfig) -> Path | None:
+    return None if config.cache_dir is None else Path(config.cache_dir)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, TokenTables]:
@@ -37,12 +69,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, TokenTables]:
     return tokenizer, build_token_tables([*token_bytes, *padding])
 
 
-def build_decoder(config: ServeConfig, checkpoint: Checkpoint) -> Decoder:
+def build_decoder(
+    config: ServeConfig, checkpoint: Checkpoint, base: Decoder | None = None
+) -> Decoder:
     """Build the decoder.
 
     Args:
         config: with device and threads resolved.
         checkpoint: its weights.
+        base: the decoder of the base that `checkpoint` is a variant of; the two share what is
+            equal. None: nothing is shared.
 
     Raises:
         ConfigError: the kernels asked for cannot run here.
@@ -55,6 +91,7 @@ def build_decoder(config: ServeConfig, checkpoint: Checkpoint) -> Decoder:
             device=config.device,
             head=cast(HeadPrecision, config.head),
             num_threads=int(config.threads),
+            base=base,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -85,10 +85,25 @@ class ServeConfig:
     adapter: tuple[str, ...] = option(
         (),
         "An adapter to attach at start; its model id is the base's, a colon and NAME. May be given "
-        "several times.",
+        "several times. One that was trained on a pruned variant needs that --variant too.",
         kind=NAMED_FOLDER,
         group=ADAPTERS,
         is_repeatable=True,
+    )
+    variant: tuple[str, ...] = option(
+        (),
+        "A pruned variant of the model to load at start, beside it; its model id is the base's, a "
+        "colon and NAME. May be given several times.",
+        kind=NAMED_FOLDER,
+        group=ADAPTERS,
+        is_repeatable=True,
+    )
+    dequantize: bool = option(
+        False,
+        "Make variants of a model that is on disk in 4 bits only. That rounds their weights twice, "
+        "which costs quality; the original weights do better.",
+        kind=FLAG,
+        group=ADAPTERS,
     )
     adapter_root: str | None = option(
         None,
@@ -98,8 +113,8 @@ class ServeConfig:
     )
     adapter_memory_bytes: int = option(
         2**30,
-        "Memory of adapters; above it the least recently used ones leave memory and come back with "
-        "their next request. Those in use stay.",
+        "Memory of side networks; above it the least recently used ones leave memory and come back "
+        "with their next request. Those in use stay, and so do variants.",
         kind=BYTES,
         group=ADAPTERS,
         minimum=0,
@@ -291,10 +306,12 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for name, declared in OPTIONS.items():
             declared.check(getattr(self, name), name)
-        names = [name for name, _ in self.adapters]
+        names = [name for name, _ in (*self.adapters, *self.variants)]
         for name in names:
             if names.count(name) > 1:
-                raise ConfigError(f"adapter: two are called {name!r}; a name is given once")
+                raise ConfigError(
+                    f"adapter, variant: two are called {name!r}; a name is given once"
+                )
         if self.kernels == "cuda" and self.device == "cpu":
             raise ConfigError("kernels: 'cuda' needs device 'cuda' or 'auto', got 'cpu'")
         if self.kernels in CPU_KERNELS and self.device == "cuda":
@@ -308,8 +325,12 @@ class ServeConfig:
     @property
     def adapters(self) -> list[tuple[str, str]]:
         """Name and folder of each adapter to attach at start."""
-        parts = [text.partition("=") for text in self.adapter]
-        return [(name, folder) for name, _, folder in parts]
+        return _split_names(self.adapter)
+
+    @property
+    def variants(self) -> list[tuple[str, str]]:
+        """Name and folder of each variant to load at start."""
+        return _split_names(self.variant)
 
     @property
     def is_loopback(self) -> bool:
@@ -320,6 +341,11 @@ class ServeConfig:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def _split_names(texts: tuple[str, ...]) -> list[tuple[str, str]]:
+    parts = [text.partition("=") for text in texts]
+    return [(name, folder) for name, _, folder in parts]
 
 
 OPTIONS = options_of(ServeConfig)

@@ -49,20 +49,22 @@ def _read_keys(option: str, path: str | None) -> tuple[str, ...]:
 
 
 def resolve_adapters(config: ServeConfig) -> ServeConfig:
-    """Make the folders of adapters absolute, links followed.
+    """Make the folders of adapters and variants absolute, links followed.
 
     Raises:
         ConfigError: one is no folder.
     """
     folders = [(f"adapter: {name}", folder) for name, folder in config.adapters]
+    folders += [(f"variant: {name}", folder) for name, folder in config.variants]
     if config.adapter_root is not None:
         folders.append(("adapter_root", config.adapter_root))
     for spelled, folder in folders:
         if not Path(folder).is_dir():
             raise ConfigError(f"{spelled}: {folder} is not a folder")
-    adapters = tuple(f"{name}={Path(folder).resolve()}" for name, folder in config.adapters)
+    adapter = tuple(f"{name}={Path(folder).resolve()}" for name, folder in config.adapters)
+    variant = tuple(f"{name}={Path(folder).resolve()}" for name, folder in config.variants)
     root = None if config.adapter_root is None else str(Path(config.adapter_root).resolve())
-    return replace(config, adapter=adapters, adapter_root=root)
+    return replace(config, adapter=adapter, variant=variant, adapter_root=root)
 
 
 def resolve_device(config: ServeConfig, *, has_cuda: bool) -> ServeConfig:

@@ -43,6 +43,7 @@ from serve.resolve import (
 )
 from serve.text.chat_template import ChatTemplateError
 from serve.text.token_bytes import TokenizerError
+from serve.variants import add_variants
 
 CACHE_DTYPES = {"auto": None, "float16": torch.float16, "float32": torch.float32}
 HEALTH_CHECK_S = 1.0
@@ -67,7 +68,7 @@ class Service:
         backend: runs the requests.
         app: the ASGI application.
         has_chat_template: whether the model can chat.
-        adapters: model ids of the adapters attached at start.
+        adapters: model ids of the variants and adapters attached at start.
     """
 
     config: ServeConfig
@@ -83,8 +84,8 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
     """Load the model and build everything that serves it.
 
     Raises:
-        ConfigError: an option does not suit the model or the machine, or the model or an adapter
-            cannot be loaded.
+        ConfigError: an option does not suit the model or the machine, or the model, a variant or an
+            adapter cannot be loaded.
     """
     config = resolve_adapters(resolve_access(config))
     config = resolve_device(config, has_cuda=torch.cuda.is_available())
@@ -98,8 +99,9 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
             # The native kernels have their own threads; torch's would only get in their way.
             is_torch = decoder.kernels == "reference"
             torch.set_num_threads(int(config.threads) if is_torch else 1)
-            registry = _build_registry(config, decoder, checkpoint)
             tokenizer, tables = loading.result()
+        # Nothing else computes while the speed of variants is measured.
+        registry = _build_registry(config, decoder, checkpoint, report)
     except (CheckpointError, TokenizerError, ChatTemplateError) as error:
         raise ConfigError(str(error)) from error
     model_id = config.served_model_name or checkpoint.name
@@ -119,18 +121,18 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
         backend=backend,
         app=app,
         has_chat_template=tokenizer.chat_template is not None,
-        adapters=tuple(f"{model_id}:{name}" for name, _ in config.adapters),
+        adapters=tuple(f"{model_id}:{name}" for name, _ in (*config.variants, *config.adapters)),
     )
 
 
 def _build_registry(
-    config: ServeConfig, decoder: Decoder, checkpoint: Checkpoint
+    config: ServeConfig, decoder: Decoder, checkpoint: Checkpoint, report: Report
 ) -> AdapterRegistry | None:
-    """Attach the adapters of the start; None where there can be none.
+    """Attach the variants and adapters of the start; None where there can be none.
 
     The fingerprint that they are held against may take a pass over all weights.
     """
-    if not config.adapter and config.adapter_root is None:
+    if not config.adapter and not config.variant and config.adapter_root is None:
         return None
     registry = AdapterRegistry(
         decoder,
@@ -139,6 +141,7 @@ def _build_registry(
         roots=() if config.adapter_root is None else (Path(config.adapter_root),),
         max_bytes=config.adapter_memory_bytes,
     )
+    add_variants(registry, config, checkpoint, decoder, report=report)
     for name, folder in config.adapters:
         try:
             registry.attach_folder(name, Path(folder))

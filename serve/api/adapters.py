@@ -1,4 +1,4 @@
-"""/v1/adapters: what is attached to the base; an admin key attaches and detaches."""
+"""/v1/adapters: what is attached to the base, variants too; an admin key attaches and detaches."""
 
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
@@ -28,6 +28,9 @@ def build_adapters_router(context: ApiContext) -> APIRouter:
             "description": info.description,
             "num_parameters": info.num_parameters,
             "num_bytes": info.num_bytes,
+            "on": info.on,
+            "removed": info.removed,
+            "speed": info.speed,
             "is_loaded": info.is_loaded,
             "num_running": info.num_running,
             "created": info.created,

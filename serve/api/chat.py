@@ -73,7 +73,7 @@ def build_chat_router(context: ApiContext) -> APIRouter:
 async def _make_job(context: ApiContext, body: ChatBody, choice: ModelChoice, job_id: str) -> Job:
     num_sequences = check_num_sequences(body.n, 1, context.settings)
     strategy = resolve_strategy(body.decoding, choice.strategy)
-    adapter_scale = resolve_adapter_scale(body.adapter_scale, choice.adapter)
+    adapter_scale = resolve_adapter_scale(body.adapter_scale, has_side=choice.has_side)
     logprobs = _resolve_logprobs(body)
     token_ids = await encode_messages(context, body.messages)
     max_tokens = resolve_max_tokens(

@@ -22,6 +22,7 @@ from serve.api.identity import make_id
 from serve.api.logprobs import make_trace_entry
 from serve.api.openapi import describe_body
 from serve.api.resolve import (
+    ModelChoice,
     build_params,
     resolve_adapter_scale,
     resolve_max_tokens,
@@ -80,15 +81,16 @@ async def _make_job(context: ApiContext, body: CompareBody) -> Job:
     seed = secrets.randbits(63) if body.seed is None else body.seed
     SamplingParams(seed=seed)  # refuses one out of range, which a derived seed would hide
     is_common = body.common_random_numbers is not False
-    arms = []
+    arms, has_sides = [], []
     for index, arm in enumerate(body.arms):
         arm_seed = seed if is_common else derive_seed(seed, index)
         try:
-            arms.append(_make_arm(context, body, arm, arm_seed, len(token_ids)))
+            choice = split_model(arm.model, context)
+            has_sides.append(choice.has_side)
+            arms.append(_make_arm(context, body, arm, choice, arm_seed, len(token_ids)))
         except (ApiError, ParameterError) as error:
             raise _at_arm(error, index, arm) from None
-    if body.adapter_scale is not None and all(arm.adapter is None for arm in arms):
-        resolve_adapter_scale(body.adapter_scale, None)
+    resolve_adapter_scale(body.adapter_scale, has_side=any(has_sides))
     return Job(
         request_id=make_id("cmp"),
         prompts=[token_ids],
@@ -99,12 +101,16 @@ async def _make_job(context: ApiContext, body: CompareBody) -> Job:
 
 
 def _make_arm(
-    context: ApiContext, body: CompareBody, arm: ComparisonArm, seed: int, num_prompt_tokens: int
+    context: ApiContext,
+    body: CompareBody,
+    arm: ComparisonArm,
+    choice: ModelChoice,
+    seed: int,
+    num_prompt_tokens: int,
 ) -> Arm:
-    choice = split_model(arm.model, context)
     own = {name for name in SamplingFields.model_fields if getattr(arm, name) is not None}
     shared = {name: getattr(body, name) for name in SamplingFields.model_fields.keys() - own}
-    if choice.adapter is None:
+    if not choice.has_side:
         shared.pop("adapter_scale", None)
     decoding = shared.get("decoding") or {}
     if choice.strategy is not None and decoding.get("strategy") not in (None, choice.strategy):
@@ -127,7 +133,7 @@ def _make_arm(
         logprobs=None,
         vocab_size=context.backend.vocab_size,
     )
-    scale = resolve_adapter_scale(fields.adapter_scale, choice.adapter)
+    scale = resolve_adapter_scale(fields.adapter_scale, has_side=choice.has_side)
     return Arm(params=params, adapter=choice.adapter, adapter_scale=scale)
 
 

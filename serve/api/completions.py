@@ -76,7 +76,7 @@ async def _make_job(
 ) -> Job:
     num_sequences = check_num_sequences(body.n, len(body.prompt), context.settings)
     strategy = resolve_strategy(body.decoding, choice.strategy)
-    adapter_scale = resolve_adapter_scale(body.adapter_scale, choice.adapter)
+    adapter_scale = resolve_adapter_scale(body.adapter_scale, has_side=choice.has_side)
     num_chars = sum(len(prompt) for prompt in body.prompt) + len(body.suffix or "")
     prompts = await run_text_work(
         num_chars, partial(_encode_prompts, context, body), param="prompt"

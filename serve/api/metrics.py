@@ -208,7 +208,7 @@ class _BackendCollector(Collector):
             "prefix_cache_queries": ("Prompt tokens looked up.", stats.prompt_tokens),
             "prefix_cache_hits": ("Prompt tokens found.", stats.cached_prompt_tokens),
             "base_prefix_cache_hits": (
-                "Prompt tokens that the base's cache had, whatever their adapter.",
+                "Prompt tokens that the cache had of base or variant, whatever their side network.",
                 stats.base_cached_prompt_tokens,
             ),
             "num_preemptions": ("Sequences preempted.", stats.preemptions),
@@ -238,12 +238,17 @@ class _AdapterCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         adapters = self._backend.adapters()
+        variants = [adapter for adapter in adapters if adapter.method == "disp"]
         gauges = {
             "adapters_attached": ("Adapters that can be asked for.", len(adapters)),
             "adapters_loaded": ("Adapters in memory.", sum(a.is_loaded for a in adapters)),
             "adapter_memory_bytes": (
-                "Memory of the loaded adapters.",
-                sum(a.num_bytes for a in adapters if a.is_loaded),
+                "Memory of the loaded side networks.",
+                sum(a.num_bytes for a in adapters if a.is_loaded and a not in variants),
+            ),
+            "variant_memory_bytes": (
+                "Memory of the variants, what they share with the base left out.",
+                sum(variant.num_bytes for variant in variants),
             ),
         }
         for name, (text, value) in gauges.items():

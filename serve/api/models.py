@@ -5,6 +5,7 @@ from fastapi import APIRouter
 from decoding import STRATEGIES
 from serve.api.context import ApiContext
 from serve.api.resolve import split_model
+from serve.backends.protocol import AdapterInfo
 
 
 def build_models_router(context: ApiContext) -> APIRouter:
@@ -12,16 +13,18 @@ def build_models_router(context: ApiContext) -> APIRouter:
     router = APIRouter()
     base = context.settings.model_id
 
-    def describe(adapter: str | None, strategy: str | None, created: int) -> dict[str, object]:
-        plain = base if adapter is None else f"{base}:{adapter}"
-        parent = None if adapter is None else base
-        kind = "base" if adapter is None else "adapter"
+    def describe(adapter: AdapterInfo | None, strategy: str | None) -> dict[str, object]:
+        plain, parent, kind = base, None, "base"
+        if adapter is not None:
+            plain = f"{base}:{adapter.name}"
+            parent = base if adapter.on is None else f"{base}:{adapter.on}"
+            kind = "variant" if adapter.method == "disp" else "adapter"
         if strategy is not None:
             parent, kind = plain, "strategy"
         return {
             "id": plain if strategy is None else f"{plain}@{strategy}",
             "object": "model",
-            "created": created,
+            "created": context.created if adapter is None else adapter.created,
             "owned_by": "proa",
             "root": base,
             "parent": parent,
@@ -31,10 +34,9 @@ def build_models_router(context: ApiContext) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, object]:
-        adapters = [(info.name, info.created) for info in context.backend.adapters()]
         data = [
-            describe(adapter, strategy, created)
-            for adapter, created in [(None, context.created), *adapters]
+            describe(adapter, strategy)
+            for adapter in (None, *context.backend.adapters())
             for strategy in (None, *STRATEGIES)
         ]
         return {"object": "list", "data": data}
@@ -42,8 +44,7 @@ def build_models_router(context: ApiContext) -> APIRouter:
     @router.get("/v1/models/{model_id:path}")
     async def retrieve_model(model_id: str) -> dict[str, object]:
         choice = split_model(model_id, context)
-        created = {info.name: info.created for info in context.backend.adapters()}
-        since = created.get(choice.adapter or "", context.created)
-        return describe(choice.adapter, choice.strategy, since)
+        adapters = {info.name: info for info in context.backend.adapters()}
+        return describe(adapters[choice.adapter] if choice.adapter else None, choice.strategy)
 
     return router

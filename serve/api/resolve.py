@@ -41,11 +41,13 @@ class ModelChoice(NamedTuple):
     Attributes:
         model: the id as the client spelt it.
         adapter: name of the adapter, or None for the base.
+        has_side: a side network is part of it, so there is something to scale.
         strategy: name of the decoding strategy, if the id has one.
     """
 
     model: str
     adapter: str | None
+    has_side: bool
     strategy: str | None
 
 
@@ -57,15 +59,16 @@ def split_model(model: str | None, context: ApiContext) -> ModelChoice:
     """
     base = context.settings.model_id
     if model is None:
-        return ModelChoice(base, None, None)
+        return ModelChoice(base, None, False, None)
     found = _SUFFIXES.fullmatch(model.removeprefix(base)) if model.startswith(base) else None
     if found is None or (found[2] is not None and found[2] not in STRATEGIES):
         raise _no_such_model("There is no such model; /v1/models lists what is served.")
-    if found[1] is not None:
-        known = [info.name for info in context.backend.adapters()]
-        if found[1] not in known:
-            raise _no_such_model(f"There is no such adapter; attached: {_list_names(known)}.")
-    return ModelChoice(model, found[1], found[2])
+    if found[1] is None:
+        return ModelChoice(model, None, False, found[2])
+    known = {info.name: info.method for info in context.backend.adapters()}
+    if found[1] not in known:
+        raise _no_such_model(f"There is no such adapter; attached: {_list_names(list(known))}.")
+    return ModelChoice(model, found[1], known[found[1]] != "disp", found[2])
 
 
 def _list_names(names: Sequence[str]) -> str:
@@ -77,16 +80,16 @@ def _no_such_model(message: str) -> ApiError:
     return ApiError(message, status=404, param="model", code="model_not_found")
 
 
-def resolve_adapter_scale(scale: float | None, adapter: str | None) -> float:
-    """Return how much of the adapter is asked for.
+def resolve_adapter_scale(scale: float | None, *, has_side: bool) -> float:
+    """Return how much of the side network is asked for.
 
     Raises:
-        ApiError: out of range, or there is no adapter to scale.
+        ApiError: out of range, or there is no side network to scale.
     """
     if scale is None:
         return 1.0
-    if adapter is None:
-        message = "adapter_scale needs a model id with an adapter, such as base:adapter."
+    if not has_side:
+        message = "adapter_scale needs a model id with a side network, such as base:adapter."
     elif not 0 <= scale <= 1:
         message = f"adapter_scale must be a number from 0 to 1, got {scale:g}."
     else:

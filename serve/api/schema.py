@@ -199,7 +199,8 @@ class SamplingFields(WireModel):
     )
     adapter_scale: float | None = Field(
         None,
-        description="How much of the model's adapter: 0 is the base, exactly. Default: 1.",
+        description="How much of the model's side network: 0 is what it sits on, exactly. "
+        "Default: 1.",
         json_schema_extra={"minimum": 0, "maximum": 1},
     )
 

@@ -1,4 +1,5 @@
-"""The adapters that a backend serves: by name, in memory while there is room.
+"""The adapters that a backend serves, by name: side networks, in memory while there is room, and
+pruned variants of the base, which always are.
 
 Every method is called on the event loop's thread; folders are read on worker threads.
 """
@@ -8,24 +9,27 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from adapters.format import CONFIG_FILE, TENSOR_FILE
+from adapters.format import AdapterConfig, read_config
 from adapters.qst.adapter import QstAdapter, load_qst
 from models.side import AttachedSide, SideNetwork
 from models.spec import DecoderSpec
+from serve.backends.adapter_paths import find_folder
 from serve.backends.protocol import (
     AdapterConflictError,
     AdapterInfo,
     AdapterLoadError,
     AdapterNotFoundError,
 )
-from serve.engine.sequence import SideAdapter
+from serve.engine.model import Model
+from serve.engine.sequence import ModelVariant, SideAdapter
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 """Names of adapters."""
+_SHOWN_DIGITS = 12
 
 
 class Decoder(Protocol):
@@ -36,44 +40,87 @@ class Decoder(Protocol):
     def attach(self, network: SideNetwork) -> AttachedSide: ...
 
 
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """An attached adapter.
+class VariantDecoder(Decoder, Model, Protocol):
+    """The same of a variant's decoder, which sequences run on."""
 
-    `running` is None while it is not in memory; `loading` is set while it comes back.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedVariant:
+    """A pruned variant in memory.
+
+    Attributes:
+        decoder: built over the base's.
+        digest: of the files that it came from.
+        description, num_parameters, num_bytes, removed, speed: as in `AdapterInfo`.
     """
 
-    name: str
-    folder: Path
-    method: str
+    decoder: VariantDecoder
     digest: str
     description: str
     num_parameters: int
     num_bytes: int
-    created: int
-    running: SideAdapter | None
+    removed: float
+    speed: float
+
+
+class Attachment(NamedTuple):
+    """What the sequences of a model id need.
+
+    Attributes:
+        variant: what they run on, or None for the base.
+        side: the side network that they use, or None.
+    """
+
+    variant: ModelVariant | None
+    side: SideAdapter | None
+
+
+NO_ATTACHMENT = Attachment(None, None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Host:
+    """What a side network can sit on: the base, or the variant of a name."""
+
+    name: str | None
+    decoder: Decoder
+    variant: ModelVariant | None
+    chain: tuple[str, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """An attached side network and what it sits on, or a variant, which is its own host.
+
+    `side` is None while a side network is not in memory; `loading` is set while it comes back.
+    """
+
+    facts: AdapterInfo
+    folder: Path
+    digest: str
+    host: _Host
+    side: SideAdapter | None
     loading: asyncio.Task[None] | None = None
     num_users: int = 0
     last_use: int = 0
 
+    @property
+    def is_variant(self) -> bool:
+        return self.facts.method == "disp"
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.is_variant or self.side is not None
+
     def info(self) -> AdapterInfo:
-        return AdapterInfo(
-            name=self.name,
-            method=self.method,
-            description=self.description,
-            num_parameters=self.num_parameters,
-            num_bytes=self.num_bytes,
-            is_loaded=self.running is not None,
-            num_running=self.num_users,
-            created=self.created,
-        )
+        return replace(self.facts, is_loaded=self.is_loaded, num_running=self.num_users)
 
 
 class AdapterRegistry:
     """Attached adapters of one decoder.
 
-    The least recently used ones that no request uses leave memory when all together take more than
-    the limit, and come back with their next request. Those in use stay, even above the limit.
+    The least recently used side networks that no request uses leave memory when all together take
+    more than the limit, and come back with their next request. Those in use stay, even above it.
     """
 
     def __init__(
@@ -93,15 +140,15 @@ class AdapterRegistry:
             fingerprint: of the base.
             model_id: of the base, for messages.
             roots: folders below which `attach` may read.
-            max_bytes: memory for adapters, >= 0; None: no limit.
-            load: reads a folder.
+            max_bytes: memory for side networks, >= 0; None: no limit.
+            load: reads the folder of one.
 
         Raises:
             ValueError: the limit is negative.
         """
         if max_bytes is not None and max_bytes < 0:
             raise ValueError(f"adapter_memory_bytes must be at least 0, got {max_bytes}")
-        self._decoder = decoder
+        self._base = _Host(name=None, decoder=decoder, variant=None, chain=())
         self._fingerprint = fingerprint
         self._model_id = model_id
         self._roots = [root.resolve() for root in roots]
@@ -115,18 +162,50 @@ class AdapterRegistry:
         """Return what is attached, in the order of names."""
         return [self._entries[name].info() for name in sorted(self._entries)]
 
+    def check_name(self, name: str) -> None:
+        """Refuse a name that is taken or not allowed; raises as `attach_folder` does."""
+        if not NAME_PATTERN.fullmatch(name):
+            raise AdapterLoadError(
+                f"adapter name must be 1 to 64 letters, digits, '.', '_' or '-', and not begin "
+                f"with '.'; got {name[:80]!r}"
+            )
+        if name in self._entries or name in self._reserved:
+            raise AdapterConflictError(f"an adapter is called {name!r} already; detach it first")
+
+    def add_variant(self, name: str, folder: Path, variant: LoadedVariant) -> AdapterInfo:
+        """Attach a pruned variant that the operator names.
+
+        Raises:
+            AdapterConflictError: the name is taken.
+            AdapterLoadError: a bad name.
+        """
+        self.check_name(name)
+        facts = AdapterInfo(
+            name=name, method="disp", description=variant.description,
+            num_parameters=variant.num_parameters, num_bytes=variant.num_bytes, is_loaded=True,
+            num_running=0, created=int(time.time()), removed=variant.removed, speed=variant.speed,
+        )  # fmt: skip
+        host = _Host(
+            name=name,
+            decoder=variant.decoder,
+            variant=ModelVariant(variant.decoder, variant.digest),
+            chain=(variant.digest,),
+        )
+        self._entries[name] = _Entry(facts, folder, variant.digest, host, None)
+        return facts
+
     def attach_folder(self, name: str, folder: Path) -> AdapterInfo:
-        """Attach an adapter that the operator names, wherever it lies; blocks while it loads.
+        """Attach a side network that the operator names, wherever it lies; blocks while it loads.
 
         Raises:
             AdapterConflictError: the name is taken.
             AdapterLoadError: a bad name, or the folder does not hold a fitting adapter.
         """
-        self._check_name(name)
-        return self._insert(name, folder, *self._read(name, folder))
+        self.check_name(name)
+        return self._insert(name, folder, *self._read(name, folder, self._hosts()))
 
     async def attach(self, name: str, path: str) -> AdapterInfo:
-        """Attach an adapter that a client names.
+        """Attach a side network that a client names.
 
         Args:
             name: 1 to 64 of A-Z, a-z, 0-9, ".", "_", "-", without a leading ".".
@@ -136,12 +215,12 @@ class AdapterRegistry:
             AdapterConflictError: the name is taken.
             AdapterLoadError: a bad name or path, or the folder does not hold a fitting adapter.
         """
-        self._check_name(name)
+        self.check_name(name)
         self._reserved.add(name)
         try:
             folder = await asyncio.to_thread(find_folder, path, self._roots)
-            adapter, side = await asyncio.to_thread(self._read, name, folder)
-            return self._insert(name, folder, adapter, side)
+            read = await asyncio.to_thread(self._read, name, folder, self._hosts())
+            return self._insert(name, folder, *read)
         finally:
             self._reserved.discard(name)
 
@@ -150,9 +229,19 @@ class AdapterRegistry:
 
         Raises:
             AdapterNotFoundError: no adapter has this name.
-            AdapterConflictError: requests use it.
+            AdapterConflictError: requests use it, or side networks sit on it.
         """
         entry = self._entry(name)
+        on_it = [
+            other.facts.name
+            for other in self._entries.values()
+            if other is not entry and other.host is entry.host and entry.is_variant
+        ]
+        if on_it:
+            raise AdapterConflictError(
+                f"the variant {name!r} carries {', '.join(sorted(on_it))}; detach what sits on it "
+                "first"
+            )
         if entry.num_users:
             requests = (
                 "1 request uses" if entry.num_users == 1 else f"{entry.num_users} requests use"
@@ -163,7 +252,7 @@ class AdapterRegistry:
         del self._entries[name]
 
     @asynccontextmanager
-    async def use(self, name: str) -> AsyncIterator[SideAdapter]:
+    async def use(self, name: str) -> AsyncIterator[Attachment]:
         """Give an adapter to a request and keep it in memory until the request ends.
 
         Raises:
@@ -174,13 +263,13 @@ class AdapterRegistry:
         entry.num_users += 1
         self._touch(entry)
         try:
-            if entry.running is None:
+            if not entry.is_loaded:
                 if entry.loading is None:
                     entry.loading = asyncio.create_task(self._reload(entry))
                     entry.loading.add_done_callback(_take_exception)
                 await asyncio.shield(entry.loading)
-            assert entry.running is not None, "an adapter in use has left memory"
-            yield entry.running
+            assert entry.is_loaded, "an adapter in use has left memory"
+            yield Attachment(entry.host.variant, entry.side)
         finally:
             entry.num_users -= 1
             self._make_room()
@@ -195,41 +284,37 @@ class AdapterRegistry:
         self._num_uses += 1
         entry.last_use = self._num_uses
 
-    def _check_name(self, name: str) -> None:
-        if not NAME_PATTERN.fullmatch(name):
-            raise AdapterLoadError(
-                f"adapter name must be 1 to 64 letters, digits, '.', '_' or '-', and not begin "
-                f"with '.'; got {name[:80]!r}"
-            )
-        if name in self._entries or name in self._reserved:
-            raise AdapterConflictError(f"an adapter is called {name!r} already; detach it first")
+    def _hosts(self) -> list[_Host]:
+        return [self._base, *(entry.host for entry in self._entries.values() if entry.is_variant)]
 
-    def _read(self, name: str, folder: Path) -> tuple[QstAdapter, AttachedSide]:
-        """Load a folder and hand it to the decoder; runs on any thread."""
+    def _read(
+        self, name: str, folder: Path, hosts: Sequence[_Host]
+    ) -> tuple[QstAdapter, AttachedSide, _Host]:
+        """Load a folder and hand it to the decoder that it is for; runs on any thread."""
         try:
+            host = _find_host(read_config(folder), hosts)
             adapter = self._load(
-                folder, self._decoder.spec, fingerprint=self._fingerprint, model_id=self._model_id
-            )
+                folder, host.decoder.spec, fingerprint=self._fingerprint, model_id=self._model_id,
+                chain=host.chain,
+            )  # fmt: skip
             if adapter.qst.task != "causal_lm":
                 raise ValueError(f"it is for {adapter.qst.task}, which cannot be served")
-            return adapter, self._decoder.attach(adapter.network)
+            return adapter, host.decoder.attach(adapter.network), host
         except (ValueError, OSError) as error:
             raise AdapterLoadError(f"adapter {name!r}: {error}") from error
 
     def _insert(
-        self, name: str, folder: Path, adapter: QstAdapter, side: AttachedSide
+        self, name: str, folder: Path, adapter: QstAdapter, side: AttachedSide, host: _Host
     ) -> AdapterInfo:
-        entry = self._entries[name] = _Entry(
-            name=name,
-            folder=folder,
-            method="qst",
-            digest=adapter.digest,
-            description=adapter.description,
-            num_parameters=adapter.num_parameters,
-            num_bytes=side.num_bytes,
-            created=int(time.time()),
-            running=SideAdapter(side, adapter.digest),
-        )
+        if host not in self._hosts():
+            raise AdapterLoadError(f"adapter {name!r}: the variant {host.name!r} is detached")
+        facts = AdapterInfo(
+            name=name, method="qst", description=adapter.description,
+            num_parameters=adapter.num_parameters, num_bytes=side.num_bytes, is_loaded=True,
+            num_running=0, created=int(time.time()), on=host.name,
+        )  # fmt: skip
+        running = SideAdapter(side, adapter.digest)
+        entry = self._entries[name] = _Entry(facts, folder, adapter.digest, host, running)
         self._touch(entry)
         self._make_room()
         return entry.info()
@@ -237,65 +322,52 @@ class AdapterRegistry:
     async def _reload(self, entry: _Entry) -> None:
         """Bring an adapter back into memory."""
         try:
-            adapter, side = await asyncio.to_thread(self._read, entry.name, entry.folder)
+            name, folder = entry.facts.name, entry.folder
+            adapter, side, _ = await asyncio.to_thread(self._read, name, folder, self._hosts())
             if adapter.digest != entry.digest:
                 raise AdapterLoadError(
-                    f"adapter {entry.name!r}: {entry.folder} has changed since it was attached; "
+                    f"adapter {name!r}: {folder} has changed since it was attached; "
                     "detach it and attach it again"
                 )
-            entry.running = SideAdapter(side, adapter.digest)
+            entry.side = SideAdapter(side, adapter.digest)
             self._make_room()
         finally:
             entry.loading = None
 
     def _make_room(self) -> None:
-        """Drop adapters that nobody uses until the others fit, the least recently used first."""
+        """Drop side networks that nobody uses until the others fit, least recently used first."""
         if self._max_bytes is None:
             return
-        loaded = [entry for entry in self._entries.values() if entry.running is not None]
-        num_bytes = sum(entry.num_bytes for entry in loaded)
+        loaded = [entry for entry in self._entries.values() if entry.side is not None]
+        num_bytes = sum(entry.facts.num_bytes for entry in loaded)
         for entry in sorted(loaded, key=lambda entry: entry.last_use):
             if num_bytes > self._max_bytes and not entry.num_users:
-                entry.running = None
-                num_bytes -= entry.num_bytes
+                entry.side = None
+                num_bytes -= entry.facts.num_bytes
+
+
+def _find_host(config: AdapterConfig, hosts: Sequence[_Host]) -> _Host:
+    """Return what an adapter sits on.
+
+    Raises:
+        ValueError: it is a variant itself, or what it was trained on is not there.
+    """
+    if config.method != "qst":
+        raise ValueError(
+            "it is a pruned variant; pruned variants are loaded at the start of the server: "
+            "proa serve --variant name=DIR"
+        )
+    for host in hosts:
+        if host.chain == config.chain:
+            return host
+    digits = ", ".join(digest[:_SHOWN_DIGITS] for digest in config.chain)
+    raise ValueError(
+        f"it was trained on a pruned variant ({digits}) that is not loaded; the server must be "
+        "started with it: proa serve --variant name=DIR"
+    )
 
 
 def _take_exception(task: "asyncio.Task[None]") -> None:
     """Let a failed load be silent when all who waited for it have left."""
     if not task.cancelled():
         task.exception()
-
-
-def find_folder(path: str, roots: Sequence[Path]) -> Path:
-    """Find a folder below one of some roots, the files of an adapter in it too.
-
-    Args:
-        path: absolute, or relative to a root.
-        roots: resolved.
-
-    Returns:
-        The folder, resolved.
-
-    Raises:
-        AdapterLoadError: it is not below a root, by way of a symlink or otherwise, or is no folder.
-    """
-    if not roots:
-        raise AdapterLoadError("adapters cannot be attached: no adapter_root is set")
-    shown = repr(path[:200])
-    if "://" in path or "\0" in path:
-        raise AdapterLoadError(f"path must be a folder on the server, got {shown}")
-    try:
-        for root in roots:
-            folder = (root / path).resolve()
-            if root not in folder.parents:
-                continue
-            for file in (folder / CONFIG_FILE, folder / TENSOR_FILE):
-                if root not in file.resolve().parents:
-                    raise AdapterLoadError(
-                        f"path {shown}: {file.name} is a link to outside of the adapter root"
-                    )
-            if folder.is_dir():
-                return folder
-    except (OSError, RuntimeError) as error:  # too long a name, a circle of links
-        raise AdapterLoadError(f"path {shown} cannot be followed") from error
-    raise AdapterLoadError(f"path must be a folder below the adapter root, got {shown}")

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import torch
 
 from decoding.sampler import Sampler
-from serve.backends.adapters import AdapterRegistry
+from serve.backends.adapters import NO_ATTACHMENT, AdapterRegistry, Attachment
 from serve.backends.protocol import (
     AdapterInfo,
     AdapterLoadError,
@@ -24,13 +24,7 @@ from serve.backends.protocol import (
 )
 from serve.engine.engine import Engine, Outputs
 from serve.engine.model import Model
-from serve.engine.sequence import (
-    Branch,
-    Request,
-    ScoredToken,
-    SequenceOutput,
-    SideAdapter,
-)
+from serve.engine.sequence import Branch, Request, ScoredToken, SequenceOutput
 from serve.engine.worker import EngineThread
 
 
@@ -157,7 +151,7 @@ class NativeBackend:
         """
         names = {arm.adapter for arm in request.arms if arm.adapter is not None}
         async with AsyncExitStack() as stack:
-            adapters: dict[str, SideAdapter] = {}
+            adapters: dict[str, Attachment] = {}
             if names:
                 self._check_open()
                 for name in sorted(names):
@@ -242,7 +236,7 @@ class NativeBackend:
         if self._thread.is_draining:
             raise BackendUnavailableError("the server is shutting down")
 
-    def _admit(self, request: GenerationRequest, adapters: Mapping[str, SideAdapter]) -> _Stream:
+    def _admit(self, request: GenerationRequest, adapters: Mapping[str, Attachment]) -> _Stream:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             if self._streams:
@@ -296,11 +290,13 @@ class NativeBackend:
                 stream.put(request_outputs)
 
 
-def _branch(arm: Arm, adapters: Mapping[str, SideAdapter]) -> Branch:
+def _branch(arm: Arm, adapters: Mapping[str, Attachment]) -> Branch:
+    attachment = NO_ATTACHMENT if arm.adapter is None else adapters[arm.adapter]
     return Branch(
         params=arm.params,
         num_sequences=arm.num_sequences,
-        adapter=adapters[arm.adapter] if arm.adapter is not None else None,
+        variant=attachment.variant,
+        adapter=attachment.side,
         adapter_scale=arm.adapter_scale,
     )
 

@@ -29,7 +29,7 @@ class AdapterNotFoundError(Exception):
 
 
 class AdapterConflictError(Exception):
-    """The name is taken, or the adapter is in use."""
+    """The name is taken, or requests or other adapters use the adapter."""
 
 
 class AdapterLoadError(Exception):
@@ -38,17 +38,20 @@ class AdapterLoadError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterInfo:
-    """An attached adapter.
+    """An attached adapter: a side network, or a pruned variant of the base.
 
     Attributes:
         name: what follows the base's id in a model id: `base:name`.
-        method: "qst".
+        method: "qst", a side network, or "disp", a variant.
         description: free text from the adapter's card; may be empty.
-        num_parameters: of the adapter.
-        num_bytes: memory that it takes while it is loaded.
-        is_loaded: in memory; if not, its next request loads it.
-        num_running: requests that use it now.
+        num_parameters: of the adapter; of a variant, those that are left in the layers' linears.
+        num_bytes: memory that it takes while it is loaded, what it shares with the base left out.
+        is_loaded: in memory; if not, its next request loads it. A variant always is.
+        num_running: requests that name it and run now.
         created: Unix time at which it was attached, in seconds.
+        on: name of the variant that a side network sits on; None: the base.
+        removed: share of the layers' linears that a variant does without, 0 .. 1; None: no variant.
+        speed: a variant's decode speed at one stream, as a multiple of the base's on this machine.
     """
 
     name: str
@@ -59,6 +62,9 @@ class AdapterInfo:
     is_loaded: bool
     num_running: int
     created: int
+    on: str | None = None
+    removed: float | None = None
+    speed: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +75,8 @@ class Arm:
         params: sampling parameters; `seed` and `max_tokens` are set (the API resolves them).
         num_sequences: how many; number i draws with `decoding.derive_seed(params.seed, i)`.
         adapter: name of an attached adapter, or None for the base.
-        adapter_scale: how much of the adapter, 0 .. 1; 0 is the base, exactly.
+        adapter_scale: how much of its side network, 0 .. 1; 0 is the base, or the variant that it
+            sits on, exactly.
     """
 
     params: SamplingParams
@@ -80,7 +87,8 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """One prompt and its continuations. The base computes the prompt once for all arms.
+    """One prompt and its continuations. The base computes the prompt once for all arms on it; so
+    does each variant.
 
     Attributes:
         request_id: unique among the requests in flight.
@@ -226,7 +234,7 @@ class Backend(Protocol):
 
         Raises:
             AdapterNotFoundError: no adapter has this name.
-            AdapterConflictError: requests use it.
+            AdapterConflictError: requests use it, or adapters sit on it.
         """
 
     def abort_sequence(self, request_id: str, sequence_index: int) -> None:

@@ -12,8 +12,9 @@ from serve.config import OPTIONS, build_config
 from serve.environment import client_settings
 
 DESCRIPTION = """\
-Adapters are folders with an adapter_config.json and an adapter_model.safetensors. List those of a
-running server or below a folder, show what one is, or hold one against a base model.
+Adapters are folders with an adapter_config.json and an adapter_model.safetensors: side networks
+(method qst) and pruned variants (method disp). List those of a running server or below a folder,
+show what one is, or hold one against a base model.
 """
 
 EXAMPLES = """\
@@ -22,9 +23,10 @@ examples:
   proa adapters list ./examples            those below a folder
   proa adapters inspect ./my-adapter
   proa adapters verify ./my-adapter --model ./Llama-3.2-1B
+  proa adapters verify ./healed --on ./small
 
-Attach one when a server starts with 'proa serve --adapter NAME=DIR', and talk to it by the model id
-BASE:NAME.
+Attach one when a server starts with 'proa serve --adapter NAME=DIR', or --variant NAME=DIR if it is
+a pruned variant, and talk to it by the model id BASE:NAME.
 """
 
 VERIFY_OPTIONS = {name: OPTIONS[name].as_flag() for name in ("model", "quantization", "cache_dir")}
@@ -46,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "verify", help="hold an adapter against a base model; status 1 if it does not fit"
     )
     verifying.add_argument("folder", type=Path, metavar="DIR", help="the adapter")
+    verifying.add_argument(
+        "--on", type=Path, metavar="DIR", help="the pruned variant that it was trained on"
+    )
     add_options(verifying, VERIFY_OPTIONS)
 
 
@@ -78,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(inspect_folder(arguments.folder))
     else:
         config = build_config(given_options(arguments, VERIFY_OPTIONS), environ=os.environ)
-        print(verify_folder(arguments.folder, config))
+        print(verify_folder(arguments.folder, config, on=arguments.on))
     return 0
 
 
@@ -94,10 +99,18 @@ def table(adapters: Sequence[dict[str, Any]]) -> str:
             state = f"in use by {entry['num_running']}"
         lines.append(
             f"{entry['id']:{width}}  {entry['method']:6}  {entry['num_parameters']:>10}  "
-            f"{entry['num_bytes'] / 1e6:>7.1f}  {state}"
+            f"{entry['num_bytes'] / 1e6:>7.1f}  {state}{_describe_place(entry)}"
             + (f"  {printable(entry['description'])}" if entry["description"] else "")
         )
     return "\n".join(lines)
+
+
+def _describe_place(entry: dict[str, Any]) -> str:
+    """Say what a side network sits on, or what a variant is worth."""
+    place = f", on {printable(entry['on'])}" if entry.get("on") else ""
+    if entry.get("removed") is not None:
+        place = f", {entry['removed']:.0%} removed"
+    return place + (f", {entry['speed']:.2f}x the base" if entry.get("speed") else "")
 
 
 def printable(text: object) -> str:

@@ -41,14 +41,17 @@ examples:
   proa bench --streams 1,8,32 --prompt-tokens 256 --new-tokens 64 --json
   proa bench ./Llama-3.2-1B --streams 4 --threads 8
   proa bench --decoding adapt --streams 8
+  proa bench --variant ./small                            beside the model, in turn
   proa bench --url http://127.0.0.1:8000 --streams 8      a running server, through HTTP
 """
 
 DEFAULTS = Plan()
+_VARIANT = "variant"
 BENCH_OPTIONS = {
     name: declared
     for name, declared in OPTIONS.items()
-    if declared.group in (MODEL, COMPUTE, CAPACITY) and name != "served_model_name"
+    if (declared.group in (MODEL, COMPUTE, CAPACITY) and name != "served_model_name")
+    or name == "dequantize"
 }
 
 
@@ -88,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="0 always takes the most likely token [default: 0; 1 with --decoding]",
     )
+    group.add_argument(
+        "--variant", metavar="DIR", help="measure this pruned variant of the model beside it"
+    )
     group.add_argument("--json", action="store_true", help="end with one line of JSON, no table")
     remote = parser.add_argument_group("A running server")
     remote.add_argument(
@@ -116,7 +122,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.url is None:
         if arguments.api_key is not None:
             raise UserError("--api-key: only a server wants one; add --url")
-        figures = _run_engine(plan, decoding, given)
+        figures = _run_engine(plan, decoding, given, arguments.variant)
+    elif arguments.variant is not None:
+        raise UserError("--variant: is for an engine in this process; the server has its own")
     else:
         model = given.pop("model", None)
         if given:
@@ -170,20 +178,32 @@ def table(figures: dict[str, Any]) -> str:
         f"prompts of {config['prompt_tokens']} tokens, {config['new_tokens']} new ones, medians of "
         f"{config['repeats']} repeats (smallest - largest)",
         "",
-        f"{'streams':>7}  {'decode tokens/s':>24}  {'TTFT ms (p90)':>20}  {'TPOT ms (p90)':>18}",
+        *_table_of(figures),
     ]
+    if "variant" in figures:
+        lines += ["", f"the variant {figures['variant']['folder']}"]
+        lines += _table_of(figures["variant"], base=figures)
+    resident = "unknown" if memory is None else f"{memory:.0f} MB"
+    return "\n".join([*lines, f"resident memory {resident}"])
+
+
+def _table_of(figures: dict[str, Any], base: dict[str, Any] | None = None) -> list[str]:
+    """Lay out what one model does; beside a base also how many times as fast it decodes."""
+    head = f"{'streams':>7}  {'decode tokens/s':>24}  {'TTFT ms (p90)':>20}  {'TPOT ms (p90)':>18}"
+    lines = [head if base is None else f"{head}  {'of the base':>11}"]
     for streams, decode in figures["decode_tokens_per_s"].items():
         low, high = figures["spread"]["decode_tokens_per_s"][streams]
         ttft, tpot = figures["ttft_ms"][streams], figures["tpot_ms"][streams]
         speed = f"{decode:.1f} ({low:.1f} - {high:.1f})"
         first = f"{ttft['median']:.0f} ({ttft['p90']:.0f})"
         each = f"{tpot['median']:.2f} ({tpot['p90']:.2f})"
-        lines.append(f"{streams:>7}  {speed:>24}  {first:>20}  {each:>18}")
+        line = f"{streams:>7}  {speed:>24}  {first:>20}  {each:>18}"
+        if base is not None:
+            line += f"  {decode / base['decode_tokens_per_s'][streams]:>10.2f}x"
+        lines.append(line)
     low, high = figures["spread"]["prefill_tokens_per_s"]
     prefill = f"prefill {figures['prefill_tokens_per_s']:.1f} tokens/s ({low:.1f} - {high:.1f})"
-    resident = "unknown" if memory is None else f"{memory:.0f} MB"
-    lines += ["", f"{prefill}; resident memory {resident}"]
-    return "\n".join(lines)
+    return [*lines, prefill]
 
 
 def cpu_name() -> str:
@@ -198,7 +218,11 @@ def cpu_name() -> str:
     return f"{name} ({cores} cores)"
 
 
-def _run_engine(plan: Plan, decoding: Decoding, given: dict[str, Any]) -> dict[str, Any]:
+def _run_engine(
+    plan: Plan, decoding: Decoding, given: dict[str, Any], variant: str | None
+) -> dict[str, Any]:
+    # What a server would attach by its environment is not measured here.
+    given |= {"adapter": [], "variant": [] if variant is None else [f"{_VARIANT}={variant}"]}
     config = fit_cache(build_config(given, environ=os.environ), plan)
     # Loads torch, which takes seconds: wrong arguments are refused first.
     from serve.cli.bench_engine import EngineStreams, stream_params
@@ -219,8 +243,17 @@ def _run_engine(plan: Plan, decoding: Decoding, given: dict[str, Any]) -> dict[s
                     f"--prompt-tokens and --new-tokens: {asked} tokens together are more than the "
                     f"longest context, {longest}"
                 )
-            runner = EngineStreams(service.backend, decoding)
-            figures = summarise(await measure(runner, plan, report=say), plan)
+            measured = await measure(
+                {
+                    name: EngineStreams(service.backend, decoding, name or None)
+                    for name in (("",) if variant is None else ("", _VARIANT))
+                },
+                plan,
+                report=say,
+            )
+            figures = summarise(measured[""], plan)
+            if variant is not None:
+                figures["variant"] = {"folder": variant, **summarise(measured[_VARIANT], plan)}
         finally:
             await close_service(service)
         resolved = service.config
@@ -256,7 +289,7 @@ def fit_cache(config: ServeConfig, plan: Plan) -> ServeConfig:
 
 
 async def _run_server(runner: HttpStreams, plan: Plan) -> dict[str, Any]:
-    figures = summarise(await measure(runner, plan, report=say), plan)
+    figures = summarise((await measure({"": runner}, plan, report=say))[""], plan)
     resident = await runner.resident_bytes()
     return figures | {
         "max_rss_mb": None if resident is None else round(resident / 1e6, 1),

@@ -24,11 +24,13 @@ class EngineStreams:
     Args:
         backend: what runs the streams.
         decoding: how tokens are chosen.
+        adapter: name of the adapter or variant that is measured, or None for the base.
     """
 
-    def __init__(self, backend: Backend, decoding: Decoding) -> None:
+    def __init__(self, backend: Backend, decoding: Decoding, adapter: str | None = None) -> None:
         self._backend = backend
         self._decoding = decoding
+        self._adapter = adapter
         self._numbers = count()
 
     async def token_pool(self) -> Sequence[int]:
@@ -49,10 +51,11 @@ class EngineStreams:
 
     async def _stream(self, prompt: list[int], num_tokens: int) -> StreamTiming:
         number = next(self._numbers)
+        params = stream_params(self._decoding, num_tokens=num_tokens, seed=number)
         request = GenerationRequest(
             request_id=f"bench-{id(self)}-{number}",
             prompt_token_ids=prompt,
-            arms=(Arm(params=stream_params(self._decoding, num_tokens=num_tokens, seed=number)),),
+            arms=(Arm(params=params, adapter=self._adapter),),
         )
         arrivals: list[float] = []
         counts: list[int] = []

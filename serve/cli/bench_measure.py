@@ -1,7 +1,7 @@
 """Measure a set of loads on a stream runner and sum up the repeats."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
@@ -51,28 +51,42 @@ class Measurement:
 
 
 async def measure(
-    runner: StreamRunner, plan: Plan, *, report: Callable[[str], None]
-) -> Measurement:
-    """Warm up, then run every load `repeats` times, the loads in turn."""
-    pool = await runner.token_pool()
+    runners: Mapping[str, StreamRunner], plan: Plan, *, report: Callable[[str], None]
+) -> dict[str, Measurement]:
+    """Warm up, then run every load `repeats` times, the loads and the runners in turn.
+
+    Args:
+        runners: what is measured, by name; one alone may be called "".
+        plan: the loads.
+        report: called with one line at a time about what was measured.
+    """
     rng = random.Random(plan.seed)
+    pools = {name: await runner.token_pool() for name, runner in runners.items()}
 
-    async def run(num_streams: int, new_tokens: int) -> list[StreamTiming]:
-        prompts = random_prompts(pool, num_streams, plan.prompt_tokens, rng)
-        return await runner.run(prompts, new_tokens)
+    async def run(
+        name: str, num_streams: int, new_tokens: int, prompt_tokens: int = plan.prompt_tokens
+    ) -> list[StreamTiming]:
+        prompts = random_prompts(pools[name], num_streams, prompt_tokens, rng)
+        return await runners[name].run(prompts, new_tokens)
 
-    await run(1, min(WARM_UP_TOKENS, plan.new_tokens))
-    short = random_prompts(pool, max(plan.streams), min(WARM_UP_TOKENS, plan.prompt_tokens), rng)
-    await runner.run(short, min(WARM_UP_TOKENS, plan.new_tokens))
-    result = Measurement(rounds={num: [] for num in plan.streams})
+    for name in runners:
+        new_tokens = min(WARM_UP_TOKENS, plan.new_tokens)
+        await run(name, 1, new_tokens)
+        await run(name, max(plan.streams), new_tokens, min(WARM_UP_TOKENS, plan.prompt_tokens))
+    results = {name: Measurement(rounds={num: [] for num in plan.streams}) for name in runners}
     for repeat in range(plan.repeats):
-        for _ in range(PREFILLS_PER_REPEAT):
-            result.prefill_rates.append(prefill_rate(await run(1, 1), plan.prompt_tokens))
-        for num_streams, rounds in result.rounds.items():
-            rounds.append(await run(num_streams, plan.new_tokens))
-        speeds = ", ".join(f"{n}: {decode_rate(r[-1]):.1f}" for n, r in result.rounds.items())
-        report(f"repeat {repeat + 1} of {plan.repeats}: decode tokens/s {speeds}")
-    return result
+        for name, result in results.items():
+            for _ in range(PREFILLS_PER_REPEAT):
+                rate = prefill_rate(await run(name, 1, 1), plan.prompt_tokens)
+                result.prefill_rates.append(rate)
+        for num_streams in plan.streams:
+            for name, result in results.items():
+                result.rounds[num_streams].append(await run(name, num_streams, plan.new_tokens))
+        for name, result in results.items():
+            speeds = ", ".join(f"{n}: {decode_rate(r[-1]):.1f}" for n, r in result.rounds.items())
+            which = f"{name}, " if name else ""
+            report(f"{which}repeat {repeat + 1} of {plan.repeats}: decode tokens/s {speeds}")
+    return results
 
 
 def summarise(measured: Measurement, plan: Plan) -> dict[str, Any]:

@@ -28,6 +28,7 @@ examples:
   proa generate "def fibonacci(n):" --decoding adapt --seed 1
   proa generate --chat "Explain recursion in one sentence." --temperature 0
   proa generate "Once upon a time" --adapter poet=./my-adapter --adapter-scale 0.5
+  proa generate "Once upon a time" --variant small=./small
   cat prompt.txt | proa generate --model ./Llama-3.2-1B --max-tokens 200 --json
 """
 
@@ -51,12 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", metavar="NAME=DIR", help="attach this adapter to the model and use it"
     )
+    parser.add_argument(
+        "--variant",
+        metavar="NAME=DIR",
+        help="load this pruned variant of the model and use it, or what --adapter puts on it",
+    )
     add_request_arguments(parser, max_tokens=256)
     add_options(parser, ENGINE_OPTIONS)
 
 
 def _engine_options() -> dict[str, Any]:
-    chosen = {n: o for n, o in OPTIONS.items() if o.group in (MODEL, COMPUTE)}
+    chosen = {n: o for n, o in OPTIONS.items() if o.group in (MODEL, COMPUTE) or n == "dequantize"}
     return {n: o.as_flag() for n, o in chosen.items() if n != "served_model_name"}
 
 
@@ -85,7 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("PROMPT: the prompt is empty")
     given = {**given_options(arguments, ENGINE_OPTIONS), "max_running_sequences": "1"}
     # What a server would attach by its environment is not asked for here.
-    given |= {"adapter": [] if arguments.adapter is None else [arguments.adapter]}
+    for name in ("adapter", "variant"):
+        text = getattr(arguments, name)
+        given[name] = [] if text is None else [text]
     config = build_config(given, environ=os.environ)
     # Loads torch, which takes seconds: wrong arguments are refused first.
     from serve.server import build_service, close_service
@@ -93,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     async def generate() -> None:
         service = build_service(config, report=_say_nothing if arguments.json else say)
         try:
-            model = service.adapters[0] if service.adapters else service.model_id
+            model = (service.model_id, *service.adapters)[-1]
             path, body = _request(prompt, arguments, model)
             chunks = stream_completion(service.app, path, {**body, **fields})
             await _print_answer(chunks, is_json=arguments.json)

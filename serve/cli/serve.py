@@ -25,6 +25,7 @@ examples:
   proa serve Qwen/Qwen2.5-0.5B-Instruct --port 9000 --max-context 4096
   proa serve ./model-Q4_1.gguf --served-model-name mine
   proa serve --adapter poet=./my-adapter --adapter-root ./adapters
+  proa serve --variant small=./small --adapter healed=./healed
   PROA_API_KEY=secret proa serve --host 0.0.0.0
   proa serve --config proa.yaml
 

@@ -28,11 +28,15 @@ or "sentence1" and "sentence2", as the GLUE tasks have them.
 The output folder receives the adapter, metrics.jsonl (one line for each step and evaluation),
 loss.png and, until the end, checkpoints. Ctrl-C saves a checkpoint; the same command with --resume
 goes on from there, or from the last one after a crash, and computes the very same numbers.
+
+With --on the side network is trained on a pruned variant of the model, which heals it: it runs on
+that variant alone.
 """
 
 EXAMPLES = """\
 examples:
   proa train qst --data chats.jsonl --output ./my-adapter
+  proa train qst --on ./small --data chats.jsonl --output ./healed
   proa train qst --data gsm8k.jsonl --output ./gsm --epochs 2 --max-length 512 --long skip
   proa train qst --data chats.jsonl --output ./my-adapter --resume
   proa train qst --task classification --data train.tsv --eval-data dev.tsv --output ./rte
@@ -45,7 +49,7 @@ LONG_POLICIES = ("error", "truncate", "skip")
 MODEL_OPTIONS = {
     name: declared.as_flag()
     for name, declared in OPTIONS.items()
-    if declared.group in (MODEL, COMPUTE)
+    if (declared.group in (MODEL, COMPUTE) or name == "dequantize")
     and name not in ("served_model_name", "kv_cache_dtype", "kv_cache_tokens")
 }
 # Flag, type, placeholder, help. What is not given keeps the default of `QstConfig`, whose module
@@ -102,6 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what becomes of longer sequences [default: {LONG_POLICIES[0]}]",
     )
     side = parser.add_argument_group("Side network")
+    side.add_argument(
+        "--on", metavar="DIR", type=Path, help="the pruned variant of the model that it sits on"
+    )
     for flag, kind, metavar, text in SIDE_FLAGS:
         side.add_argument(flag, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)
     side.add_argument(
@@ -169,6 +176,8 @@ def run(arguments: argparse.Namespace) -> int:
     for flag, path in (("--data", arguments.data), ("--eval-data", arguments.eval_data)):
         if path is not None and not path.is_file():
             raise UserError(f"{flag}: {path} is not a file")
+    if arguments.on is not None and not arguments.on.is_dir():
+        raise UserError(f"--on: {arguments.on} is not a folder")
     if arguments.max_length is not None and arguments.max_length < 2:
         raise UserError(f"--max-length must be at least 2, got {arguments.max_length}")
     given = given_options(arguments, MODEL_OPTIONS)

@@ -1,11 +1,7 @@
 """Run a training from the command line: model, data, signals, and what is told."""
 
 import argparse
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -13,12 +9,13 @@ from adapters.format import AdapterError
 from adapters.qst.config import QstConfig
 from adapters.qst.examples import Example
 from adapters.qst.trainer import perplexity
-from adapters.qst.training import TrainingInterrupted, TrainingResult, train
-from adapters.qst.training_state import TrainingError
+from adapters.qst.training import TrainingResult, train
 from adapters.training_config import TrainingConfig
+from adapters.training_state import TrainingError, TrainingInterrupted
 from models.checkpoints import Checkpoint, CheckpointError
-from serve.base_model import build_decoder, load_base, settle_memory
+from serve.base_model import build_decoder, load_base, load_variant, settle_memory
 from serve.cli.arguments import CommandError, UserError, say
+from serve.cli.stop_signals import INTERRUPTED, stop_signals
 from serve.cli.train_data import (
     Limit,
     build_examples,
@@ -37,7 +34,6 @@ QST_FIELDS = (
     "reduction", "rank", "downsample", "side_heads", "side_kv_heads", "side_head_dim",
     "side_intermediate",
 )  # fmt: skip
-_INTERRUPTED = 130
 
 
 def run_training(
@@ -51,6 +47,11 @@ def run_training(
         tokenizer = Tokenizer.from_folder(checkpoint.folder)
     except (CheckpointError, TokenizerError, ChatTemplateError) as error:
         raise UserError(str(error)) from error
+    if arguments.on is not None:
+        try:
+            _, checkpoint = load_variant(server_config, checkpoint, arguments.on, report=say)
+        except (AdapterError, CheckpointError) as error:
+            raise UserError(f"--on: {error}") from error
     examples, eval_examples, labels = read_data(arguments, checkpoint, tokenizer)
     given = {name: value for name, value in vars(arguments).items() if name in QST_FIELDS}
     try:
@@ -67,7 +68,7 @@ def run_training(
     torch.set_num_threads(int(server_config.threads))
     settle_memory(checkpoint.folder.resolve())
     say(f"{decoder.kernels} kernels, {server_config.threads} threads")
-    with _stop_signals() as requested:
+    with stop_signals() as requested:
         try:
             result = train(
                 decoder,
@@ -85,10 +86,10 @@ def run_training(
             )
         except TrainingInterrupted as stopped:
             say(f"{stopped}; the same command with --resume goes on from there")
-            return _INTERRUPTED
+            return INTERRUPTED
         except (TrainingError, AdapterError) as error:
             raise CommandError(str(error)) from None
-    for line in describe_result(result, arguments.output):
+    for line in describe_result(result, arguments.output, arguments.on):
         say(line)
     return 0
 
@@ -122,8 +123,14 @@ def read_data(
     return found[0], found[1] if len(found) > 1 else None, labels
 
 
-def describe_result(result: TrainingResult, output: Path) -> list[str]:
-    """Return the lines that end a training."""
+def describe_result(result: TrainingResult, output: Path, variant: Path | None) -> list[str]:
+    """Return the lines that end a training.
+
+    Args:
+        result: what came of it.
+        output: folder of the adapter.
+        variant: folder of the variant that it sits on, or None.
+    """
     lines = [result.memory.describe()]
     found = result.evaluation
     if found is not None:
@@ -137,24 +144,6 @@ def describe_result(result: TrainingResult, output: Path) -> list[str]:
         lines.append(f"held-out loss: {base}{adapted}")
     lines.append(f"{output}: {result.steps} steps, {result.num_parameters} parameters")
     if found is None or found.accuracy is None:
-        lines.append(f"serve it with: proa serve --adapter {output.resolve().name}={output}")
+        below = "" if variant is None else f"--variant {variant.resolve().name}={variant} "
+        lines.append(f"serve it with: proa serve {below}--adapter {output.resolve().name}={output}")
     return lines
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM; a second one stops at once."""
-    requested: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        if requested:
-            raise KeyboardInterrupt
-        requested.append(number)
-        say("stopping after this step; once more: at once")
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requested
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -28,6 +28,15 @@ def chain_key(parent_key: bytes, token_ids: bytes) -> bytes:
     return hashlib.sha256(parent_key + token_ids).digest()
 
 
+def variant_root_key(digest: str) -> bytes:
+    """Give the parent key of the first block of a sequence that runs on a variant of the base.
+
+    Args:
+        digest: of the files that the variant came from.
+    """
+    return hashlib.sha256(b"variant" + digest.encode()).digest()
+
+
 def side_root_key(digest: str) -> bytes:
     """Give what stands for a side network in the keys of its blocks.
 
@@ -42,7 +51,8 @@ def side_key(root_key: bytes, base_key: bytes) -> bytes:
 
     Args:
         root_key: of the side network.
-        base_key: of the base's block of the same tokens; it stands for all of them.
+        base_key: of the block of the same tokens in the cache of the model that it reads; it stands
+            for all of them, and for that model.
     """
     return hashlib.sha256(root_key + base_key).digest()
 

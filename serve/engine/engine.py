@@ -4,7 +4,6 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence as TokenIds
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,11 +11,9 @@ from torch import Tensor
 from decoding.logprobs import token_logprobs
 from decoding.row import Row
 from decoding.sampler import Sampled, Sampler
-from models.kv_cache import KVCache
-from models.side import AttachedSide
 from serve.engine.cache_blocks import CacheBlocks
 from serve.engine.model import Model
-from serve.engine.packing import BatchPacker
+from serve.engine.runner import ModelRunner
 from serve.engine.scheduler import Chunk, Scheduler
 from serve.engine.sequence import (
     FinishReason,
@@ -44,7 +41,7 @@ def describe_error(error: Exception) -> str:
 
 
 class Engine:
-    """Continuous batching of token streams over one model.
+    """Continuous batching of token streams over one model and its variants.
 
     Rows never influence one another: what a sequence generates depends on its own request only.
 
@@ -73,7 +70,7 @@ class Engine:
         """Allocate the cache.
 
         Args:
-            model: a decoder.
+            model: the base, a decoder.
             sampler: a `decoding.Sampler` for the model's vocabulary.
             eos_token_ids: tokens that end a sequence unless `ignore_eos`.
             num_cache_blocks: blocks of the KV cache, >= 1.
@@ -117,23 +114,17 @@ class Engine:
         self.num_steps = 0
         self.num_generated_tokens = 0
         self.error: str | None = None
-        self._packer = BatchPacker(
+        self._runner = ModelRunner(
+            model,
+            num_cache_blocks=num_cache_blocks,
+            num_side_cache_blocks=num_side_cache_blocks,
+            block_size=block_size,
+            cache_dtype=cache_dtype,
             max_batch_tokens=max_batch_tokens,
             max_running_sequences=max_running_sequences,
             max_context_tokens=self.max_context_tokens,
-            max_blocks=max_blocks,
-            side_cache=self._side_cache,
         )
-        self._model = model
         self._sampler = sampler
-        self._cache = model.make_cache(
-            num_blocks=num_cache_blocks, block_size=block_size, dtype=cache_dtype
-        )
-        self._make_side_cache = partial(
-            model.make_side_cache, num_blocks=num_side_cache_blocks, block_size=block_size,
-            dtype=cache_dtype,
-        )  # fmt: skip
-        self._side_caches: dict[object, KVCache] = {}
         self._eos_token_ids = frozenset(eos_token_ids)
         self._live: dict[Request, None] = {}
         self._outputs: Outputs = {}
@@ -225,18 +216,18 @@ class Engine:
             chunks = self.scheduler.schedule()
             assert chunks, "a sequence is waiting, but none can run"
             with torch.inference_mode():
-                logits = self._forward(chunks)
-                if logits is not None:
+                computed = self._forward(chunks)
+                if computed is not None:
                     self.scheduler.commit(chunks)
-                    self._read_logits(chunks, logits)
+                    self._read_logits(*computed)
         if not self._live:
-            self._packer.forget()
+            self._runner.forget()
         return self.take_outputs()
 
-    def _forward(self, chunks: list[Chunk]) -> Tensor | None:
-        """Run the model; on a fault end all requests that run and return None."""
+    def _forward(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor] | None:
+        """Run the chunks; on a fault end all requests that run and return None."""
         try:
-            logits = self._model.forward(self._packer.pack(chunks), self._cache)
+            computed = self._runner.forward(chunks)
         except Exception as error:
             logger.error("forward failed: %s", describe_error(error))
             self._num_failures += 1
@@ -251,25 +242,18 @@ class Engine:
             return None
         self._num_failures = 0
         self.num_steps += 1
-        return logits
+        return computed
 
     def _has_side_caches(self, request: Request) -> bool:
         """Make the side caches that a request needs; False if there is no memory for one."""
         try:
             for sequence in request.sequences:
                 if sequence.adapter is not None:
-                    self._side_cache(sequence.adapter.side)
+                    self._runner.side_cache(sequence.adapter.side)
         except Exception as error:
             logger.error("a side cache cannot be made: %s", describe_error(error))
             return False
         return True
-
-    def _side_cache(self, side: AttachedSide) -> KVCache:
-        """Return the cache that side networks of this shape share, made for the first of them."""
-        cache = self._side_caches.get(side.cache_shape)
-        if cache is None:
-            cache = self._side_caches[side.cache_shape] = self._make_side_cache(side)
-        return cache
 
     def _read_logits(self, chunks: list[Chunk], logits: Tensor) -> None:
         """Turn the logits of a step into prompt log probabilities and new tokens."""

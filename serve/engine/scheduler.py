@@ -8,7 +8,8 @@ blocks back and later computes all its tokens again.
 A sequence with a side network has blocks of the side cache beside those of the base, as many. A
 token must be computed again as long as one of the two caches lacks it; what the base has of it is
 then left alone. The first sequence of a request computes the prompt for its siblings: the side
-networks that they use read along.
+networks that they use read along. Variants of the base have keys and values of their own, so there
+is a first one for each variant.
 """
 
 from bisect import bisect_left, insort
@@ -20,6 +21,12 @@ from serve.engine.sequence import Request, Sequence, SequenceState, SideAdapter,
 
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
+
+
+def _held_by(sequence: Sequence) -> list[Sequence]:
+    """Give the siblings that wait for what a sequence computes: those held of its variant."""
+    held = sequence.request.held
+    return [other for other in held if other.variant is sequence.variant]
 
 
 def _discard(sequences: list[Sequence], sequence: Sequence) -> None:
@@ -120,17 +127,19 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a started request.
 
-        When its sequences can share full blocks of the prompt, all but the first are held until
-        that one has computed it.
+        Where its sequences can share full blocks of the prompt, all but the first of each variant
+        are held until that one has computed it.
         """
         self.num_queued_requests += 1
         self.num_queued_tokens += len(request.prompt_token_ids)
         is_shared = self._prefix_caching and len(request.prompt_token_ids) > self._block_size
+        variants: set[object] = set()
         for sequence in request.sequences:
-            if is_shared and sequence.index:
+            if is_shared and sequence.variant in variants:
                 sequence.state = SequenceState.HELD
                 request.held.append(sequence)
             else:
+                variants.add(sequence.variant)
                 self._wait(sequence)
 
     def finish(self, sequence: Sequence) -> None:
@@ -146,8 +155,9 @@ class Scheduler:
         else:
             assert state is SequenceState.WAITING, "a sequence finishes once"
             _discard(self.waiting, sequence)
-        if request.held:
-            self._wait(request.held.pop(0))
+        held = _held_by(sequence)
+        if held:
+            self._let_go(held[:1])
         elif request.is_queued and all(
             other.state is SequenceState.FINISHED for other in request.sequences
         ):
@@ -208,14 +218,18 @@ class Scheduler:
                 self._publish(sequence, num_full)
             if sequence.sides:
                 self._commit_sides(sequence, num_full)
-            held = sequence.request.held
-            if held and sequence.num_computed >= len(sequence.request.prompt_token_ids):
-                while held:
-                    self._wait(held.pop(0))
+            request = sequence.request
+            if request.held and sequence.num_computed >= len(request.prompt_token_ids):
+                self._let_go(_held_by(sequence))
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
         insort(self.waiting, sequence, key=_order)
+
+    def _let_go(self, held: list[Sequence]) -> None:
+        for sequence in held:
+            sequence.request.held.remove(sequence)
+            self._wait(sequence)
 
     def _leave_queue(self, request: Request) -> None:
         request.is_queued = False
@@ -336,7 +350,7 @@ class Scheduler:
         """
         num_shared = (len(sequence.request.prompt_token_ids) - 1) // self._block_size
         seen = {sequence.adapter.root_key} if sequence.adapter else set()
-        for other in sequence.request.held:
+        for other in _held_by(sequence):
             adapter = other.adapter
             if adapter is not None and adapter.root_key not in seen:
                 seen.add(adapter.root_key)

@@ -10,7 +10,13 @@ from decoding import SamplingParams, derive_seed
 from decoding.row import Row
 from models.kv_cache import KVCache
 from models.side import AttachedSide
-from serve.engine.cache_blocks import BASE_ROOT_KEY, chain_key, side_root_key
+from serve.engine.cache_blocks import (
+    BASE_ROOT_KEY,
+    chain_key,
+    side_root_key,
+    variant_root_key,
+)
+from serve.engine.model import Model
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 ScoredToken = tuple[float, tuple[tuple[int, float], ...]]
@@ -28,6 +34,22 @@ class SequenceState(Enum):
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
+
+
+class ModelVariant:
+    """A pruned variant of the base that sequences can run on.
+
+    Attributes:
+        model: its decoder; keys and values have the base's shapes, so it fills the base's cache.
+        root_key: stands for its content in the keys of its blocks.
+    """
+
+    __slots__ = ("model", "root_key")
+
+    def __init__(self, model: Model, digest: str) -> None:
+        """Take a decoder and the digest of the files that the variant came from."""
+        self.model = model
+        self.root_key = variant_root_key(digest)
 
 
 class SideAdapter:
@@ -77,6 +99,7 @@ class Sequence:
         index: number of the sequence in the request, from 0.
         params: sampling parameters.
         seed: of its draws.
+        variant: what it runs on, or None for the base.
         adapter: the side network that it uses, or None.
         adapter_scale: how much of it, above 0.
         order: (arrival of the request, index); smaller is older and goes first.
@@ -85,7 +108,7 @@ class Sequence:
         sides: side networks that read it: its own first, if it uses one, then those that read along
             for its siblings; empty unless running.
         num_computed: leading tokens that need not be computed any more.
-        write_start: leading positions whose keys and values the base's cache had at admission.
+        write_start: leading positions whose keys and values the cache had at admission.
         num_published: leading blocks that were offered for reuse.
         num_cached_prompt_tokens: prompt tokens found in the prefix cache at first admission; None
             before it.
@@ -98,6 +121,7 @@ class Sequence:
     index: int
     params: SamplingParams
     seed: int
+    variant: ModelVariant | None
     adapter: SideAdapter | None
     adapter_scale: float
     order: tuple[int, int]
@@ -134,10 +158,11 @@ class Sequence:
     def block_key(self, i: int, block_size: int) -> bytes:
         """Give the key of block `i`, which must be full of known tokens."""
         keys = self._block_keys
+        root_key = BASE_ROOT_KEY if self.variant is None else self.variant.root_key
         while len(keys) <= i:
             start = len(keys) * block_size
             block_ids = self.token_ids[start : start + block_size].tobytes()
-            keys.append(chain_key(keys[-1] if keys else BASE_ROOT_KEY, block_ids))
+            keys.append(chain_key(keys[-1] if keys else root_key, block_ids))
         return keys[i]
 
 
@@ -148,12 +173,14 @@ class Branch:
     Attributes:
         params: sampling parameters with `seed` and `max_tokens` set.
         num_sequences: how many.
-        adapter: the side network that they use, or None.
-        adapter_scale: how much of it, 0 .. 1; 0: they are plain sequences of the base.
+        variant: what they run on, or None for the base.
+        adapter: the side network that they use, or None; made for what they run on.
+        adapter_scale: how much of it, 0 .. 1; 0: they are plain sequences of base or variant.
     """
 
     params: SamplingParams
     num_sequences: int = 1
+    variant: ModelVariant | None = None
     adapter: SideAdapter | None = None
     adapter_scale: float = 1.0
 
@@ -169,7 +196,7 @@ class Request:
         prompt_is_template: the prompt ends in a chat template's header.
         is_traced: report what the decoding strategy did for each token.
         sequences: filled by `start`.
-        held: sequences waiting for a sibling to compute the prompt.
+        held: sequences waiting for a sibling of their variant to compute the prompt.
         num_unfinished: sequences that have not finished.
         is_queued: no sequence was admitted yet.
     """
@@ -230,7 +257,7 @@ class Request:
                 index = len(self.sequences)
                 sequence = Sequence(
                     request=self, index=index, params=branch.params,
-                    seed=derive_seed(branch.params.seed, i),
+                    seed=derive_seed(branch.params.seed, i), variant=branch.variant,
                     adapter=branch.adapter if branch.adapter_scale else None,
                     adapter_scale=branch.adapter_scale, order=(arrival, index),
                     token_ids=prompt[:],

@@ -1,6 +1,7 @@
-"""A server as a process, and adapters for the tiny model."""
+"""A server as a process, and adapters and variants for the tiny model."""
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -91,18 +92,31 @@ def write_adapter(tiny_llama_folder: Path) -> WriteAdapter:
     """Write a side network with random weights for the tiny model, quantization "none"."""
     import torch  # slow, and not every test needs an adapter
 
+    from adapters.disp.variant import load_disp
     from adapters.qst.adapter import save_qst
     from adapters.qst.config import QstConfig
     from adapters.qst.network import QstNetwork
     from models.checkpoints import load_checkpoint
+    from models.pruning import prune_spec
 
     base = load_checkpoint(str(tiny_llama_folder), quantization="none", report=lambda _: None)
 
-    def write(folder: Path, *, seed: int = 0, fingerprint: str | None = None, **sizes: int) -> Path:
-        """Write to a folder; `sizes` are fields of `QstConfig`."""
-        network = QstNetwork(
-            base.spec, QstConfig(**{"reduction": 4, "rank": 4, **sizes}), seed=seed
-        )
+    def write(
+        folder: Path,
+        *,
+        seed: int = 0,
+        fingerprint: str | None = None,
+        on: Path | None = None,
+        **sizes: int,
+    ) -> Path:
+        """Write to a folder, for the variant in the folder `on`; `sizes`: fields of `QstConfig`."""
+        spec, chain = base.spec, ()
+        if on is not None:
+            variant = load_disp(
+                on, spec, fingerprint=base.fingerprint, quantization="none", model_id=base.name
+            )
+            spec, chain = prune_spec(spec, variant.selections), (variant.digest,)
+        network = QstNetwork(spec, QstConfig(**{"reduction": 4, "rank": 4, **sizes}), seed=seed)
         with torch.no_grad():
             network.get_parameter("alpha").fill_(0.25)
         save_qst(
@@ -111,8 +125,55 @@ def write_adapter(tiny_llama_folder: Path) -> WriteAdapter:
             base_id=base.name,
             base_fingerprint=fingerprint or base.fingerprint,
             base_quantization=base.quantization,
+            chain=chain,
             description=f"side network {seed}",
             training={"steps": 0, "data": "none"},
+        )
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_variant(tiny_llama_folder: Path) -> WriteAdapter:
+    """Write a pruned variant of the tiny model with random channels, for any quantization."""
+    from adapters.disp.variant import save_disp
+    from models.checkpoints import load_checkpoint
+    from models.pruning import MODULES, LayerSelection, widths_of
+
+    base = load_checkpoint(str(tiny_llama_folder), quantization="none", report=lambda _: None)
+
+    def write(
+        folder: Path,
+        *,
+        seed: int = 0,
+        fingerprint: str | None = None,
+        quantization: str = "none",
+        keep: float = 0.5,
+    ) -> Path:
+        """Write to a folder; `fingerprint` is that of a base of this quantization."""
+        rng = random.Random(seed)
+        selections = tuple(
+            LayerSelection(
+                **{
+                    module: tuple(sorted(rng.sample(range(width), round(width * keep))))
+                    for module, width in zip(MODULES, widths, strict=True)
+                }
+            )
+            for widths in widths_of(base.spec)
+        )
+        save_disp(
+            folder,
+            selections,
+            base.spec,
+            base_id=base.name,
+            base_fingerprint=fingerprint or base.fingerprint,
+            base_quantization=quantization,
+            dense_fingerprint="" if fingerprint else base.fingerprint,
+            align=8,
+            residual="independent",
+            description=f"variant {seed}",
+            training={"steps": 0},
         )
         return folder
 

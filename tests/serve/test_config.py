@@ -51,6 +51,7 @@ def test_every_option_can_be_set_from_every_source(tmp_path: Path) -> None:
     texts = {
         "model": "m", "served_model_name": "n", "quantization": "none", "head": "nf4",
         "cache_dir": "c", "adapter": "a=d", "adapter_root": "r", "adapter_memory_bytes": "3MB",
+        "variant": "b=e", "dequantize": "on",
         "admin_key": "s", "admin_key_file": "t", "host": "::1", "port": "1",
         "api_key": "k", "api_key_file": "f",
         "allowed_host": "h", "device": "cpu", "kernels": "reference", "threads": "3",
@@ -146,7 +147,9 @@ def test_unknown_variable_is_reported_with_the_likely_name() -> None:
         ("adapter", ("a",), "adapter: 'a' is not NAME=DIR"),
         ("adapter", ("=d",), "adapter: '=d' is not NAME=DIR"),
         ("adapter", ("a=",), "adapter: 'a=' is not NAME=DIR"),
-        ("adapter", ("a=d", "a=e"), "adapter: two are called 'a'"),
+        ("adapter", ("a=d", "a=e"), "adapter, variant: two are called 'a'"),
+        ("variant", ("a=d", "a=e"), "adapter, variant: two are called 'a'"),
+        ("variant", ("a",), "variant: 'a' is not NAME=DIR"),
         ("adapter_memory_bytes", -1, "adapter_memory_bytes: -1 is not a size"),
         ("prefix_caching", 1, "prefix_caching: 1 is not true or false"),
     ],

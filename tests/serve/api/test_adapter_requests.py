@@ -34,6 +34,35 @@ def test_models_are_base_adapters_and_strategies_of_each(client: Client) -> None
         assert client.get(f"/v1/models/{model['id']}").json() == model
 
 
+def test_models_name_variants_and_what_sits_on_them(client: Client, backend: FakeBackend) -> None:
+    backend.attached["small"] = make_adapter("small", method="disp", created=5)
+    backend.attached["healed"] = make_adapter("healed", on="small")
+    data = client.get("/v1/models").json()["data"]
+    found = {m["id"]: (m["parent"], m["root"], m["x_kind"]) for m in data}
+    assert found["smollm2:small"] == ("smollm2", "smollm2", "variant")
+    assert found["smollm2:small@adapt"] == ("smollm2:small", "smollm2", "strategy")
+    assert found["smollm2:healed"] == ("smollm2:small", "smollm2", "adapter")
+    assert found["smollm2:poet"] == ("smollm2", "smollm2", "adapter")
+    for model in data:
+        assert client.get(f"/v1/models/{model['id']}").json() == model
+
+
+@pytest.mark.parametrize("suffix", ["", "@adapt"])
+@pytest.mark.parametrize("scale", [0, 1, 2])
+def test_scale_of_a_variant_alone_is_refused(
+    client: Client, backend: FakeBackend, suffix: str, scale: float
+) -> None:
+    backend.attached["small"] = make_adapter("small", method="disp")
+    backend.attached["healed"] = make_adapter("healed", on="small")
+    for send in (client.chat, client.complete):
+        response = send(model="smollm2:small" + suffix, adapter_scale=scale)
+        message = check_error(response, 400, param="adapter_scale", code="invalid_value")
+        assert "needs a model id with a side network" in message
+        assert send(model="smollm2:small" + suffix).status_code == 200
+        assert send(model="smollm2:healed" + suffix, adapter_scale=0).status_code == 200
+    assert [request.arms[0].adapter_scale for request in backend.requests] == [1.0, 0.0] * 2
+
+
 @pytest.mark.parametrize(
     ("model", "adapter", "strategy"),
     [
@@ -164,7 +193,7 @@ def test_scale_without_an_adapter_is_refused(
         client.complete(model=model, adapter_scale=scale),
     ):
         message = check_error(response, 400, param="adapter_scale", code="invalid_value")
-        assert "needs a model id with an adapter" in message
+        assert "needs a model id with a side network" in message
 
 
 def test_scale_of_null_is_the_default(client: Client, backend: FakeBackend) -> None:

@@ -144,6 +144,9 @@ def test_adapter_lives_from_attaching_to_detaching(admin: Client, backend: FakeB
         "description": "a test",
         "num_parameters": 10,
         "num_bytes": 40,
+        "on": None,
+        "removed": None,
+        "speed": None,
         "is_loaded": True,
         "num_running": 0,
         "created": 1_700_000_000,
@@ -260,6 +263,27 @@ def test_keys_and_paths_are_not_logged(admin: Client, caplog: pytest.LogCaptureF
 
 def metric_lines(response: httpx.Response, stem: str) -> list[str]:
     return [line for line in response.text.splitlines() if line.startswith(f"proa_{stem}")]
+
+
+def test_variant_is_described_with_what_it_is_worth(admin: Client, backend: FakeBackend) -> None:
+    backend.attached["small"] = make_adapter("small", method="disp", removed=0.4, speed=1.25)
+    backend.attached["healed"] = make_adapter("healed", on="small")
+    entry = admin.get("/v1/adapters/small").json()
+    assert (entry["method"], entry["on"]) == ("disp", None)
+    assert (entry["removed"], entry["speed"]) == (0.4, 1.25)
+    entry = admin.get("/v1/adapters/healed").json()
+    assert (entry["on"], entry["removed"], entry["speed"]) == ("small", None, None)
+
+
+def test_memory_of_variants_is_counted_apart(admin: Client, backend: FakeBackend) -> None:
+    backend.attached["small"] = make_adapter("small", method="disp", num_bytes=1000)
+    metrics = admin.get("/metrics")
+    for name, value in (("adapter", "40.0"), ("variant", "1000.0")):
+        (line,) = metric_lines(metrics, f"{name}_memory_bytes{{")
+        assert line.endswith(f" {value}")
+    assert admin.chat(model="smollm2:small").status_code == 200
+    counted = metric_lines(admin.get("/metrics"), 'adapter_tokens_total{adapter="small"')
+    assert counted == ['proa_adapter_tokens_total{adapter="small",model_name="smollm2"} 3.0']
 
 
 def test_metrics_count_adapters_and_their_tokens(admin: Client, backend: FakeBackend) -> None:

@@ -140,6 +140,21 @@ def test_shared_scale_is_for_the_arms_with_an_adapter(client: Client, backend: F
     assert "needs a model id" in check_error(response, 400, param="adapter_scale")
 
 
+def test_shared_scale_is_not_for_variants_alone(client: Client, backend: FakeBackend) -> None:
+    backend.attached["small"] = make_adapter("small", method="disp")
+    backend.attached["healed"] = make_adapter("healed", on="small")
+    small, healed = {"model": "smollm2:small"}, {"model": "smollm2:healed"}
+    assert compare(client, small, healed, adapter_scale=0.5).status_code == 200
+    (request,) = backend.requests
+    assert [(arm.adapter, arm.adapter_scale) for arm in request.arms] == [
+        ("small", 1.0), ("healed", 0.5)
+    ]  # fmt: skip
+    response = compare(client, small, adapter_scale=0.5)
+    assert "needs a model id" in check_error(response, 400, param="adapter_scale")
+    response = compare(client, healed, {**small, "adapter_scale": 0.5})
+    assert "needs a model id" in check_error(response, 400, param="arms[1].adapter_scale")
+
+
 def seeds_of(client: Client, backend: FakeBackend, *arms: Any, **fields: Any) -> list[int | None]:
     assert compare(client, *arms, **fields).status_code == 200
     return [arm.params.seed for arm in backend.requests[-1].arms]
@@ -239,7 +254,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "arm-scale": (
         {"arms": [{**ARM, "adapter_scale": 1}]},
         "arms[0].adapter_scale",
-        "needs a model id with an adapter",
+        "needs a model id with a side network",
     ),
     "arm-scale-high": (
         {"arms": [{"model": "smollm2:poet", "adapter_scale": 2}]},

@@ -1,6 +1,7 @@
 """`proa adapters`, and an adapter in `proa generate`."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def test_list_asks_the_server(call_proa, server) -> None:
     assert second.endswith("waits on disk")
     assert third.endswith("in use by 2  a?[2Jb")
     assert server.keys == ["Bearer k"]
+
+
+def test_list_shows_variants_and_what_sits_on_them(call_proa, server) -> None:
+    variant = {**ENTRY, "method": "disp", "removed": 0.4, "speed": 1.274, "on": None}
+    healed = {**ENTRY, "on": "small", "removed": None, "speed": None, "description": ""}
+    server.adapters = [{**variant, "id": "tiny:small"}, {**healed, "id": "tiny:healed"}]
+    done = call_proa("adapters", "list", "--url", server.url)
+    _, first, second = done.stdout.splitlines()
+    assert first.endswith("loaded, 40% removed, 1.27x the base  rhymes")
+    assert second.endswith("loaded, on small")
 
 
 def test_list_of_a_server_without_adapters_says_how_to_attach_one(call_proa, server) -> None:
@@ -113,6 +124,73 @@ def test_verify_says_what_cannot_be_served(
     assert done.stdout.rstrip().endswith("it is for sequence_classification and cannot be served")
 
 
+@pytest.fixture
+def variant(write_variant, tmp_path: Path) -> Path:
+    return write_variant(tmp_path / "variants" / "small")
+
+
+def test_list_finds_variants_below_folders(call_proa, variant: Path) -> None:
+    done = call_proa("adapters", "list", str(variant.parent))
+    assert re.search(
+        r"small  disp, \d\.\d kB, for tiny-llama: variant 0$", done.stdout.rstrip("\n")
+    )
+
+
+def test_inspect_prints_the_card_of_a_variant(call_proa, variant: Path) -> None:
+    done = call_proa("adapters", "inspect", str(variant))
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["method"] == "disp"
+    assert len(rows["fingerprint"]) == len(rows["digest"]) == 64
+    assert rows["after"] == "nothing: attaches to the base itself"
+    assert rows["removed of linears"] == "66.7%"
+    assert float(rows["removed of model"].rstrip("%")) < 66.7
+    assert rows["residual channels"] == "independent"
+    assert rows["widths"] == "of 2 layers, multiples of 8"
+    assert rows["widths: attn_in"] == "16.0 (16 to 16)"
+    assert rows["widths: mlp_mid"] == "32.0 (32 to 32)"
+    assert rows["indices"].startswith(f"{2 * (4 * 16 + 32)}, ")
+    assert rows["training: steps"] == "0"
+
+
+def test_verify_holds_a_variant_against_the_base(
+    call_proa, variant: Path, write_variant, model: list[str], tmp_path: Path
+) -> None:
+    done = call_proa("adapters", "verify", str(variant), *model)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{variant} fits tiny-llama (fingerprint ")
+    other = write_variant(tmp_path / "other", fingerprint="0" * 64)
+    done = call_proa("adapters", "verify", str(other), *model)
+    assert done.returncode == 1
+    assert "does not fit tiny-llama: " in done.stderr
+    assert "fingerprint 000000000000" in done.stderr
+    done = call_proa("adapters", "verify", str(variant), "--on", str(variant), *model)
+    assert done.returncode == 2
+    assert f"--on: {variant} is a pruned variant itself" in done.stderr
+
+
+def test_verify_holds_a_side_network_against_its_variant(
+    call_proa, variant: Path, write_adapter, write_variant, model: list[str], tmp_path: Path
+) -> None:
+    healed = write_adapter(tmp_path / "healed", on=variant)
+    done = call_proa("adapters", "verify", str(healed), "--on", str(variant), *model)
+    assert done.returncode == 0, done.stderr
+    assert f"{healed} fits tiny-llama with the variant {variant} " in done.stdout
+    done = call_proa("adapters", "verify", str(healed), *model)
+    assert done.returncode == 2
+    assert "was trained on a pruned variant (" in done.stderr
+    assert "give it with --on" in done.stderr
+    other = write_variant(tmp_path / "other", seed=1)
+    done = call_proa("adapters", "verify", str(healed), "--on", str(other), *model)
+    assert done.returncode == 1
+    assert "was trained with chain" in done.stderr
+    done = call_proa("adapters", "verify", str(healed), "--on", str(healed), *model)
+    assert done.returncode == 2
+    assert "--on: " in done.stderr
+    assert "method must be 'disp'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "status", "match"),
     [
@@ -149,14 +227,37 @@ def test_generate_answers_with_the_adapter(call_proa, adapter: Path, model: list
     assert text("--adapter", f"poet={adapter}", "--adapter-scale", "1") == blended
 
 
+def test_generate_answers_with_a_variant_and_with_what_sits_on_it(
+    call_proa, variant: Path, write_adapter, model: list[str], tmp_path: Path
+) -> None:
+    words = ["generate", "abc", *model, "--max-tokens", "8", "--temperature", "0", "--json",
+             "--cache-dir", str(tmp_path)]  # fmt: skip
+    healed = write_adapter(tmp_path / "healed", on=variant)
+
+    def text(*more: str) -> str:
+        done = call_proa(*words, *more)
+        assert done.returncode == 0, done.stderr
+        return str(json.loads(done.stdout)["text"])
+
+    on = ["--variant", f"small={variant}"]
+    base, pruned = text(), text(*on)
+    assert pruned != base
+    on += ["--adapter", f"healed={healed}"]
+    assert text(*on) != pruned
+    assert text(*on, "--adapter-scale", "0") == pruned
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
+        (["--variant", "small"], "--variant: 'small' is not NAME=DIR"),
+        (["--variant", "a=no/such/folder"], "variant: a: no/such/folder is not a folder"),
+        (["--variant", "a=tests"], "variant 'a': "),
         (["--adapter", "poet"], "--adapter: 'poet' is not NAME=DIR"),
         (["--adapter", "poet=no/such/folder"], "adapter: poet: no/such/folder is not a folder"),
         (["--adapter", "a/b=tests"], "adapter name must be"),
         (["--adapter", "a=tests"], "adapter 'a': "),
-        (["--adapter-scale", "0.5"], "adapter_scale needs a model id with an adapter"),
+        (["--adapter-scale", "0.5"], "adapter_scale needs a model id with a side network"),
         (["--adapter-scale", "nan"], "--adapter-scale: nan is not a finite number"),
     ],
 )

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
+import re
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +122,33 @@ def test_bench_prints_a_table(
     assert "decode tokens/s" in output
 
 
+def test_bench_measures_a_variant_beside_its_base(
+    tiny_llama_folder: Path,
+    write_variant: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = write_variant(tmp_path / "small")
+    words = [
+        str(tiny_llama_folder), "--quantization", "none", "--cache-dir", str(tmp_path), "--threads",
+        "1", "--streams", "1,2", "--prompt-tokens", "6", "--new-tokens", "3", "--repeats", "1",
+        "--variant", str(folder),
+    ]  # fmt: skip
+    assert run(parse(*words, "--json")) == 0
+    captured = capsys.readouterr()
+    figures = json.loads(captured.out.splitlines()[-1])
+    variant = figures["variant"]
+    assert variant.pop("folder") == str(folder)
+    assert set(variant) <= set(figures)
+    assert list(variant["decode_tokens_per_s"]) == ["1", "2"]
+    assert variant["decode_tokens_per_s"] != figures["decode_tokens_per_s"]
+    assert "proa: variant, repeat 1 of 1: decode tokens/s 1: " in captured.err
+    assert run(parse(*words)) == 0
+    output = capsys.readouterr().out
+    assert f"the variant {folder}" in output
+    assert len(re.findall(r"^ +[12] .* \d+\.\d\dx$", output, re.MULTILINE)) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -145,13 +174,14 @@ def test_bench_refuses_bad_numbers(
     [
         (["--api-key", "k"], "--api-key: only a server wants one; add --url"),
         (["--url", "http://x", "--threads", "2"], "--threads: is for an engine in this process"),
+        (["--url", "http://x", "--variant", "d"], "--variant: is for an engine in this process"),
         (["--url", "ftp://x"], "--url: 'ftp://x' is not an address"),
         (["--url", "http://x:port"], "--url: 'http://x:port' is not an address"),
         (["--temperature", "nan"], "--temperature: nan is not a finite number"),
         (["--streams", "65"], "--streams: an engine with --max-running-sequences 64"),
         (["--decoding", "{"], "--decoding: not a JSON object"),
     ],
-    ids=["key", "engine-option", "scheme", "port", "nan", "streams", "decoding"],
+    ids=["key", "engine-option", "variant", "scheme", "port", "nan", "streams", "decoding"],
 )
 def test_bench_refuses_contradictions(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.format import read_config
+from adapters.format import digest, read_config
 from adapters.qst import QstConfig
 from adapters.training_config import TrainingConfig
 from serve.cli.main import build_parser
@@ -53,7 +53,8 @@ def test_help_has_every_option_with_the_default_that_holds() -> None:
         if item.default is not None:
             assert f"[default: {item.default}]" in text
     for name in MODEL_OPTIONS:
-        assert f"--{name.replace('_', '-')} " in text
+        assert re.search(rf"--{name.replace('_', '-')}[ ,]", text)
+    assert "--on DIR" in text
     defaults = QstConfig()
     for flag, _, _, description in SIDE_FLAGS:
         default = getattr(defaults, flag[2:].replace("-", "_"))
@@ -92,6 +93,22 @@ def test_run_writes_an_adapter_and_says_what_it_gained(
     assert config.training["options"]["batch_size"] == 2
 
 
+def test_side_network_is_trained_on_a_variant(
+    words: list[str], call_proa, write_variant, tmp_path: Path
+) -> None:
+    variant = write_variant(tmp_path / "small")
+    words += ["--on", str(variant), "--cache-dir", str(tmp_path)]
+    done = call_proa(*words)
+    assert done.returncode == 0, done.stderr
+    config = read_config(tmp_path / "out")
+    assert config.chain == (digest(variant),)
+    found = f"proa serve --variant small={variant} --adapter out={tmp_path / 'out'}"
+    assert f"serve it with: {found}" in done.stderr
+    model = ["--model", words[words.index("--model") + 1], "--quantization", "none"]
+    done = call_proa("adapters", "verify", str(tmp_path / "out"), "--on", str(variant), *model)
+    assert done.returncode == 0, done.stderr
+
+
 def test_table_makes_a_classifier(words: list[str], call_proa, tmp_path: Path) -> None:
     for name in ("train.tsv", "dev.tsv"):
         (tmp_path / name).write_text("sentence\tlabel\nfine\tgood\npoor\tbad\n", encoding="utf-8")
@@ -114,6 +131,8 @@ def test_table_makes_a_classifier(words: list[str], call_proa, tmp_path: Path) -
         (["--schedule", "step"], 2, "--schedule: invalid choice: 'step'"),
         (["--data", "none.jsonl"], 2, "--data: none.jsonl is not a file"),
         (["--eval-data", "none.jsonl"], 2, "--eval-data: none.jsonl is not a file"),
+        (["--on", "no/such/folder"], 2, "--on: no/such/folder is not a folder"),
+        (["--on", "tests"], 2, "--on: tests: no adapter; adapter_config.json is missing"),
         (["--max-length", "1"], 2, "--max-length must be at least 2, got 1"),
         (["--max-length", "99999"], 2, "--max-length: 99999 is more than the model's 16384 tokens"),
         (["--max-length", "9"], 2, "line 1: .* tokens, over --max-length of 9, and 11 more"),

@@ -17,7 +17,7 @@ from models.batch import PackedBatch
 from models.spec import DecoderSpec, LayerSpec
 from serve.backends.native import NativeBackend
 from serve.engine.engine import Engine
-from serve.engine.sequence import Request, SideAdapter
+from serve.engine.sequence import ModelVariant, Request, SideAdapter
 
 VOCAB_SIZE = 48
 EOS_TOKEN_ID = 0
@@ -26,10 +26,12 @@ EOS_TOKEN_ID = 0
 class HistoryModel:
     """Its next-token logits depend on every token that it finds through the block tables.
 
-    A wrong block table, position, context length or cached prefix therefore changes the text. A
-    side network has a name; its cache keeps the name beside each token.
+    A wrong block table, position, context length or cached prefix therefore changes the text. Base,
+    variants and side networks have names; caches keep the names beside each token, so that nothing
+    reads what another one wrote.
 
     Attributes:
+        name: of the base or variant; each says something else.
         fails: called with the number of the forward call; true makes it raise.
         gate: when set, each forward call waits for one release of it.
         is_inside: set once a forward call has begun.
@@ -38,7 +40,8 @@ class HistoryModel:
         side_shapes: of the side caches made.
     """
 
-    def __init__(self, max_position_embeddings: int = 256) -> None:
+    def __init__(self, max_position_embeddings: int = 256, name: str = "base") -> None:
+        self.name = name
         layer = LayerSpec(
             num_attention_heads=1, num_key_value_heads=1, head_dim=2, intermediate_size=2
         )
@@ -53,7 +56,7 @@ class HistoryModel:
             activation="silu",
             gated_mlp=True,
         )
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         self._logits = 3 * torch.randn(997, VOCAB_SIZE, generator=generator)
         self.fails: Callable[[int], bool] = lambda call: False
         self.gate: threading.Semaphore | None = None
@@ -77,7 +80,7 @@ class HistoryModel:
     def make_cache(
         self, *, num_blocks: int, block_size: int = 16, dtype: torch.dtype | None = None
     ) -> Any:
-        slots = [VOCAB_SIZE] * (num_blocks * block_size)
+        slots = [("", VOCAB_SIZE)] * (num_blocks * block_size)
         return SimpleNamespace(num_blocks=num_blocks, block_size=block_size, slots=slots)
 
     def make_side_cache(self, side: Any, **sizes: Any) -> Any:
@@ -109,21 +112,24 @@ class HistoryModel:
         firsts = [0] * len(lengths) if batch.write_starts is None else batch.write_starts.tolist()
         written: set[tuple[int, int]] = set()
         for own, table, first in zip(tokens, tables, firsts, strict=True):
-            _fill(cache, table, own, first, written)
+            marks = [(position, (self.name, token_id)) for position, token_id in own]
+            _fill(cache, table, marks, first, written)
         sides = self._run_sides(batch, tokens, written)
         logits = []
         for b, own in enumerate(owners):
             for row in sorted(set(rows).intersection(own)):
                 positions_seen = range(positions[row] + 1)
-                history = [cache.slots[_slot(cache, tables[b], p)] for p in positions_seen]
+                found = [cache.slots[_slot(cache, tables[b], p)] for p in positions_seen]
+                assert {name for name, _ in found} == {self.name}
+                history = [token_id for _, token_id in found]
                 side_cache, table, name, scale = sides.get(b, (None, (), "", 0.0))
                 adapter = None
                 if scale:
                     marks = [side_cache.slots[_slot(side_cache, table, p)] for p in positions_seen]
-                    assert marks == [(name, token_id) for token_id in history]
+                    assert marks == [(self.name, name, token_id) for token_id in history]
                     adapter = SideAdapter(SimpleNamespace(name=name), name)  # type: ignore[arg-type]
                 logits.append(self.logits(history, adapter, scale))
-        return torch.stack(logits or [torch.empty(0)])
+        return torch.stack(logits) if logits else torch.empty(0, VOCAB_SIZE)
 
     def _run_sides(
         self, batch: PackedBatch, tokens: list[list[tuple[int, int]]], written: set[Any]
@@ -139,7 +145,7 @@ class HistoryModel:
             firsts = side.write_starts.tolist()
             for i, b in enumerate(rows):
                 network: Any = side.networks[i]
-                marks = [(position, (network.name, token_id)) for position, token_id in tokens[b]]
+                marks = [(p, (self.name, network.name, token_id)) for p, token_id in tokens[b]]
                 _fill(side.caches[i], tables[i], marks, firsts[i], written)
                 num_tokens += len(marks)
                 if scales[i]:
@@ -248,15 +254,19 @@ def expect(model: HistoryModel, sampler: Sampler) -> Callable[..., Expected]:
 
 
 @pytest.fixture
-def expect_all(expect: Callable[..., Expected]) -> Callable[[Request], list[Expected]]:
+def expect_all(model: HistoryModel, sampler: Sampler) -> Callable[[Request], list[Expected]]:
     """Give a function that runs each sequence of a request naively."""
 
     def run(request: Request) -> list[Expected]:
         return [
-            expect(request.prompt_token_ids, branch.params, i, branch.adapter, branch.adapter_scale)
+            run_naively(
+                branch.variant.model if branch.variant else model,  # type: ignore[arg-type]
+                sampler, request.prompt_token_ids, branch.params, i, branch.adapter,
+                branch.adapter_scale,
+            )
             for branch in request.branches
             for i in range(branch.num_sequences)
-        ]
+        ]  # fmt: skip
 
     return run
 
@@ -266,6 +276,12 @@ def adapters() -> list[SideAdapter]:
     """Give side networks for `model`, of two shapes."""
     sides = [SimpleNamespace(name=name, cache_shape=("abc".index(name) // 2,)) for name in "abc"]
     return [SideAdapter(side, side.name) for side in sides]  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def variants() -> list[ModelVariant]:
+    """Give two variants of `model`."""
+    return [ModelVariant(HistoryModel(name=name), name) for name in ("small", "smaller")]
 
 
 @pytest.fixture

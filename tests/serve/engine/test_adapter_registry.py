@@ -208,7 +208,9 @@ def test_least_recently_used_adapters_leave_memory_and_come_back(folders: Folder
     async def use(*names: str) -> None:
         async with AsyncExitStack() as stack:
             for name in names:
-                adapter = await stack.enter_async_context(registry.use(name))
+                variant, adapter = await stack.enter_async_context(registry.use(name))
+                assert variant is None
+                assert adapter is not None
                 side: Any = adapter.side
                 assert side.name == name
 
@@ -247,7 +249,8 @@ def test_adapter_comes_back_under_the_same_key(folders: Folders) -> None:
     async def main() -> None:
         keys = set()
         for _ in range(2):
-            async with registry.use("a") as adapter:
+            async with registry.use("a") as (_, adapter):
+                assert adapter is not None
                 keys.add(adapter.root_key)
         assert len(keys) == 1
 
@@ -262,7 +265,7 @@ def test_requests_that_want_one_adapter_back_load_it_once(folders: Folders) -> N
     given = []
 
     async def use() -> None:
-        async with registry.use("a") as adapter:
+        async with registry.use("a") as (_, adapter):
             given.append(adapter)
 
     async def main() -> None:
@@ -327,7 +330,8 @@ def test_adapter_of_this_base_is_loaded_and_another_refused(tmp_path: Path) -> N
         attach(registry, "other", "other")
 
     async def use() -> None:
-        async with registry.use("good") as adapter:
+        async with registry.use("good") as (_, adapter):
+            assert adapter is not None
             assert adapter.side.num_bytes == info.num_bytes
 
     run(use())

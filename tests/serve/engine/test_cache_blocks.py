@@ -2,7 +2,14 @@ import random
 
 import pytest
 
-from serve.engine.cache_blocks import BASE_ROOT_KEY, CacheBlocks, chain_key
+from serve.engine.cache_blocks import (
+    BASE_ROOT_KEY,
+    CacheBlocks,
+    chain_key,
+    side_key,
+    side_root_key,
+    variant_root_key,
+)
 
 
 def test_blocks_are_refused_when_there_is_none() -> None:
@@ -15,6 +22,14 @@ def test_chain_key_depends_on_parent_and_tokens() -> None:
     assert len(key) == 32
     assert key == chain_key(BASE_ROOT_KEY, b"abcd")
     assert len({key, chain_key(key, b"abcd"), chain_key(BASE_ROOT_KEY, b"abce")}) == 3
+
+
+def test_keys_differ_by_model_and_side_network() -> None:
+    roots = [BASE_ROOT_KEY, *(variant_root_key(digest) for digest in ("a", "b", "base"))]
+    keys = [chain_key(root, b"abcd") for root in roots]
+    side_keys = [side_key(side_root_key(digest), key) for digest in ("a", "b") for key in keys]
+    assert len({*roots, *keys, *side_keys}) == 4 + 4 + 8
+    assert variant_root_key("a") == variant_root_key("a")
 
 
 def test_allocate_hands_out_each_block_once() -> None:

@@ -1,5 +1,6 @@
 """A small decoder with random weights under an engine, and what both give."""
 
+import random
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from decoding import Sampler, SamplingParams, build_token_tables
 from models.decoder import Decoder, KernelChoice
 from models.kernels.native import is_native_available
+from models.pruning import MODULES, LayerSelection, prune_spec, slice_weight, widths_of
 from models.quantization import quantize_4bit
 from models.spec import DecoderSpec, LayerSpec, RotarySpec, canonical_weights
 from models.weights import Weight
@@ -27,8 +29,8 @@ KERNELS = [
 Answer = list[list[SequenceOutput]]
 
 
-def make_decoder(kernels: KernelChoice) -> Decoder:
-    """Return two layers of a 4-bit Llama."""
+def _make_parts() -> tuple[DecoderSpec, dict[str, torch.Tensor]]:
+    """Return two layers of a Llama, and its dense weights."""
     layer = LayerSpec(
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=96
     )
@@ -46,13 +48,41 @@ def make_decoder(kernels: KernelChoice) -> Decoder:
         tied_head=True,
     )
     generator = torch.Generator().manual_seed(0)
-    weights: dict[str, Weight] = {}
-    for name, shape, is_required in canonical_weights(spec):
-        if is_required:
-            tensor = torch.randn(shape, generator=generator) * 0.3
-            is_linear = name.startswith("layers") and len(shape) == 2
-            weights[name] = quantize_4bit(tensor) if is_linear else tensor
-    return Decoder(spec, weights, kernels=kernels, num_threads=1)
+    return spec, {
+        name: torch.randn(shape, generator=generator) * 0.3
+        for name, shape, is_required in canonical_weights(spec)
+        if is_required
+    }
+
+
+def _quantize(weights: dict[str, torch.Tensor]) -> dict[str, Weight]:
+    return {
+        name: quantize_4bit(tensor) if name.startswith("layers") and tensor.dim() == 2 else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def make_decoder(kernels: KernelChoice) -> Decoder:
+    """Return two layers of a 4-bit Llama."""
+    spec, weights = _make_parts()
+    return Decoder(spec, _quantize(weights), kernels=kernels, num_threads=1)
+
+
+def make_variant(decoder: Decoder, seed: int) -> Decoder:
+    """Return a variant of `make_decoder`'s, which keeps two thirds of the channels at random."""
+    spec, weights = _make_parts()
+    rng = random.Random(seed)
+    selections = tuple(
+        LayerSelection(
+            **{
+                module: tuple(sorted(rng.sample(range(width), width * 2 // 3)))
+                for module, width in zip(MODULES, widths, strict=True)
+            }
+        )
+        for widths in widths_of(spec)
+    )
+    sliced = {name: slice_weight(name, w, spec, selections) for name, w in weights.items()}
+    return Decoder(prune_spec(spec, selections), _quantize(sliced), base=decoder)
 
 
 def make_engine(decoder: Decoder, **settings: Any) -> Engine:

@@ -1,0 +1,91 @@
+"""Run the chunks of a step: the base, its variants and their side networks, over the caches."""
+
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from models.kv_cache import KVCache
+from models.side import AttachedSide
+from serve.engine.model import Model
+from serve.engine.packing import BatchPacker
+from serve.engine.scheduler import Chunk
+from serve.engine.sequence import ModelVariant
+
+
+class ModelRunner:
+    """A base, the caches, and what lays steps out for it and its variants."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_cache_blocks: int,
+        num_side_cache_blocks: int,
+        block_size: int,
+        cache_dtype: torch.dtype | None,
+        max_batch_tokens: int,
+        max_running_sequences: int,
+        max_context_tokens: int,
+    ) -> None:
+        """Allocate the cache and the buffers; arguments as in `Engine`, sizes resolved."""
+        self._model = model
+        self._cache = model.make_cache(
+            num_blocks=num_cache_blocks, block_size=block_size, dtype=cache_dtype
+        )
+        self._make_side_cache = partial(
+            model.make_side_cache, num_blocks=num_side_cache_blocks, block_size=block_size,
+            dtype=cache_dtype,
+        )  # fmt: skip
+        self._side_caches: dict[object, KVCache] = {}
+        self._packer = BatchPacker(
+            max_batch_tokens=max_batch_tokens,
+            max_running_sequences=max_running_sequences,
+            max_context_tokens=max_context_tokens,
+            max_blocks=-(-max_context_tokens // block_size),
+            side_cache=self.side_cache,
+        )
+
+    def forward(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
+        """Run the base and the variants that a step needs, one after the other.
+
+        Returns:
+            The chunks, those of a variant together, and their logits in this order.
+        """
+        groups = group_by_variant(chunks)
+        if len(groups) == 1:
+            return chunks, self._run(chunks)
+        parts = [self._run(group) for group in groups]
+        return list(chain.from_iterable(groups)), torch.cat(parts)
+
+    def side_cache(self, side: AttachedSide) -> KVCache:
+        """Return the cache that side networks of this shape share, made for the first of them."""
+        cache = self._side_caches.get(side.cache_shape)
+        if cache is None:
+            cache = self._side_caches[side.cache_shape] = self._make_side_cache(side)
+        return cache
+
+    def forget(self) -> None:
+        """Hold no side network any more, so that one that left is freed."""
+        self._packer.forget()
+
+    def _run(self, chunks: list[Chunk]) -> Tensor:
+        """Run what chunks of one variant need."""
+        variant = chunks[0].sequence.variant
+        model = self._model if variant is None else variant.model
+        return model.forward(self._packer.pack(chunks), self._cache)
+
+
+def group_by_variant(chunks: list[Chunk]) -> list[list[Chunk]]:
+    """Split the chunks of a step by what they run on: base first, then as the variants appear."""
+    first = chunks[0].sequence.variant
+    for chunk in chunks:
+        if chunk.sequence.variant is not first:
+            break
+    else:
+        return [chunks]
+    groups: dict[ModelVariant | None, list[Chunk]] = {None: []}
+    for chunk in chunks:
+        groups.setdefault(chunk.sequence.variant, []).append(chunk)
+    return [group for group in groups.values() if group]

@@ -1,0 +1,95 @@
+"""Requests to a backend that serves variants."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decoding import SamplingParams
+from serve.backends.native import NativeBackend
+from serve.backends.protocol import AdapterConflictError, AdapterNotFoundError, Arm, TokenOutput
+from serve.engine.sequence import Branch, ModelVariant, Request, SideAdapter
+from tests.serve.engine.backend_client import all_blocks_are_back, ask, collect, run, until
+from tests.serve.engine.scripted_adapters import Folders
+
+MakeBackend = Callable[..., NativeBackend]
+ExpectAll = Callable[[Request], list[Any]]
+PROMPT = [1 + i for i in range(9)]
+DIGEST = "d" * 64
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path / "root")
+
+
+def make_arm(adapter: str | None = None, scale: float = 1.0, **fields: Any) -> Arm:
+    params = SamplingParams(**({"seed": 5, "max_tokens": 6, "ignore_eos": True} | fields))
+    return Arm(params=params, adapter=adapter, adapter_scale=scale)
+
+
+def said(outputs: list[TokenOutput], index: int = 0) -> list[int | None]:
+    return [output.token_id for output in outputs if output.sequence_index == index]
+
+
+def test_arms_of_several_models_say_what_they_say_alone(
+    make_backend: MakeBackend, folders: Folders, expect_all: ExpectAll
+) -> None:
+    registry = folders.registry()
+    loaded = folders.variant(DIGEST)
+    registry.add_variant("small", Path("variant"), loaded)
+    registry.attach_folder("healed", folders.write("healed", chain=(DIGEST,)))
+    registry.attach_folder("plain", folders.write("plain"))
+    backend = make_backend(adapters=registry)
+    arms = (
+        make_arm("small"), make_arm(), make_arm("healed"), make_arm("plain"),
+        make_arm("healed", 0.0), make_arm("healed", 0.5),
+    )  # fmt: skip
+    variant = ModelVariant(loaded.decoder, DIGEST)
+    healed = SideAdapter(loaded.decoder.attach("healed"), "healed")  # type: ignore[arg-type]
+    plain = SideAdapter(folders.attach("plain"), "plain")
+    kinds = [(variant, None), (None, None), (variant, healed), (None, plain),
+             (variant, None), (variant, healed)]  # fmt: skip
+
+    async def main() -> None:
+        outputs = await collect(backend, ask(prompt=PROMPT, arms=arms))
+        branches = [
+            Branch(params=arm.params, variant=on, adapter=side, adapter_scale=arm.adapter_scale)
+            for arm, (on, side) in zip(arms, kinds, strict=True)
+        ]
+        expected = expect_all(Request(prompt_token_ids=PROMPT, branches=tuple(branches)))
+        for index, one in enumerate(expected):
+            assert said(outputs, index) == one.token_ids
+        assert said(outputs, 4) == said(outputs, 0)
+        assert backend.stats().cached_prompt_tokens == 8 * 4
+        assert all_blocks_are_back(backend)
+        assert [info.num_running for info in backend.adapters()] == [0, 0, 0]
+
+    run(main())
+
+
+def test_variant_in_use_stays_until_its_request_has_ended(
+    make_backend: MakeBackend, folders: Folders
+) -> None:
+    registry = folders.registry()
+    loaded = folders.variant()
+    model: Any = loaded.decoder
+    model.gate = threading.Semaphore(0)
+    registry.add_variant("small", Path("variant"), loaded)
+    backend = make_backend(adapters=registry)
+
+    async def main() -> None:
+        task = asyncio.create_task(collect(backend, ask(prompt=PROMPT, arms=(make_arm("small"),))))
+        await until(model.is_inside.is_set)
+        with pytest.raises(AdapterConflictError, match="1 request uses the adapter 'small'"):
+            await backend.detach_adapter("small")
+        model.gate.release(100)
+        assert len(await task) == 6
+        await backend.detach_adapter("small")
+        with pytest.raises(AdapterNotFoundError, match="no adapter is called 'small'"):
+            await collect(backend, ask(arms=(make_arm("small"),)))
+
+    run(main())

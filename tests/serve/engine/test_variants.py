@@ -1,0 +1,360 @@
+"""Sequences of several variants of the base in one engine, over scripted models."""
+
+import gc
+import random
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve.engine.engine import MAX_FORWARD_FAILURES, Engine
+from serve.engine.runner import group_by_variant
+from serve.engine.sequence import ModelVariant, Request, SequenceOutput, SideAdapter
+from tests.serve.engine.engine_client import (
+    assert_all_blocks_are_back,
+    assert_as_expected,
+    branch,
+    reasons,
+    run,
+    submit,
+    tokens,
+)
+
+MakeEngine = Callable[..., Engine]
+ExpectAll = Callable[[Request], list[Any]]
+Adapters = list[SideAdapter]
+Variants = list[ModelVariant]
+PROMPT = [1 + i * i % 47 for i in range(30)]
+SETTINGS = {
+    "roomy": {},
+    "short_chunks": {"max_batch_tokens": 8},
+    "few_at_once": {"max_running_sequences": 2},
+    "few_blocks": {"num_cache_blocks": 14},
+    "few_side_blocks": {"num_side_cache_blocks": 16, "max_context_tokens": 40},
+    "no_prefix_caching": {"num_cache_blocks": 20, "prefix_caching": False},
+}
+
+
+def model_of(variant: ModelVariant) -> Any:
+    """Give the scripted model of a variant."""
+    return variant.model
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_mixed_step_equals_the_same_sequences_alone(
+    settings: dict[str, Any],
+    make_engine: MakeEngine,
+    expect_all: ExpectAll,
+    adapters: Adapters,
+    variants: Variants,
+) -> None:
+    engine = make_engine(**settings)
+    rng = random.Random(5)
+    requests = []
+    for i in range(14):
+        start = PROMPT[: rng.randrange(18)] if i % 3 else []
+        prompt = start + [rng.randrange(1, 48) for _ in range(rng.randrange(1, 14))]
+        branches = [
+            branch(
+                rng.choice([None, None, *adapters]), rng.choice([0.0, 0.5, 1.0]), seed=i,
+                variant=rng.choice([None, *variants]), max_tokens=rng.randrange(1, 9),
+                num_sequences=rng.choice([1, 1, 2]),
+            )
+            for _ in range(rng.choice([1, 1, 4]))
+        ]  # fmt: skip
+        requests.append(submit(engine, prompt, *branches))
+    collected = run(engine)
+    for request in requests:
+        assert_as_expected(collected[request], expect_all(request))
+    assert min(model_of(variant).num_calls for variant in variants) > 0
+    if settings == SETTINGS["few_blocks"]:
+        assert engine.scheduler.num_preemptions > 0
+
+
+def test_step_runs_only_what_it_needs(
+    make_engine: MakeEngine, model: Any, variants: Variants
+) -> None:
+    engine = make_engine()
+    submit(engine, PROMPT, branch(), branch(seed=8))
+    run(engine)
+    assert [model_of(variant).num_calls for variant in variants] == [0, 0]
+    num_calls = model.num_calls
+    submit(engine, PROMPT, branch(variant=variants[1]))
+    run(engine)
+    assert (model.num_calls, model_of(variants[0]).num_calls) == (num_calls, 0)
+    assert engine.num_steps == num_calls + model_of(variants[1]).num_calls
+
+
+def test_chunks_are_grouped_base_first_then_as_variants_appear(variants: Variants) -> None:
+    kinds = [variants[1], None, variants[0], variants[1], None]
+    chunks: Any = [
+        SimpleNamespace(number=i, sequence=SimpleNamespace(variant=kind))
+        for i, kind in enumerate(kinds)
+    ]
+    groups: Any = group_by_variant(chunks)
+    assert [[chunk.number for chunk in group] for group in groups] == [[1, 4], [0, 3], [2]]
+    for alike in (chunks[:1], [chunks[0], chunks[3]], [chunks[1], chunks[4]]):
+        (group,) = group_by_variant(alike)
+        assert group is alike
+
+
+def test_prefix_cache_never_mixes_models(
+    make_engine: MakeEngine, expect_all: ExpectAll, variants: Variants
+) -> None:
+    engine = make_engine(num_cache_blocks=200)
+    for is_known in (False, True):
+        for variant in (None, *variants):
+            request = submit(engine, PROMPT, branch(variant=variant))
+            outputs = run(engine)[request]
+            assert outputs[0].num_cached_prompt_tokens == (28 if is_known else 0)
+            assert_as_expected(outputs, expect_all(request))
+
+
+def test_names_of_one_variant_share_a_prefix(make_engine: MakeEngine, variants: Variants) -> None:
+    engine = make_engine()
+    submit(engine, PROMPT, branch(variant=variants[0]))
+    run(engine)
+    again = submit(engine, PROMPT, branch(variant=ModelVariant(variants[0].model, "small")))
+    assert run(engine)[again][0].num_cached_prompt_tokens == 28
+
+
+def test_side_blocks_of_an_adapter_are_those_of_its_variant(
+    make_engine: MakeEngine, expect_all: ExpectAll, adapters: Adapters, variants: Variants
+) -> None:
+    engine = make_engine(num_cache_blocks=200)
+    for is_known in (False, True):
+        for variant in (None, *variants):
+            request = submit(engine, PROMPT, branch(adapters[0], variant=variant))
+            outputs = run(engine)[request]
+            assert outputs[0].num_cached_prompt_tokens == (28 if is_known else 0)
+            assert_as_expected(outputs, expect_all(request))
+
+
+def test_scale_of_zero_is_the_variant(
+    make_engine: MakeEngine, expect_all: ExpectAll, adapters: Adapters, variants: Variants
+) -> None:
+    engine = make_engine()
+    off = submit(engine, PROMPT, branch(adapters[0], 0.0, variant=variants[0]))
+    outputs = run(engine)[off]
+    plain = submit(engine, PROMPT, branch(variant=variants[0]))
+    assert tokens(outputs) == tokens(run(engine)[plain])
+    assert set(model_of(variants[0]).num_side_tokens) == {0}
+
+
+def test_each_variant_computes_a_shared_prompt_once(
+    make_engine: MakeEngine, model: Any, expect_all: ExpectAll, variants: Variants
+) -> None:
+    engine = make_engine(num_cache_blocks=200)
+    request = submit(
+        engine, PROMPT, branch(num_sequences=2, max_tokens=1),
+        branch(variant=variants[0], num_sequences=3, max_tokens=1),
+        branch(variant=variants[1], max_tokens=1), branch(max_tokens=1),
+    )  # fmt: skip
+    assert [s.index for s in engine.scheduler.waiting] == [0, 2, 5]
+    assert [s.index for s in request.held] == [1, 3, 4, 6]
+    outputs = run(engine)[request]
+    assert_as_expected(outputs, expect_all(request))
+    assert request.held == []
+    cached = {o.index: o.num_cached_prompt_tokens for o in outputs}
+    assert cached == {0: 0, 1: 28, 2: 0, 3: 28, 4: 28, 5: 0, 6: 28}
+    assert sum(model.num_tokens) == 30 + 2 * 2
+    assert [sum(model_of(v).num_tokens) for v in variants] == [30 + 2 * 2, 30]
+
+
+def test_side_networks_read_along_for_siblings_of_their_variant_only(
+    make_engine: MakeEngine,
+    model: Any,
+    expect_all: ExpectAll,
+    adapters: Adapters,
+    variants: Variants,
+) -> None:
+    engine = make_engine(num_cache_blocks=200, max_batch_tokens=64)
+    request = submit(
+        engine, PROMPT, branch(), branch(adapters[0]), branch(variant=variants[0]),
+        branch(adapters[1], variant=variants[0]), branch(adapters[2], variant=variants[0]),
+    )  # fmt: skip
+    outputs = engine.step()[request]
+    assert model.num_side_tokens == [30]
+    assert model_of(variants[0]).num_side_tokens == [2 * 30]
+    outputs += run(engine)[request]
+    assert_as_expected(outputs, expect_all(request))
+    cached = {o.index: o.num_cached_prompt_tokens for o in reversed(outputs)}
+    assert cached == {0: 0, 1: 28, 2: 0, 3: 28, 4: 28}
+
+
+def test_next_sibling_of_its_variant_follows_an_aborted_one(
+    make_engine: MakeEngine, model: Any, expect_all: ExpectAll, variants: Variants
+) -> None:
+    engine = make_engine(max_batch_tokens=16)
+    request = submit(
+        engine, PROMPT, branch(num_sequences=2, max_tokens=1),
+        branch(variant=variants[0], num_sequences=3, max_tokens=1),
+    )  # fmt: skip
+    engine.step()
+    engine.abort_sequence(request, 2)
+    assert [s.index for s in request.held] == [1, 4]
+    outputs = run(engine)[request]
+    assert reasons(outputs) == {0: "length", 1: "length", 2: "abort", 3: "length", 4: "length"}
+    expected = expect_all(request)
+    assert [tokens(outputs, i) for i in (0, 1, 3, 4)] == [
+        expected[i].token_ids for i in (0, 1, 3, 4)
+    ]
+    assert sum(model.num_tokens) == 30 + 2
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_sequence_that_ends_with_the_prompt_leaves_it_to_siblings_of_its_variant(
+    max_tokens: int, make_engine: MakeEngine, expect_all: ExpectAll, variants: Variants
+) -> None:
+    engine = make_engine()
+    request = submit(
+        engine, PROMPT, branch(variant=variants[0], max_tokens=max_tokens), branch(),
+        branch(variant=variants[0]), branch(),
+    )  # fmt: skip
+    outputs = run(engine)[request]
+    assert_as_expected(outputs, expect_all(request))
+    assert sum(model_of(variants[0]).num_tokens) == 30 + 2 + 5
+
+
+def test_aborted_request_leaves_nothing_held(make_engine: MakeEngine, variants: Variants) -> None:
+    engine = make_engine(max_batch_tokens=16)
+    branches = [branch(variant=kind, num_sequences=2) for kind in (None, *variants)]
+    requests = [submit(engine, PROMPT, *branches) for _ in range(2)]
+    engine.step()
+    for request in requests:
+        engine.abort(request)
+        assert request.held == []
+    collected = run(engine)
+    for request in requests:
+        assert reasons(collected[request]) == dict.fromkeys(range(6), "abort")
+    assert (engine.scheduler.num_queued_requests, engine.scheduler.num_queued_tokens) == (0, 0)
+
+
+def test_preempted_sequence_goes_on_with_its_variant(
+    make_engine: MakeEngine, expect_all: ExpectAll, variants: Variants
+) -> None:
+    engine = make_engine(num_cache_blocks=10)
+    kinds = (None, variants[0], variants[1])
+    requests = [
+        submit(engine, [i + 1], branch(variant=kind, max_tokens=30)) for i, kind in enumerate(kinds)
+    ]
+    collected = run(engine)
+    assert engine.scheduler.num_preemptions > 0
+    for request in requests:
+        assert_as_expected(collected[request], expect_all(request))
+
+
+def test_prompt_logprobs_are_those_of_the_variant(
+    make_engine: MakeEngine, expect: Callable[..., Any], variants: Variants
+) -> None:
+    def score(engine: Engine, *kinds: ModelVariant | None) -> Any:
+        branches = [branch(variant=kind) for kind in kinds]
+        request = submit(engine, PROMPT, *branches, prompt_logprobs=1)
+        return run(engine)[request][0].prompt_logprobs
+
+    engine = make_engine()
+    ours = score(engine, variants[0], None)
+    assert ours == score(make_engine(prefix_caching=False), variants[0])
+    assert ours == score(engine, variants[0], variants[1])
+    assert ours != score(engine, None, variants[0])
+
+
+def test_fault_of_a_variant_ends_what_runs_and_nothing_else(
+    make_engine: MakeEngine, expect_all: ExpectAll, variants: Variants
+) -> None:
+    engine = make_engine()
+    faulty = model_of(variants[0])
+    faulty.fails = lambda call: call == 2
+    failed = submit(engine, PROMPT, branch(), branch(variant=variants[0]))
+    ends = reasons(run(engine)[failed])
+    assert ends == {0: "error", 1: "error"}
+    assert engine.error is None
+    again = submit(engine, PROMPT, branch(), branch(variant=variants[0]))
+    assert_as_expected(run(engine)[again], expect_all(again))
+
+
+def test_engine_gives_up_on_a_variant_that_always_fails(
+    make_engine: MakeEngine, variants: Variants
+) -> None:
+    engine = make_engine()
+    model_of(variants[0]).fails = lambda call: True
+    for _ in range(MAX_FORWARD_FAILURES):
+        assert engine.error is None
+        request = submit(engine, PROMPT, branch(variant=variants[0]))
+        assert reasons(run(engine)[request]) == {0: "error"}
+    assert engine.error is not None
+    assert "forward failed 3 times in a row" in engine.error
+
+
+def test_variant_that_nobody_uses_any_more_is_freed(make_engine: MakeEngine, model: Any) -> None:
+    engine = make_engine()
+    variant_model = type(model)(name="small")
+    reference = weakref.ref(variant_model)
+    request = submit(engine, PROMPT, branch(variant=ModelVariant(variant_model, "small")))
+    submit(engine, [1], branch(max_tokens=30))
+    engine.step()
+    engine.abort(request)
+    engine.step()
+    assert engine.has_work
+    del variant_model, request
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_blocks_balance_after_a_random_schedule(
+    seed: int,
+    make_engine: MakeEngine,
+    expect_all: ExpectAll,
+    adapters: Adapters,
+    variants: Variants,
+) -> None:
+    rng = random.Random(seed)
+    engine = make_engine(
+        num_cache_blocks=rng.choice([12, 30]),
+        num_side_cache_blocks=rng.choice([30, 60]),
+        block_size=rng.choice([2, 4]),
+        max_batch_tokens=rng.choice([4, 9, 40]),
+        max_running_sequences=rng.choice([1, 4]),
+        prefix_caching=seed % 4 != 0,
+    )
+    model_of(variants[0]).fails = {rng.randrange(2, 60)}.__contains__
+    requests: list[Request] = []
+    collected: dict[Request, list[SequenceOutput]] = {}
+    for _ in range(150):
+        choice = rng.random()
+        if choice < 0.35 and len(requests) < 40:
+            length = rng.randrange(1, engine.max_context_tokens - 2)
+            most = min(engine.max_context_tokens - length, 20)
+            branches = [
+                branch(
+                    rng.choice([None, None, *adapters]), rng.choice([0.0, 0.7, 1.0]),
+                    variant=rng.choice([None, *variants]), seed=rng.randrange(1000),
+                    max_tokens=rng.randrange(0, most), num_sequences=rng.choice([1, 1, 2]),
+                    ignore_eos=False,
+                )
+                for _ in range(rng.choice([1, 1, 3, 5]))
+            ]  # fmt: skip
+            prompt = [1 + i % 3 for i in range(length - 1)] + [rng.randrange(1, 48)]
+            requests.append(submit(engine, prompt, *branches))
+        elif choice < 0.42 and requests:
+            engine.abort(rng.choice(requests))
+        elif choice < 0.5 and requests:
+            request = rng.choice(requests)
+            engine.abort_sequence(request, rng.randrange(request.num_sequences))
+        else:
+            for request, outputs in engine.step().items():
+                collected.setdefault(request, []).extend(outputs)
+    for request, outputs in run(engine).items():
+        collected.setdefault(request, []).extend(outputs)
+
+    assert_all_blocks_are_back(engine)
+    for request in requests:
+        ends = reasons(collected[request])
+        for index, expected in enumerate(expect_all(request)):
+            said = tokens(collected[request], index)
+            assert said == expected.token_ids[: len(said)]
+            if ends[index] in ("stop", "length"):
+                assert (ends[index], len(said)) == (expected.finish_reason, len(expected.token_ids))
