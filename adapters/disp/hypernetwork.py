@@ -67,8 +67,7 @@ class Structures:
 class Hypernetwork(nn.Module):
     """GRU, norm, GELU and a linear for each structure.
 
-    Its buffers `inputs` (fixed, standard normal) and `bias` (of the warm start, zeros without) are
-    kept with its parameters.
+    Its buffer `inputs` (fixed, standard normal) is kept with its parameters.
 
     Args:
         widths: channels of each structure.
@@ -76,7 +75,6 @@ class Hypernetwork(nn.Module):
     """
 
     inputs: Tensor
-    bias: Tensor
 
     def __init__(self, widths: Sequence[int], *, seed: int) -> None:
         super().__init__()
@@ -88,34 +86,15 @@ class Hypernetwork(nn.Module):
             self.heads = nn.ModuleList(
                 nn.Linear(2 * _HIDDEN, width, bias=False) for width in widths
             )
-        self.register_buffer("bias", torch.zeros(sum(widths)))
 
     def forward(self) -> Tensor:
         """Return the (N,) float32 logits of all structures' channels, one after the other."""
         states = F.gelu(self.norm(self.gru(self.inputs)[0][:, 0]))
         pairs = zip(self.heads, states, strict=True)
         theta = torch.cat([head(state) for head, state in pairs])
-        return (theta + self.bias + _OFFSET) / TEMPERATURE
+        return (theta + _OFFSET) / TEMPERATURE
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters and buffers by name."""
         yield from self.named_parameters()
         yield from self.named_buffers()
-
-
-def rank_bias(importance: Tensor, widths: Sequence[int], size: float) -> Tensor:
-    """Turn how much channels matter into a head start.
-
-    Args:
-        importance: (N,) of all structures' channels.
-        widths: channels of each structure.
-        size: of the result.
-
-    Returns:
-        (N,) float32: ranks within each structure, spread evenly from -size to size.
-    """
-    parts = []
-    for part in importance.split(list(widths)):
-        ranks = part.argsort(stable=True).argsort().float()
-        parts.append((2 * ranks / max(1, len(part) - 1) - 1) * size)
-    return torch.cat(parts)

@@ -33,8 +33,6 @@ from adapters.training_state import (
 from models.checkpoints import Checkpoint
 from models.pruning import count_fixed, count_linears
 
-_WARM_START_WINDOWS = 32
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
@@ -168,9 +166,6 @@ class _Run:
             self._searcher.load_state_tensors(self._tensors)
             self._tensors = None
             return
-        if self._config.warm_start:
-            drawn = self._windows.draw(_WARM_START_WINDOWS, step_generator(self._config.seed, 0))
-            self._searcher.warm_start(drawn)
         held_out, state = self._windows.held_out, dict(self._progress.state)
         state["dense_loss"] = None
         if len(held_out):

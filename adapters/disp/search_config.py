@@ -27,7 +27,6 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "clip": (_POSITIVE, lambda x: x > 0),
     "penalty": (_POSITIVE, lambda x: x > 0),
     "ramp": ("a share from 0 to 1", lambda x: 0 <= x <= 1),
-    "warm_start": ("a number of at least 0", lambda x: x >= 0),
     "align": (_COUNT, lambda x: x >= 1),
     "seed": ("a whole number from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63),
     "eval_windows": ("a whole number of at least 0", lambda x: x >= 0),
@@ -35,7 +34,7 @@ _LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "checkpoint_every": (_COUNT, lambda x: x >= 1),
 }
 _FLOATS = {
-    "learning_rate", "decay", "weight_decay", "clip", "penalty", "ramp", "warm_start",
+    "learning_rate", "decay", "weight_decay", "clip", "penalty", "ramp",
 }  # fmt: skip
 
 
@@ -55,9 +54,6 @@ class SearchConfig:
         clip: largest norm of a step's gradient; larger ones are scaled down.
         penalty: weight of the log of kept over wanted parameters (the paper's lambda).
         ramp: share of each share's steps in which the wanted number goes down as a line.
-        warm_start: how far, in units of the logits before the temperature, the channels whose
-            removal would change the loss least start below those where it would most; 0: not at
-            all.
         estimator: gradient of the binary masks: "reinmax", "ste" (straight through), or "gumbel",
             the published code's soft masks.
         residual: "independent": each block chooses the channels of the residual stream that it
@@ -85,7 +81,6 @@ class SearchConfig:
     clip: float = 1.0
     penalty: float = 6.0
     ramp: float = 0.5
-    warm_start: float = 0.0
     estimator: Estimator = "reinmax"
     residual: Residual = "independent"
     align: int = 64

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapters.disp.budget import kept_share, log_ratio, ratio_penalty
 from adapters.disp.estimators import sample_masks
-from adapters.disp.hypernetwork import Hypernetwork, Structures, rank_bias
+from adapters.disp.hypernetwork import Hypernetwork, Structures
 from adapters.disp.masked import MaskedDecoder, Masks
 from adapters.disp.search_config import SearchConfig
 from adapters.training_state import TrainingError
@@ -65,12 +65,6 @@ class Searcher:
             weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
         self.multiplier = 0.0
-
-    def warm_start(self, windows: Tensor) -> None:
-        """Give channels that matter a head start, as they do in windows of text."""
-        importance = saliency(self._base, windows, self.structures, self._config.batch_size)
-        bias = rank_bias(importance, self.structures.widths, self._config.warm_start)
-        self.network.bias.copy_(bias)
 
     def step(
         self, windows: Tensor, generator: torch.Generator, *, target: float, rate_factor: float
@@ -170,28 +164,6 @@ def mean_loss(
     with torch.no_grad():
         losses = [float(base.loss(part, masks)) * len(part) for part in windows.split(batch_size)]
     return sum(losses) / len(windows)
-
-
-def saliency(
-    base: MaskedDecoder, windows: Tensor, structures: Structures, batch_size: int
-) -> Tensor:
-    """Tell how much the loss would change, to first order, without each channel.
-
-    Args:
-        base: frozen; nothing of it is masked.
-        windows: (n, S + 1) int64 token ids, n > 0.
-        structures: whose channels.
-        batch_size: windows computed together.
-
-    Returns:
-        (N,) float32, the mean over windows of |dL / dmask|, L a window's mean loss.
-    """
-    total = torch.zeros(sum(structures.widths), device=base.device)
-    for part in windows.split(batch_size):
-        masks = torch.ones(len(part), len(total), device=base.device, requires_grad=True)
-        loss = base.loss(part, structures.split(masks)) * len(part)
-        total += torch.autograd.grad(loss, masks)[0].abs().sum(0)
-    return total / len(windows)
 
 
 def selection_masks(

@@ -82,8 +82,8 @@ def load_pruned(
             if not dequantize:
                 raise CheckpointError(
                     f"{origin.path}: has 4-bit weights only, and slicing needs the original ones; "
-                    "load the base from those, or ask for the 4-bit ones to be dequantised "
-                    f"(dequantize=True): {_COST}"
+                    "load the base from those, or give --dequantize, which takes the 4-bit ones "
+                    f"at a cost: {_COST}"
                 )
             report(
                 f"warning: {base.name}: 4-bit weights are dequantised, sliced and quantised again; "

@@ -54,7 +54,6 @@ SEARCH_FLAGS = (
     ("clip", "X", "largest norm of a step's gradient"),
     ("penalty", "X", "weight of the log of kept over wanted parameters (lambda)"),
     ("ramp", "SHARE", "share of the steps in which the wanted number goes down"),
-    ("warm_start", "X", "how far channels that matter least start below those that matter most"),
     ("estimator", "", "gradient of the binary masks"),
     ("residual", "", "channels of the residual stream: chosen by each block for itself, or one set "
      "for all"),

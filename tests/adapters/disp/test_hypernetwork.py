@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adapters.disp.hypernetwork import Hypernetwork, Structures, rank_bias
+from adapters.disp.hypernetwork import Hypernetwork, Structures
 from tests.models.kernels.random_decoders import make_decoder_parts
 
 SPEC, _ = make_decoder_parts("llama")  # D = 64, I = 160, three layers
@@ -67,8 +67,3 @@ def test_masks_without_chance_keep_positive_logits_and_never_nothing() -> None:
     assert torch.equal(masks[stream : stream + first], (logits[64:224] > 0).float())
     assert masks[224:384].nonzero().flatten().tolist() == [300 - 224]
     assert float(structures.count(masks)[0][0]) == 1
-
-
-def test_ranks_are_spread_within_each_structure() -> None:
-    bias = rank_bias(torch.tensor([5.0, 1.0, 3.0, 100.0, 300.0]), [3, 2], 2.0)
-    assert bias.tolist() == [2.0, -2.0, 0.0, -2.0, 2.0]

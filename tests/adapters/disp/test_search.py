@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 SERVED = "5" * 64
 OPTIONS: dict[str, object] = {
     "remove": (0.4, 0.2), "steps": 6, "length": LENGTH, "align": 8, "eval_windows": 4,
-    "eval_every": 4, "checkpoint_every": 5, "warm_start": 0.5,
+    "eval_every": 4, "checkpoint_every": 5,
 }  # fmt: skip
 
 
@@ -139,12 +139,12 @@ def test_metrics_have_every_step_evaluation_and_result(
 
 @pytest.mark.usefixtures("_without_picture")
 def test_one_share_is_written_to_the_output_itself(tmp_path: Path) -> None:
-    (result,) = run(tmp_path, remove=(0.3,), warm_start=0.0)
+    (result,) = run(tmp_path, remove=(0.3,))
     assert result.folder == tmp_path
     assert (tmp_path / TENSOR_FILE).exists()
     assert not (tmp_path / FOLDER).exists()
     with pytest.raises(TrainingError, match="is complete"):
-        run(tmp_path, remove=(0.3,), warm_start=0.0, resume=True)
+        run(tmp_path, remove=(0.3,), resume=True)
     with pytest.raises(TrainingError, match="is not empty"):
         run(tmp_path)
 
@@ -205,7 +205,7 @@ def test_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_checkpoint(
         return value * torch.nan if masks is not None and next(calls) == 9 else value
 
     monkeypatch.setattr(MaskedDecoder, "loss", spoilt)
-    options: dict[str, object] = {"eval_windows": 0, "warm_start": 0.0}
+    options: dict[str, object] = {"eval_windows": 0}
     with pytest.raises(
         TrainingError, match=r"step 9: the loss is nan; the last checkpoint is kept in .*; a lower"
     ):

@@ -16,7 +16,6 @@ from adapters.disp.search_config import SearchConfig
         ("weight_decay", -1.0, "a number of at least 0"),
         ("penalty", 0, "a number above 0"),
         ("ramp", -0.1, "a share from 0 to 1"),
-        ("warm_start", -1.0, "a number of at least 0"),
         ("align", 0, "a whole number of at least 1"),
         ("seed", 2**63, "a whole number from 0"),
         ("eval_windows", -1, "a whole number of at least 0"),

@@ -1,20 +1,18 @@
-"""One step of a search: what pulls the masks to the target, and what matters to the loss."""
+"""One step of a search: what pulls the masks to the target."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from adapters.disp import searcher as module
-from adapters.disp.hypernetwork import Structures
 from adapters.disp.masked import MaskedDecoder
 from adapters.disp.search_config import SearchConfig
-from adapters.disp.searcher import Searcher, saliency
+from adapters.disp.searcher import Searcher
 from adapters.disp.windows import Windows, step_generator
 from adapters.training_state import TrainingError
 from models.weights import Weight
-from tests.adapters.disp.fitted_base import LENGTH, fitted_checkpoint, make_random, make_text
+from tests.adapters.disp.fitted_base import LENGTH, fitted_checkpoint, make_text
 
 
 @pytest.fixture(autouse=True)
@@ -28,53 +26,11 @@ def make_searcher(weights: dict[str, Weight] | None = None, **options: object) -
     return Searcher(MaskedDecoder(checkpoint.spec, weights or checkpoint.weights), config)
 
 
-def some_windows(count: int = 4) -> Tensor:
-    windows = Windows(make_text(), LENGTH, held_out=0, spec=fitted_checkpoint().spec)
-    return windows.draw(count, step_generator(0, 1))
-
-
 def take_steps(searcher: Searcher, count: int, target: float) -> None:
     windows = Windows(make_text(), LENGTH, held_out=0, spec=searcher.spec)
     for step in range(count):
         generator = step_generator(0, step)
         searcher.step(windows.draw(2, generator), generator, target=target, rate_factor=1.0)
-
-
-@pytest.mark.parametrize("residual", ["independent", "shared"])
-def test_saliency_is_the_mean_size_of_each_windows_gradient(residual: str) -> None:
-    spec, weights = make_random("llama")
-    base, structures = MaskedDecoder(spec, weights), Structures(spec, residual)  # type: ignore[arg-type]
-    windows = some_windows(3)
-    found = saliency(base, windows, structures, batch_size=2)
-    expected = torch.zeros_like(found)
-    for window in windows:
-        masks = torch.ones(len(found), requires_grad=True)
-        base.loss(window[None], structures.split(masks)).backward()
-        assert masks.grad is not None
-        expected += masks.grad.abs() / 3
-    torch.testing.assert_close(found, expected)
-
-
-def test_saliency_tells_what_a_channel_is_worth() -> None:
-    spec, weights = make_random("llama")
-    down = weights["layers.1.down.weight"].clone()  # type: ignore[union-attr]
-    down[:, 5] = 0.0
-    base = MaskedDecoder(spec, {**weights, "layers.1.down.weight": down})
-    structures = Structures(spec, "independent")
-    found = structures.split(saliency(base, some_windows(), structures, 4))[1][3]
-    assert found.argmin() == 5
-    assert found[5] == 0
-
-
-def test_warm_start_puts_channels_in_order() -> None:
-    searcher = make_searcher(warm_start=1.5)
-    before = searcher.logits()
-    searcher.warm_start(some_windows())
-    moved = (searcher.logits() - before) * 0.4
-    assert float(moved.max()) == pytest.approx(1.5, abs=1e-4)
-    assert float(moved.min()) == pytest.approx(-1.5, abs=1e-4)
-    assert searcher.kept() == 1.0
-    assert any(name == "network.bias" for name in searcher.state_tensors())
 
 
 def test_loss_that_pulls_harder_than_the_penalty_is_held_by_the_multiplier(
