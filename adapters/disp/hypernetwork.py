@@ -67,7 +67,8 @@ class Structures:
 class Hypernetwork(nn.Module):
     """GRU, norm, GELU and a linear for each structure.
 
-    Its buffer `inputs` (fixed, standard normal) is kept with its parameters.
+    Its buffers `inputs` (fixed, standard normal) and `offset` (added to all of its output; at first
+    3.0, so that every channel is kept) are kept with its parameters.
 
     Args:
         widths: channels of each structure.
@@ -75,12 +76,14 @@ class Hypernetwork(nn.Module):
     """
 
     inputs: Tensor
+    offset: Tensor
 
     def __init__(self, widths: Sequence[int], *, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.register_buffer("inputs", torch.randn(len(widths), 1, _INPUT))
+            self.register_buffer("offset", torch.tensor(_OFFSET))
             self.gru = nn.GRU(_INPUT, _HIDDEN, bidirectional=True)
             self.norm = nn.LayerNorm(2 * _HIDDEN)
             self.heads = nn.ModuleList(
@@ -92,7 +95,7 @@ class Hypernetwork(nn.Module):
         states = F.gelu(self.norm(self.gru(self.inputs)[0][:, 0]))
         pairs = zip(self.heads, states, strict=True)
         theta = torch.cat([head(state) for head, state in pairs])
-        return (theta + _OFFSET) / TEMPERATURE
+        return (theta + self.offset) / TEMPERATURE
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters and buffers by name."""

@@ -144,9 +144,7 @@ class _Run:
         self._output, self._description, self._report = output, description, report
         self._shares = sorted(config.remove)
         identity = {**config.as_fields(), **base, "data": windows.digest}
-        self._progress = Progress(
-            step=0, identity=identity, state={"multiplier": 0.0, "seconds": 0.0, "results": []}
-        )
+        self._progress = Progress(step=0, identity=identity, state={"seconds": 0.0, "results": []})
         self._tensors: dict[str, Tensor] | None = None
 
     def prepare(self, resume: bool) -> None:
@@ -161,7 +159,6 @@ class _Run:
     def attach(self, base: MaskedDecoder) -> None:
         """Set up what computes, where the checkpoint was or from the start."""
         self._searcher = Searcher(base, self._config)
-        self._searcher.multiplier = self._progress.state["multiplier"]
         if self._tensors is not None:
             self._searcher.load_state_tensors(self._tensors)
             self._tensors = None
@@ -190,7 +187,6 @@ class _Run:
                 )  # fmt: skip
                 self._advance(
                     step, result.num_tokens, seconds=self._progress.state["seconds"] + elapsed_s,
-                    multiplier=self._searcher.multiplier,
                 )  # fmt: skip
                 ends_share, is_last = step % config.steps == 0, step == config.num_steps
                 if step % config.eval_every == 0 and not ends_share:
@@ -242,7 +238,6 @@ class _Run:
             "remove": self._shares[number],
             "target": target,
             "learning_rate": config.learning_rate * factor,
-            "multiplier": self._searcher.multiplier,
         }
         return result, facts
 

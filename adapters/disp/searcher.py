@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.disp.budget import kept_share, log_ratio, ratio_penalty
-from adapters.disp.estimators import sample_masks
+from adapters.disp.budget import kept_share, ratio_penalty
+from adapters.disp.estimators import TEMPERATURE, sample_masks
 from adapters.disp.hypernetwork import Hypernetwork, Structures
 from adapters.disp.masked import MaskedDecoder, Masks
 from adapters.disp.search_config import SearchConfig
@@ -15,7 +15,8 @@ from adapters.training_state import TrainingError
 from models.pruning import MODULES, Selections, widths_of
 
 _BETAS = (0.9, 0.999)
-_INTEGRAL_RATE = 0.3
+_LARGEST_SHIFT = 0.1  # a step; larger ones would drop channels before anything is known of them
+_HALVINGS = 12
 _STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -45,10 +46,11 @@ class StepResult:
 class Searcher:
     """A hypernetwork, its optimiser, and the base that its masks are tried on.
 
-    What holds the kept parameters T at the target is the T of the masks without chance, with the
-    gradient of the drawn ones: the two differ by a few per cent while probabilities are not yet
-    near 0 or 1. The paper's penalty has no say once the loss pulls harder than its weight; the
-    `multiplier`, which sums up what is missing, makes up for that.
+    The penalty looks at the T of the masks without chance, with the gradient of the drawn ones: the
+    two differ by a few per cent while probabilities are not yet near 0 or 1. No weight of a penalty
+    suits every share: T lags while channels still have far to go, then overshoots, and channels
+    that are surely dropped have no gradient to come back by. So each step also moves the offset of
+    all logits to where T meets the target, which is the bias that the penalty would have to learn.
 
     Args:
         base: frozen.
@@ -64,7 +66,6 @@ class Searcher:
             self._parameters, lr=config.learning_rate, betas=_BETAS,
             weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
-        self.multiplier = 0.0
 
     def step(
         self, windows: Tensor, generator: torch.Generator, *, target: float, rate_factor: float
@@ -92,17 +93,14 @@ class Searcher:
         kept = kept_share(self.spec, settled)
         pulled = sampled + (kept - sampled).detach()
         penalty = ratio_penalty(pulled, target, config.penalty).mean()
-        multiplier = self.multiplier + _INTEGRAL_RATE * config.penalty * float(
-            log_ratio(kept, target)
-        )
         self.optimizer.zero_grad()
-        (loss + penalty + multiplier * log_ratio(pulled, target).mean()).backward()
+        (loss + penalty).backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, config.clip))
         if not math.isfinite(norm):
             raise TrainingError(f"the norm of the gradient is {norm}")
-        self.multiplier = multiplier
         self.optimizer.param_groups[0]["lr"] = config.learning_rate * rate_factor
         self.optimizer.step()
+        self._shift(target)
         counts = torch.stack([torch.stack(layer) for layer in settled]).cpu()
         shares = (counts / torch.tensor(widths_of(self.spec))).mean(0)
         return StepResult(
@@ -110,6 +108,17 @@ class Searcher:
             kept=float(kept), widths=tuple(shares.tolist()), gradient_norm=norm,
             num_tokens=windows[:, 1:].numel(),
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _shift(self, target: float) -> None:
+        """Move the offset of all logits towards where T meets the target, a little at a time."""
+        logits, low, high = self.network(), -_LARGEST_SHIFT, _LARGEST_SHIFT
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            masks = self.structures.threshold(logits + middle / TEMPERATURE)
+            kept = float(kept_share(self.spec, self.structures.count(masks)))
+            low, high = (low, middle) if kept > target else (middle, high)
+        self.network.offset += (low + high) / 2
 
     @torch.no_grad()
     def logits(self) -> Tensor:

@@ -125,8 +125,8 @@ def test_metrics_have_every_step_evaluation_and_result(
     steps = [r for r in records if r["event"] == "step"]
     assert [r["step"] for r in steps] == list(range(1, 13))
     assert set(steps[0]) == {
-        "event", "step", "remove", "target", "learning_rate", "multiplier", "loss", "penalty",
-        "sampled", "kept", "widths", "gradient_norm", "num_tokens", "tokens_per_s",
+        "event", "step", "remove", "target", "learning_rate", "loss", "penalty", "sampled",
+        "kept", "widths", "gradient_norm", "num_tokens", "tokens_per_s",
     }  # fmt: skip
     assert [r["remove"] for r in steps] == [0.2] * 6 + [0.4] * 6
     targets = [1 - 0.2 * i / 3 for i in (1, 2, 3)] + [0.8] * 3
