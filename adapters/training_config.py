@@ -1,9 +1,9 @@
 """How a side network is trained: every option, with its default and its limits."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 Schedule = Literal["constant", "linear", "cosine"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
@@ -14,7 +14,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "keep": ("last", "best"),
 }
-_LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+Limits: TypeAlias = Mapping[str, tuple[str, Callable[[Any], bool]]]
+_LIMITS: Limits = {
     "steps": ("a whole number of at least 1", lambda x: x >= 1),
     "epochs": ("a number above 0", lambda x: x > 0),
     "batch_size": ("a whole number of at least 1", lambda x: x >= 1),
@@ -34,6 +35,36 @@ _FLOATS = {
     "epochs", "learning_rate", "alpha_learning_rate", "warmup", "weight_decay", "clip",
     "eval_fraction",
 }  # fmt: skip
+
+
+def check_options(
+    config: object,
+    limits: Limits,
+    floats: Collection[str],
+    choices: Mapping[str, Collection[str]],
+) -> None:
+    """Hold the options of a run against their limits.
+
+    Args:
+        config: has them as attributes.
+        limits: what is allowed, in words and as a test, of each number.
+        floats: the numbers that need not be whole.
+        choices: what is allowed of each of the others.
+
+    Raises:
+        ValueError: names the first option that is out of range.
+    """
+    for name, (allowed, is_fine) in limits.items():
+        value = getattr(config, name)
+        kinds = (int, float) if name in floats else (int,)
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not is_fine(value):
+            raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(
+                f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,19 +113,8 @@ class TrainingConfig:
     keep: Keep = "last"
 
     def __post_init__(self) -> None:
-        for name, (allowed, is_fine) in _LIMITS.items():
-            value = getattr(self, name)
-            if name == "steps" and value is None:
-                continue
-            kinds = (int, float) if name in _FLOATS else (int,)
-            is_number = isinstance(value, kinds) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or not is_fine(value):
-                raise ValueError(f"{name} must be {allowed}, got {value!r}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        limits = {k: v for k, v in _LIMITS.items() if k != "steps" or self.steps is not None}
+        check_options(self, limits, _FLOATS, CHOICES)
 
     def num_steps(self, num_examples: int) -> int:
         """Return the optimiser steps of a run over so many examples."""

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from adapters.disp.search_config import Residual
 from adapters.format import AdapterError
 from models.pruning import MODULES, count_fixed, count_linears, widths_of
 from models.spec import DecoderSpec
 
-Residual = Literal["independent", "shared"]
 _TOLERANCE = 1e-6  # of the shares, which are kept to be read
 
 

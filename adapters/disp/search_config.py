@@ -1,11 +1,9 @@
 """How a pruned variant is searched for: every option, with its default and its limits."""
 
-import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from adapters.training_config import ComputeDtype
+from adapters.training_config import ComputeDtype, Limits, check_options
 
 Estimator = Literal["reinmax", "ste", "gumbel"]
 Residual = Literal["independent", "shared"]
@@ -17,7 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 _COUNT = "a whole number of at least 1"
 _POSITIVE = "a number above 0"
-_LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_LIMITS: Limits = {
     "steps": (_COUNT, lambda x: x >= 1),
     "batch_size": (_COUNT, lambda x: x >= 1),
     "length": (_COUNT, lambda x: x >= 1),
@@ -99,17 +97,7 @@ class SearchConfig:
             raise ValueError(
                 f"remove must be different shares between 0 and 1, at least one, got {shares!r}"
             )
-        for name, (allowed, is_fine) in _LIMITS.items():
-            value = getattr(self, name)
-            kinds = (int, float) if name in _FLOATS else (int,)
-            is_number = isinstance(value, kinds) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or not is_fine(value):
-                raise ValueError(f"{name} must be {allowed}, got {value!r}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        check_options(self, _LIMITS, _FLOATS, CHOICES)
 
     @property
     def num_steps(self) -> int:

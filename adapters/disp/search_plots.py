@@ -4,7 +4,7 @@ from pathlib import Path
 
 from adapters.pictures import new_figure, save_figure
 from adapters.run_log import read_metrics
-from models.pruning import MODULES
+from models.pruning import MODULES, widths_of
 from models.spec import DecoderSpec
 
 PLOT_FILE = "widths.png"
@@ -24,8 +24,9 @@ def plot_widths(folder: Path, spec: DecoderSpec) -> None:
         TrainingError: the file cannot be written.
     """
     # Of a repeated record, such as after a crash, the last counts.
-    results = {r["remove"]: r for r in read_metrics(folder) if r["event"] == "result"}
-    steps = [r for r in read_metrics(folder) if r["event"] == "step"]
+    records = read_metrics(folder)
+    results = {r["remove"]: r for r in records if r["event"] == "result"}
+    steps = [r for r in records if r["event"] == "step"]
     figure = new_figure(8, 4 + 2 * len(results))
     rows = figure.subplots(1 + len(results), 1, height_ratios=[2] + [1] * len(results))
     axes = rows if not results else rows[0]
@@ -39,8 +40,8 @@ def plot_widths(folder: Path, spec: DecoderSpec) -> None:
     axes.legend(fontsize="small")
     for result, below in zip(results.values(), rows[1:] if results else (), strict=True):
         shares = [
-            [width / full for width, full in zip(widths, _full(spec, i), strict=True)]
-            for i, widths in enumerate(result["widths"])
+            [width / full for width, full in zip(*layer, strict=True)]
+            for layer in zip(result["widths"], widths_of(spec), strict=True)
         ]
         columns = list(zip(*shares, strict=True))
         image = below.imshow(columns, vmin=0, vmax=1, aspect="auto", cmap="viridis")
@@ -50,8 +51,3 @@ def plot_widths(folder: Path, spec: DecoderSpec) -> None:
         below.set_title(f"{result['remove']:.0%} of the linears' parameters removed", fontsize=10)
         figure.colorbar(image, ax=below, label="share kept")
     save_figure(figure, folder / PLOT_FILE)
-
-
-def _full(spec: DecoderSpec, layer: int) -> tuple[int, ...]:
-    middle = spec.layers[layer].intermediate_size
-    return tuple(middle if module == "mlp_mid" else spec.hidden_size for module in MODULES)

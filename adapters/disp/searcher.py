@@ -115,8 +115,7 @@ class Searcher:
         logits, low, high = self.network(), -_LARGEST_SHIFT, _LARGEST_SHIFT
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            masks = self.structures.threshold(logits + middle / TEMPERATURE)
-            kept = float(kept_share(self.spec, self.structures.count(masks)))
+            kept = self._kept_by(logits + middle / TEMPERATURE)
             low, high = (low, middle) if kept > target else (middle, high)
         self.network.offset += (low + high) / 2
 
@@ -127,7 +126,10 @@ class Searcher:
 
     def kept(self) -> float:
         """Return the share of the linears' parameters that masks without chance keep."""
-        masks = self.structures.threshold(self.logits())
+        return self._kept_by(self.logits())
+
+    def _kept_by(self, logits: Tensor) -> float:
+        masks = self.structures.threshold(logits)
         return float(kept_share(self.spec, self.structures.count(masks)))
 
     @torch.no_grad()
@@ -140,7 +142,7 @@ class Searcher:
         """
         masks: Masks
         if selections is None:
-            masks = self.structures.split(self.structures.threshold(self.network()))
+            masks = self.structures.split(self.structures.threshold(self.logits()))
         else:
             masks = selection_masks(selections, widths_of(self.spec), self._base.device)
         return mean_loss(self._base, windows, self._config.batch_size, masks)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.disp.config import DispConfig, Residual, from_fields, removed_shares
+from adapters.disp.config import DispConfig, from_fields, removed_shares
+from adapters.disp.search_config import Residual
 from adapters.format import AdapterConfig, AdapterError, check_base, read_adapter, write_adapter
 from models.pruning import (
     MODULES,

@@ -35,6 +35,8 @@ def run_search(
     server_config = resolve_device(server_config, has_cuda=torch.cuda.is_available())
     server_config = resolve_threads(server_config, num_processors=count_processors())
     text = read_text(arguments.data)
+    if not text.strip():
+        raise UserError(f"{arguments.data}: the file is empty")
     try:
         original, served = load_originals(server_config)
         tokenizer = Tokenizer.from_folder(original.folder)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from adapters.qst.examples import Example
 from serve.cli.arguments import UserError
+from serve.cli.text_file import read_text
 from serve.text.chat_template import ChatTemplateError
 from serve.text.tokenizer import Tokenizer
 
@@ -96,13 +97,7 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         UserError: the file cannot be read or is empty, or a line is malformed; the line is named.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}: line {line}: not UTF-8 text") from None
+    text = read_text(path)
     if path.suffix == ".tsv":
         records = list(_read_table(path, text))
     elif text.strip(_ZERO_WIDTH + " \t\r\n").startswith("["):
