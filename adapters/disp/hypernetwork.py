@@ -63,12 +63,26 @@ class Structures:
         parts = logits.detach().split(self.widths)
         return torch.cat([part >= part.amax().clamp_max(_JUST_ABOVE) for part in parts]).float()
 
+    def best(self, logits: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return (N,) masks of the `counts` highest logits of each structure."""
+        masks = torch.zeros_like(logits)
+        pairs = zip(masks.split(self.widths), ranking(logits, self.widths), counts, strict=True)
+        for mask, order, count in pairs:
+            mask[order[:count]] = 1.0
+        return masks
+
+
+def ranking(logits: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Return each structure's channels by falling logit, of equal ones the first."""
+    parts = logits.detach().split(list(widths))
+    return [part.argsort(descending=True, stable=True) for part in parts]
+
 
 class Hypernetwork(nn.Module):
     """GRU, norm, GELU and a linear for each structure.
 
-    Its buffers `inputs` (fixed, standard normal) and `offset` (added to all of its output; at first
-    3.0, so that every channel is kept) are kept with its parameters.
+    Its buffers `inputs` (fixed, standard normal) and `offset` (added to each structure's output; at
+    first 3.0, so that every channel is kept) are kept with its parameters.
 
     Args:
         widths: channels of each structure.
@@ -83,7 +97,7 @@ class Hypernetwork(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.register_buffer("inputs", torch.randn(len(widths), 1, _INPUT))
-            self.register_buffer("offset", torch.tensor(_OFFSET))
+            self.register_buffer("offset", torch.full((len(widths),), _OFFSET))
             self.gru = nn.GRU(_INPUT, _HIDDEN, bidirectional=True)
             self.norm = nn.LayerNorm(2 * _HIDDEN)
             self.heads = nn.ModuleList(
@@ -93,9 +107,8 @@ class Hypernetwork(nn.Module):
     def forward(self) -> Tensor:
         """Return the (N,) float32 logits of all structures' channels, one after the other."""
         states = F.gelu(self.norm(self.gru(self.inputs)[0][:, 0]))
-        pairs = zip(self.heads, states, strict=True)
-        theta = torch.cat([head(state) for head, state in pairs])
-        return (theta + self.offset) / TEMPERATURE
+        parts = zip(self.heads, states, self.offset, strict=True)
+        return torch.cat([head(state) + offset for head, state, offset in parts]) / TEMPERATURE
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters and buffers by name."""

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from adapters.disp.budget import linears_total
-from adapters.disp.hypernetwork import Structures
-from adapters.disp.search_config import Residual
+from adapters.disp.hypernetwork import Structures, ranking
 from models.pruning import MODULES, LayerSelection, Selections, count_linears
 from models.spec import DecoderSpec
 
@@ -16,10 +15,10 @@ TOLERANCE = 0.005  # of the kept parameters
 _HALVINGS = 60
 
 
-def selections_of(
-    logits: Tensor, spec: DecoderSpec, *, keep: float, align: int, residual: Residual
-) -> Selections:
-    """Choose the channels with the highest logits, as many as the target asks for.
+def aligned_widths(
+    logits: Tensor, spec: DecoderSpec, structures: Structures, *, keep: float, align: int
+) -> tuple[int, ...]:
+    """Choose how many channels each structure keeps.
 
     One threshold for all logits gives the widths, which go to the nearest multiple of `align`.
     Then, one multiple at a time, the channels at the boundaries that are nearest to the threshold
@@ -28,26 +27,28 @@ def selections_of(
     Args:
         logits: (N,) of all structures' channels; above 0 where the search keeps a channel.
         spec: not pruned.
+        structures: whose channels they are.
         keep: share of the linears' parameters to keep, in 0 .. 1; met within 0.5 % unless
             the model is so small that one multiple of `align` is more than that.
         align: widths are multiples of it, or full.
-        residual: see `Structures`.
-
-    Returns:
-        The same for the same arguments.
     """
-    structures = Structures(spec, residual)
     parts = logits.detach().double().cpu().split(structures.widths)
-    orders = [part.argsort(descending=True, stable=True) for part in parts]
-    ranked = [part[order] for part, order in zip(parts, orders, strict=True)]
+    ranked = [part.sort(descending=True).values for part in parts]
     search = _Widths(spec, structures, ranked, keep * linears_total(spec), align)
     search.start()
     search.approach()
     search.refine()
-    kept = [
-        tuple(sorted(order[:count].tolist()))
-        for order, count in zip(orders, search.counts, strict=True)
-    ]
+    return tuple(search.counts)
+
+
+def choose_channels(logits: Tensor, structures: Structures, counts: Sequence[int]) -> Selections:
+    """Choose so many of each structure's channels, those with the highest logits.
+
+    Returns:
+        The same for the same arguments.
+    """
+    pairs = zip(ranking(logits.cpu(), structures.widths), counts, strict=True)
+    kept = [tuple(sorted(order[:count].tolist())) for order, count in pairs]
     return tuple(
         LayerSelection(**{m: kept[place] for m, place in zip(MODULES, places, strict=True)})
         for places in structures.places

@@ -3,8 +3,10 @@
 import math
 import shutil
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,6 @@ from torch import Tensor
 from adapters.disp.budget import check_shares
 from adapters.disp.config import removed_shares
 from adapters.disp.masked import MaskedDecoder
-from adapters.disp.materialize import selections_of
 from adapters.disp.search_config import SearchConfig
 from adapters.disp.search_plots import plot_widths
 from adapters.disp.searcher import Searcher, StepResult, mean_loss
@@ -188,11 +189,14 @@ class _Run:
                 self._advance(
                     step, result.num_tokens, seconds=self._progress.state["seconds"] + elapsed_s,
                 )  # fmt: skip
-                ends_share, is_last = step % config.steps == 0, step == config.num_steps
+                number, place, num_steps = self._place(step)
+                ends_share, is_last = place + 1 == num_steps, step == config.num_steps
+                if place + 1 == config.settles_after(num_steps):
+                    self._fix_widths(number)
                 if step % config.eval_every == 0 and not ends_share:
                     self._evaluate(log)
                 if ends_share:
-                    self._materialise(log)
+                    self._materialise(log, number)
                 is_stopping = should_stop() and not is_last
                 if step % config.checkpoint_every == 0 or ends_share or is_stopping:
                     self._save(log)
@@ -219,12 +223,19 @@ class _Run:
             return self._output
         return self._output / f"remove-{round(share * 100, 4):g}"
 
+    def _place(self, step: int) -> tuple[int, int, int]:
+        """Return which share a step is for, its place in it, counted from 0, and their number."""
+        steps = self._config.share_steps
+        ends = list(accumulate(steps))
+        number = bisect_left(ends, step)
+        return number, step - 1 - (ends[number] - steps[number]), steps[number]
+
     def _step(self, step: int) -> tuple[StepResult, dict[str, Any]]:
         config = self._config
-        number, place = divmod(step - 1, config.steps)
+        number, place, num_steps = self._place(step)
         before = 1 - self._shares[number - 1] if number else 1.0
-        target = config.target(place, before, 1 - self._shares[number])
-        factor = config.rate_factor(place)
+        target = config.target(place, num_steps, before=before, wanted=1 - self._shares[number])
+        factor = config.rate_factor(place, num_steps)
         generator = step_generator(config.seed, step)
         drawn = self._windows.draw(config.batch_size, generator)
         try:
@@ -256,21 +267,25 @@ class _Run:
         log.add({"event": "eval", "step": step, "loss": loss, "kept": kept})
         log.say(f"step {step}: held-out loss {loss:.4f} with {kept:.1%} of the linears kept")
 
-    def _materialise(self, log: RunLog) -> None:
+    def _fix_widths(self, number: int) -> None:
+        """Round the widths of a share; note how far from its target the search left them."""
+        keep = 1 - self._shares[number]
+        state = {**self._progress.state, "ratio_error": self._searcher.kept() / keep - 1}
+        self._searcher.fix_widths(keep)
+        self._progress = replace(self._progress, state=state)
+
+    def _materialise(self, log: RunLog, number: int) -> None:
         """Write the variant of the share that ends here."""
         config, searcher, progress = self._config, self._searcher, self._progress
         spec, held_out, state = searcher.spec, self._windows.held_out, progress.state
-        share = self._shares[progress.step // config.steps - 1]
-        selections = selections_of(
-            searcher.logits(), spec, keep=1 - share, align=config.align, residual=config.residual
-        )
+        share, selections = self._shares[number], searcher.selections()
         widths = [selection.widths for selection in selections]
         linears, total = removed_shares(spec, widths)
         loss = searcher.evaluate(held_out, selections) if len(held_out) else None
         facts = {
             "remove": share, "remove_linears": linears, "remove_total": total,
             "parameters": count_linears(spec, widths) + count_fixed(spec), "loss": loss,
-            "dense_loss": state["dense_loss"], "ratio_error": searcher.kept() / (1 - share) - 1,
+            "dense_loss": state["dense_loss"], "ratio_error": state["ratio_error"],
             "seconds": round(state["seconds"], 1),
         }  # fmt: skip
         folder = self._folder(share)
@@ -287,6 +302,7 @@ class _Run:
             f"{folder}: {linears:.1%} of the linears' parameters removed, {total:.1%} of the model"
             + ("" if loss is None else f"; held-out loss {loss:.4f}, perplexity {_exp(loss):.2f}")
         )
+        searcher.free_widths()
         self._advance(progress.step, 0, seconds=0.0, results=[*state["results"], facts])
 
     def _save(self, log: RunLog) -> None:

@@ -17,6 +17,7 @@ _COUNT = "a whole number of at least 1"
 _POSITIVE = "a number above 0"
 _LIMITS: Limits = {
     "steps": (_COUNT, lambda x: x >= 1),
+    "further_steps": (_COUNT, lambda x: x >= 1),
     "batch_size": (_COUNT, lambda x: x >= 1),
     "length": (_COUNT, lambda x: x >= 1),
     "learning_rate": (_POSITIVE, lambda x: x > 0),
@@ -25,6 +26,7 @@ _LIMITS: Limits = {
     "clip": (_POSITIVE, lambda x: x > 0),
     "penalty": (_POSITIVE, lambda x: x > 0),
     "ramp": ("a share from 0 to 1", lambda x: 0 <= x <= 1),
+    "settle": ("a share from 0 to 1", lambda x: 0 <= x <= 1),
     "align": (_COUNT, lambda x: x >= 1),
     "seed": ("a whole number from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63),
     "eval_windows": ("a whole number of at least 0", lambda x: x >= 0),
@@ -32,7 +34,7 @@ _LIMITS: Limits = {
     "checkpoint_every": (_COUNT, lambda x: x >= 1),
 }
 _FLOATS = {
-    "learning_rate", "decay", "weight_decay", "clip", "penalty", "ramp",
+    "learning_rate", "decay", "weight_decay", "clip", "penalty", "ramp", "settle",
 }  # fmt: skip
 
 
@@ -43,7 +45,8 @@ class SearchConfig:
     Attributes:
         remove: shares of the parameters of the decoder's linears to remove; they are searched for
             in increasing order, each from where the one before ended.
-        steps: optimiser steps for each share.
+        steps: optimiser steps for the least share.
+        further_steps: optimiser steps for each share after it; None: half of `steps`.
         batch_size: windows of text computed together, each with masks of its own.
         length: tokens of a window.
         learning_rate: AdamW's, of the hypernetwork.
@@ -52,6 +55,8 @@ class SearchConfig:
         clip: largest norm of a step's gradient; larger ones are scaled down.
         penalty: weight of the log of kept over wanted parameters (the paper's lambda).
         ramp: share of each share's steps in which the wanted number goes down as a line.
+        settle: share of each share's steps, at their end, for which widths are fixed at multiples
+            of `align` that meet the target, so that only the choice of channels is still learnt.
         estimator: gradient of the binary masks: "reinmax", "ste" (straight through), or "gumbel",
             the published code's soft masks.
         residual: "independent": each block chooses the channels of the residual stream that it
@@ -70,7 +75,8 @@ class SearchConfig:
     """
 
     remove: tuple[float, ...] = (0.3,)
-    steps: int = 300
+    steps: int = 200
+    further_steps: int | None = None
     batch_size: int = 2
     length: int = 256
     learning_rate: float = 5e-3
@@ -79,6 +85,7 @@ class SearchConfig:
     clip: float = 1.0
     penalty: float = 6.0
     ramp: float = 0.5
+    settle: float = 0.3
     estimator: Estimator = "reinmax"
     residual: Residual = "independent"
     align: int = 64
@@ -97,22 +104,34 @@ class SearchConfig:
             raise ValueError(
                 f"remove must be different shares between 0 and 1, at least one, got {shares!r}"
             )
-        check_options(self, _LIMITS, _FLOATS, CHOICES)
+        is_given = self.further_steps is not None
+        limits = {k: v for k, v in _LIMITS.items() if k != "further_steps" or is_given}
+        check_options(self, limits, _FLOATS, CHOICES)
+
+    @property
+    def share_steps(self) -> tuple[int, ...]:
+        """Optimiser steps of each share, in increasing order of the shares."""
+        further = self.further_steps or max(1, self.steps // 2)
+        return (self.steps,) + (further,) * (len(self.remove) - 1)
 
     @property
     def num_steps(self) -> int:
         """Optimiser steps of the whole search."""
-        return self.steps * len(self.remove)
+        return sum(self.share_steps)
 
-    def rate_factor(self, step: int) -> float:
+    def rate_factor(self, step: int, num_steps: int) -> float:
         """Return what the learning rate is multiplied by at a step of a share, counted from 0."""
-        left = 1 - step / self.steps
+        left = 1 - step / num_steps
         return min(1.0, left / self.decay) if self.decay else 1.0
 
-    def target(self, step: int, before: float, wanted: float) -> float:
+    def target(self, step: int, num_steps: int, *, before: float, wanted: float) -> float:
         """Return the share to keep at a step, counted from 0, on the way from one to the next."""
-        ramp = self.ramp * self.steps
+        ramp = self.ramp * num_steps
         return wanted if step + 1 >= ramp else before + (wanted - before) * (step + 1) / ramp
+
+    def settles_after(self, num_steps: int) -> int:
+        """Return how many of a share's steps leave the widths free."""
+        return max(1, num_steps - int(self.settle * num_steps))
 
     def as_fields(self) -> dict[str, Any]:
         """Return every option by name, as JSON values."""

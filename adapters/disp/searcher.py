@@ -10,6 +10,7 @@ from adapters.disp.budget import kept_share, ratio_penalty
 from adapters.disp.estimators import TEMPERATURE, sample_masks
 from adapters.disp.hypernetwork import Hypernetwork, Structures
 from adapters.disp.masked import MaskedDecoder, Masks
+from adapters.disp.materialize import aligned_widths, choose_channels
 from adapters.disp.search_config import SearchConfig
 from adapters.training_state import TrainingError
 from models.pruning import MODULES, Selections, widths_of
@@ -52,15 +53,22 @@ class Searcher:
     that are surely dropped have no gradient to come back by. So each step also moves the offset of
     all logits to where T meets the target, which is the bias that the penalty would have to learn.
 
+    Once widths are fixed, each structure's own offset keeps its width, and steps only exchange
+    channels: what rounding a width to a multiple of 64 costs is learnt away before the end.
+
     Args:
         base: frozen.
         config: options.
+
+    Attributes:
+        counts: how many channels each structure keeps; None: that is still free.
     """
 
     def __init__(self, base: MaskedDecoder, config: SearchConfig) -> None:
         self._base, self._config, self.spec = base, config, base.spec
         self.structures = Structures(base.spec, config.residual)
         self.network = Hypernetwork(self.structures.widths, seed=config.seed).to(base.device)
+        self.counts: tuple[int, ...] | None = None
         self._parameters = list(self.network.parameters())
         self.optimizer = torch.optim.AdamW(
             self._parameters, lr=config.learning_rate, betas=_BETAS,
@@ -89,7 +97,7 @@ class Searcher:
         if not math.isfinite(value):
             raise TrainingError(f"the loss is {value}")
         sampled = kept_share(self.spec, self.structures.count(counted))
-        settled = self.structures.count(self.structures.threshold(logits))
+        settled = self.structures.count(self._chosen(logits))
         kept = kept_share(self.spec, settled)
         pulled = sampled + (kept - sampled).detach()
         penalty = ratio_penalty(pulled, target, config.penalty).mean()
@@ -100,7 +108,10 @@ class Searcher:
             raise TrainingError(f"the norm of the gradient is {norm}")
         self.optimizer.param_groups[0]["lr"] = config.learning_rate * rate_factor
         self.optimizer.step()
-        self._shift(target)
+        if self.counts is None:
+            self._shift(target)
+        else:
+            self._hold()
         counts = torch.stack([torch.stack(layer) for layer in settled]).cpu()
         shares = (counts / torch.tensor(widths_of(self.spec))).mean(0)
         return StepResult(
@@ -115,22 +126,53 @@ class Searcher:
         logits, low, high = self.network(), -_LARGEST_SHIFT, _LARGEST_SHIFT
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            kept = self._kept_by(logits + middle / TEMPERATURE)
+            kept = self._kept_by(self.structures.threshold(logits + middle / TEMPERATURE))
             low, high = (low, middle) if kept > target else (middle, high)
         self.network.offset += (low + high) / 2
 
     @torch.no_grad()
-    def logits(self) -> Tensor:
-        """Return the (N,) float32 logits of all structures' channels."""
-        return self.network()
+    def fix_widths(self, keep: float) -> None:
+        """Keep as many channels as now from here on, in aligned widths that meet a share."""
+        self.counts = aligned_widths(
+            self.network(), self.spec, self.structures, keep=keep, align=self._config.align
+        )
+        self._hold()
 
+    def free_widths(self) -> None:
+        """Let the widths move again, from where they are."""
+        self.counts = None
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        """Move each structure's offset so that as many of its logits are above 0 as it keeps."""
+        assert self.counts is not None
+        parts = self.network().split(self.structures.widths)
+        for i, (part, count) in enumerate(zip(parts, self.counts, strict=True)):
+            ranked = part.sort(descending=True).values
+            if count < len(part):
+                self.network.offset[i] -= (ranked[count - 1] + ranked[count]) / 2 * TEMPERATURE
+            elif ranked[-1] <= 0:
+                self.network.offset[i] += _LARGEST_SHIFT - ranked[-1] * TEMPERATURE
+
+    @torch.no_grad()
+    def selections(self) -> Selections:
+        """Return the channels to keep, in the widths that are fixed."""
+        assert self.counts is not None
+        return choose_channels(self.network(), self.structures, self.counts)
+
+    @torch.no_grad()
     def kept(self) -> float:
         """Return the share of the linears' parameters that masks without chance keep."""
-        return self._kept_by(self.logits())
+        return self._kept_by(self._chosen(self.network()))
 
-    def _kept_by(self, logits: Tensor) -> float:
-        masks = self.structures.threshold(logits)
+    def _kept_by(self, masks: Tensor) -> float:
         return float(kept_share(self.spec, self.structures.count(masks)))
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        """Return the (N,) masks without chance."""
+        if self.counts is None:
+            return self.structures.threshold(logits)
+        return self.structures.best(logits.detach(), self.counts)
 
     @torch.no_grad()
     def evaluate(self, windows: Tensor, selections: Selections | None = None) -> float:
@@ -142,7 +184,7 @@ class Searcher:
         """
         masks: Masks
         if selections is None:
-            masks = self.structures.split(self.structures.threshold(self.logits()))
+            masks = self.structures.split(self._chosen(self.network()))
         else:
             masks = selection_masks(selections, widths_of(self.spec), self._base.device)
         return mean_loss(self._base, windows, self._config.batch_size, masks)
@@ -150,6 +192,8 @@ class Searcher:
     def state_tensors(self) -> dict[str, Tensor]:
         """Return parameters, fixed inputs and optimiser state by name; all are needed to go on."""
         tensors = {f"network.{name}": tensor for name, tensor in self.network.named_state()}
+        if self.counts is not None:
+            tensors["counts"] = torch.tensor(self.counts)
         for name, parameter in self.network.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value
@@ -160,6 +204,7 @@ class Searcher:
         """Take over what `state_tensors` returned."""
         for name, tensor in self.network.named_state():
             tensor.copy_(tensors[f"network.{name}"])
+        self.counts = tuple(tensors["counts"].tolist()) if "counts" in tensors else None
         for name, parameter in self.network.named_parameters():
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}.{name}"].to(parameter.device)

@@ -45,7 +45,9 @@ MODEL_OPTIONS = {
 } | {"dequantize": replace(OPTIONS["dequantize"], group=MODEL)}
 # Field of SearchConfig, placeholder, help.
 SEARCH_FLAGS = (
-    ("steps", "N", "optimiser steps for each share"),
+    ("steps", "N", "optimiser steps for the least share"),
+    ("further_steps", "N", "optimiser steps for each share after it, which goes on from there "
+     "[default: half of --steps]"),
     ("batch_size", "N", "windows of text computed together, each with masks of its own"),
     ("length", "N", "tokens of a window"),
     ("learning_rate", "X", "of the hypernetwork that proposes masks"),
@@ -54,6 +56,8 @@ SEARCH_FLAGS = (
     ("clip", "X", "largest norm of a step's gradient"),
     ("penalty", "X", "weight of the log of kept over wanted parameters (lambda)"),
     ("ramp", "SHARE", "share of the steps in which the wanted number goes down"),
+    ("settle", "SHARE", "share of the steps, at their end, with widths fixed at what --align asks "
+     "for"),
     ("estimator", "", "gradient of the binary masks"),
     ("residual", "", "channels of the residual stream: chosen by each block for itself, or one set "
      "for all"),
@@ -119,7 +123,7 @@ def _add_flag(group: Any, name: str, metavar: str, text: str) -> None:
     """Add a flag for a field of `SearchConfig`, which has its default and its type."""
     default = getattr(SearchConfig(), name)
     settings: dict[str, Any] = {"default": argparse.SUPPRESS}
-    settings["help"] = f"{text} [default: {default}]"
+    settings["help"] = text if default is None else f"{text} [default: {default}]"
     if isinstance(default, bool):
         settings["action"] = argparse.BooleanOptionalAction
         settings["help"] = f"{text} [default: {'on' if default else 'off'}]"

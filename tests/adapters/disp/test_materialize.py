@@ -8,7 +8,8 @@ from torch import Tensor
 
 from adapters.disp.budget import linears_total
 from adapters.disp.hypernetwork import Structures
-from adapters.disp.materialize import TOLERANCE, selections_of
+from adapters.disp.materialize import TOLERANCE, aligned_widths, choose_channels
+from adapters.disp.search_config import Residual
 from models.pruning import MODULES, Selections, check_selections, count_linears, widths_of
 from models.spec import DecoderSpec
 from tests.models.kernels.random_decoders import KINDS, make_decoder_parts
@@ -33,6 +34,14 @@ def make_logits(spec: DecoderSpec, residual: str = "independent", seed: int = 0)
         for width in widths
     ]
     return torch.cat(parts)
+
+
+def selections_of(
+    logits: Tensor, spec: DecoderSpec, *, keep: float, align: int, residual: Residual
+) -> Selections:
+    structures = Structures(spec, residual)
+    counts = aligned_widths(logits, spec, structures, keep=keep, align=align)
+    return choose_channels(logits, structures, counts)
 
 
 def error(spec: DecoderSpec, selections: Selections, keep: float) -> float:

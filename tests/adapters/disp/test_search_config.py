@@ -16,6 +16,8 @@ from adapters.disp.search_config import SearchConfig
         ("weight_decay", -1.0, "a number of at least 0"),
         ("penalty", 0, "a number above 0"),
         ("ramp", -0.1, "a share from 0 to 1"),
+        ("settle", 1.1, "a share from 0 to 1"),
+        ("further_steps", 0, "a whole number of at least 1"),
         ("align", 0, "a whole number of at least 1"),
         ("seed", 2**63, "a whole number from 0"),
         ("eval_windows", -1, "a whole number of at least 0"),
@@ -40,20 +42,33 @@ def test_shares_out_of_range_are_refused(shares: object) -> None:
 
 def test_target_goes_down_as_a_line_and_stays() -> None:
     config = SearchConfig(steps=10, ramp=0.5)
-    found = [config.target(step, 0.9, 0.7) for step in range(10)]
+    found = [config.target(step, 10, before=0.9, wanted=0.7) for step in range(10)]
     assert found == pytest.approx([0.86, 0.82, 0.78, 0.74, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7])
-    assert SearchConfig(steps=10, ramp=0.0).target(0, 1.0, 0.7) == 0.7
+    assert SearchConfig(ramp=0.0).target(0, 10, before=1.0, wanted=0.7) == 0.7
 
 
 def test_rate_falls_at_the_end_of_a_share() -> None:
     config = SearchConfig(steps=10, decay=0.4)
-    found = [config.rate_factor(step) for step in range(10)]
+    found = [config.rate_factor(step, 10) for step in range(10)]
     assert found == pytest.approx([1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
-    assert SearchConfig(steps=10, decay=0.0).rate_factor(9) == 1.0
+    assert SearchConfig(decay=0.0).rate_factor(9, 10) == 1.0
 
 
 def test_options_are_json_values() -> None:
     config = SearchConfig(remove=(0.2, 0.5), steps=7)
-    assert config.num_steps == 14
     assert config.as_fields()["remove"] == [0.2, 0.5]
     assert SearchConfig(**config.as_fields()) == config
+
+
+@pytest.mark.parametrize(("further", "wanted"), [(None, (7, 3, 3)), (9, (7, 9, 9))], ids=str)
+def test_further_shares_take_half_the_steps_unless_told(
+    further: int | None, wanted: tuple[int, ...]
+) -> None:
+    config = SearchConfig(remove=(0.2, 0.3, 0.5), steps=7, further_steps=further)
+    assert config.share_steps == wanted
+    assert config.num_steps == sum(wanted)
+
+
+@pytest.mark.parametrize(("settle", "free"), [(0.0, 10), (0.3, 7), (1.0, 1)])
+def test_widths_settle_at_the_end_of_a_share(settle: float, free: int) -> None:
+    assert SearchConfig(settle=settle).settles_after(10) == free

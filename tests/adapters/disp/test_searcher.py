@@ -44,25 +44,47 @@ def test_share_follows_the_target_down_and_up(monkeypatch: pytest.MonkeyPatch) -
     assert without.kept() > 0.6
 
 
+def test_fixed_widths_stay_while_channels_are_exchanged() -> None:
+    searcher = make_searcher(align=8, learning_rate=0.05)
+    take_steps(searcher, 30, target=0.7)
+    searcher.fix_widths(0.7)
+    before, kept = searcher.selections(), searcher.kept()
+    assert kept == pytest.approx(0.7, rel=0.005)
+    take_steps(searcher, 30, target=0.7)
+    after = searcher.selections()
+    assert [s.widths for s in after] == [s.widths for s in before]
+    assert after != before
+    assert searcher.kept() == kept
+    above = searcher.structures.threshold(searcher.network())
+    assert float(above.sum()) == pytest.approx(sum(searcher.counts or ()), abs=2)
+    searcher.free_widths()
+    take_steps(searcher, 60, target=0.5)
+    assert searcher.kept() == pytest.approx(0.5, rel=0.01)
+
+
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_loss_that_is_not_finite_changes_nothing(broken: float) -> None:
     weights = dict(fitted_checkpoint().weights)
     weights["final_norm.weight"] = torch.full((64,), broken)
     searcher = make_searcher(weights)
-    before = searcher.logits()
+    before = searcher.network()
     with pytest.raises(TrainingError, match="the loss is nan"):
         take_steps(searcher, 1, target=0.7)
-    assert torch.equal(searcher.logits(), before)
+    assert torch.equal(searcher.network(), before)
 
 
-def test_state_is_all_that_is_needed_to_go_on() -> None:
-    searcher = make_searcher()
+@pytest.mark.parametrize("is_fixed", [False, True], ids=["free", "fixed"])
+def test_state_is_all_that_is_needed_to_go_on(is_fixed: bool) -> None:
+    searcher = make_searcher(align=8)
     take_steps(searcher, 3, target=0.7)
-    other = make_searcher(seed=5)
+    if is_fixed:
+        searcher.fix_widths(0.7)
+    other = make_searcher(seed=5, align=8)
     other.load_state_tensors({n: t.clone() for n, t in searcher.state_tensors().items()})
     for each in (searcher, other):
         take_steps(each, 2, target=0.7)
-    assert torch.equal(searcher.logits(), other.logits())
+    assert torch.equal(searcher.network(), other.network())
+    assert searcher.counts == other.counts
 
 
 def test_text_has_to_fit() -> None:

@@ -48,7 +48,10 @@ def test_help_has_every_option_with_the_default_that_holds() -> None:
     text = re.sub(r"-\s+(?=\w)", "-", " ".join(text.split()))
     for item in fields(SearchConfig):
         assert f"--{item.name.replace('_', '-')}" in text
-        shown = {"remove": "0.3", "gradient_checkpointing": "off"}.get(item.name, item.default)
+        others = {
+            "remove": "0.3", "gradient_checkpointing": "off", "further_steps": "half of --steps",
+        }  # fmt: skip
+        shown = others.get(item.name, item.default)
         assert f"[default: {shown}]" in text
     for name in MODEL_OPTIONS:
         assert f"--{name.replace('_', '-')}" in text
