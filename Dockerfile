@@ -2,7 +2,7 @@
 #
 #   docker build -t proa .                                    CPU
 #   docker build -t proa --build-arg TORCH_BUILD=cu130 .      CUDA 13.0 (run with --gpus all)
-#   docker run -p 8000:8000 -e PROA_API_KEY=choose-one -v proa-models:/models proa
+#   docker run -p 8000:8000 -e PROA_API_KEY=choose-one -v proa-models:/models -v proa-data:/data proa
 #
 # The container listens on all its interfaces, so it wants an API key.
 
@@ -29,18 +29,19 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --create-home --uid 1000 proa \
-    && install --directory --owner=proa --group=proa /models
+    && install --directory --owner=proa --group=proa /models /data
 COPY --from=build /opt/proa /opt/proa
 ENV PATH=/opt/proa/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/models/huggingface \
     PROA_CACHE_DIR=/models/proa \
+    PROA_VOTES=/data/votes.sqlite3 \
     PROA_HOST=0.0.0.0 \
     PROA_PORT=8000
 USER proa
 WORKDIR /home/proa
-VOLUME /models
+VOLUME /models /data
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # The first start downloads and quantises the model.

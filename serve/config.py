@@ -287,6 +287,19 @@ class ServeConfig:
         group=LIMITS,
         choices=("refuse", "ignore"),
     )
+    ui: bool = option(
+        True,
+        "Serve the web interface at /ui. It takes memory only once somebody opens it.",
+        kind=FLAG,
+        group=NETWORK,
+    )
+    votes: str | None = option(
+        None,
+        "The SQLite file, on a local disk, that keeps the votes on comparisons. Without it: "
+        "~/.local/share/proa/votes.sqlite3; XDG_DATA_HOME stands in place of ~/.local/share.",
+        kind=PATH,
+        group=PROCESS,
+    )
     drain_timeout_s: float = option(
         30.0,
         "How long running requests may finish once the server is asked to stop.",

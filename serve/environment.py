@@ -5,6 +5,7 @@ Every option of `serve.config` has a variable named `PROA_` and its name in capi
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from difflib import get_close_matches
+from pathlib import Path
 
 PREFIX = "PROA_"
 
@@ -23,12 +24,27 @@ def read_options(environ: Mapping[str, str], options: Iterable[str]) -> dict[str
     return {option: environ[name] for option, name in names.items() if environ.get(name)}
 
 
+def data_folder(environ: Mapping[str, str]) -> Path:
+    """Return where the server keeps what it must not lose; `~` is the home folder.
+
+    As the XDG base directory specification wants it, a relative XDG_DATA_HOME counts as unset.
+    """
+    base = Path(environ.get("XDG_DATA_HOME", ""))
+    return (base if base.is_absolute() else Path("~/.local/share")) / "proa"
+
+
 def let_threads_sleep(environ: MutableMapping[str, str]) -> None:
     """Let torch's threads sleep when they have nothing to do; call it before torch is imported.
 
     By default they spin for a while, on the cores that the native kernels' threads then need.
     """
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def let_gradio_stay_silent(environ: MutableMapping[str, str]) -> None:
+    """Keep Gradio and its libraries from reporting home; call it before they are imported."""
+    environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 def unknown_variables(environ: Mapping[str, str], options: Iterable[str]) -> list[str]:

@@ -67,6 +67,19 @@ def resolve_adapters(config: ServeConfig) -> ServeConfig:
     return replace(config, adapter=adapter, variant=variant, adapter_root=root)
 
 
+def resolve_votes(config: ServeConfig, *, data_folder: Path) -> ServeConfig:
+    """Make the path of the file of votes absolute; without one it is in the data folder.
+
+    Raises:
+        ConfigError: the path begins with a home folder that is unknown.
+    """
+    path = data_folder / "votes.sqlite3" if config.votes is None else Path(config.votes)
+    try:
+        return replace(config, votes=str(path.expanduser().absolute()))
+    except RuntimeError:
+        raise ConfigError(f"votes: {path} is in an unknown home folder") from None
+
+
 def resolve_device(config: ServeConfig, *, has_cuda: bool) -> ServeConfig:
     """Replace the device "auto" by "cuda" or "cpu".
 

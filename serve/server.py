@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from typing import Any, cast
 import torch
 import uvicorn
 from fastapi import FastAPI
+from starlette.responses import RedirectResponse
 
 from decoding import Sampler, TokenTables
 from models.checkpoints import Checkpoint, CheckpointError
@@ -29,6 +31,8 @@ from serve.backends.native import NativeBackend
 from serve.backends.protocol import AdapterConflictError, AdapterLoadError
 from serve.base_model import build_decoder, load_base, load_tokenizer, settle_memory
 from serve.config import ServeConfig
+from serve.environment import data_folder, let_gradio_stay_silent
+from serve.experiments.store import VoteStore, VoteStoreError
 from serve.machine import (
     count_processors,
     free_memory_bytes,
@@ -40,9 +44,11 @@ from serve.resolve import (
     resolve_capacity,
     resolve_device,
     resolve_threads,
+    resolve_votes,
 )
 from serve.text.chat_template import ChatTemplateError
 from serve.text.token_bytes import TokenizerError
+from serve.ui.mount import PATH, UserInterface
 from serve.variants import add_variants
 
 CACHE_DTYPES = {"auto": None, "float16": torch.float16, "float32": torch.float32}
@@ -80,8 +86,15 @@ class Service:
     adapters: tuple[str, ...] = ()
 
 
-def build_service(config: ServeConfig, *, report: Report) -> Service:
+def build_service(
+    config: ServeConfig, *, report: Report, votes: VoteStore | None = None
+) -> Service:
     """Load the model and build everything that serves it.
+
+    Args:
+        config: what was asked for.
+        report: told what happens.
+        votes: keeps the votes on comparisons; None: they cannot be voted on.
 
     Raises:
         ConfigError: an option does not suit the model or the machine, or the model, a variant or an
@@ -111,7 +124,7 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
     settle_memory(folder.resolve())
     config = _size_cache(config, decoder, report)
     backend = _build_backend(config, decoder, tables, eos_token_ids, registry)
-    app = create_app(backend, tokenizer, settings=_api_settings(config, model_id))
+    app = create_app(backend, tokenizer, settings=_api_settings(config, model_id), votes=votes)
     gc.collect()
     gc.freeze()
     return Service(
@@ -123,6 +136,22 @@ def build_service(config: ServeConfig, *, report: Report) -> Service:
         has_chat_template=tokenizer.chat_template is not None,
         adapters=tuple(f"{model_id}:{name}" for name, _ in (*config.variants, *config.adapters)),
     )
+
+
+def open_votes(config: ServeConfig) -> VoteStore:
+    """Open the file that keeps the votes on comparisons.
+
+    Args:
+        config: with the path resolved.
+
+    Raises:
+        ConfigError: the file cannot be used.
+    """
+    assert config.votes is not None
+    try:
+        return VoteStore(Path(config.votes))
+    except VoteStoreError as error:
+        raise ConfigError(f"votes: {error}; name another file with --votes") from None
 
 
 def _build_registry(
@@ -231,10 +260,12 @@ def run_server(config: ServeConfig, *, report: Report) -> int:
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     config = resolve_adapters(resolve_access(config))
+    config = resolve_votes(config, data_folder=data_folder(os.environ))
     # Bound before the model is loaded: an address in use is told at once.
     listener = bind(config.host, config.port)
-    with listener:
-        service = build_service(config, report=report)
+    with listener, closing(open_votes(config)) as votes:
+        service = build_service(config, report=report, votes=votes)
+        interface = _add_interface(service, listener) if config.ui else None
         settings = uvicorn.Config(
             service.app,
             http="httptools",
@@ -246,7 +277,28 @@ def run_server(config: ServeConfig, *, report: Report) -> int:
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )
         with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
-            return runner.run(_serve(service, settings, listener, report))
+            return runner.run(_serve(service, settings, listener, report, interface))
+
+
+def _add_interface(service: Service, listener: socket.socket) -> UserInterface:
+    """Serve the web interface beside the API, of which it is a client like any other."""
+    let_gradio_stay_silent(os.environ)
+    interface = UserInterface(lambda: local_url(listener))
+    for path in ("/", PATH):
+        service.app.add_route(path, lambda _: RedirectResponse(f"{PATH}/"))
+    service.app.mount(PATH, interface)
+    return interface
+
+
+def local_url(listener: socket.socket) -> str:
+    """Return the address at which this machine itself reaches a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return make_url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+
+
+def make_url(host: str, port: int) -> str:
+    """Return the address of a server."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -304,6 +356,7 @@ async def _serve(
     settings: uvicorn.Config,
     listener: socket.socket,
     report: Report,
+    interface: UserInterface | None,
 ) -> int:
     server = uvicorn.Server(settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -313,10 +366,11 @@ async def _serve(
         await serving
         raise ServerError("the HTTP server did not start")
     stop = _StopSignals(report)
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    url = make_url(*listener.getsockname()[:2])
     for line in describe_start(service, url):
         report(line)
+    if interface is not None:
+        report(f"chat, compare and look inside: {url}{PATH}/")
     broken = asyncio.create_task(_wait_until_broken(service.backend))
     waited: list[asyncio.Future[Any]] = [broken, stop.requested]
     await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -330,6 +384,8 @@ async def _serve(
         await service.backend.drain(timeout_s)
         # What was generated in time may still be on its way to a slow client.
         settings.timeout_graceful_shutdown = max(CLOSE_TIMEOUT_S, int(end_s - time.monotonic()))
+    if interface is not None:
+        await interface.close()
     server.should_exit = True
     await serving
     report("stopped")

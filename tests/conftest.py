@@ -4,6 +4,7 @@ Tests that need a GPU are left out, loudly, where there is none.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def pytest_terminal_summary(
     if count:
         terminalreporter.section("NO CUDA DEVICE", sep="!", red=True, bold=True)
         terminalreporter.write_line(f"{count} tests marked gpu were NOT RUN on this machine.")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where servers keep votes, also those in processes of their own: not the user's home."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

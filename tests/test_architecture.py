@@ -36,9 +36,11 @@ MAY_IMPORT = {
         "serve.api",
         "serve.text",
         "serve.backends.protocol",
+        "serve.experiments",
         "serve.version",
         "decoding",
     ),
+    "serve.experiments": ("serve.experiments",),
     "serve.ui": ("serve.ui",),
 }
 
@@ -52,8 +54,9 @@ THIRD_PARTY = {
     },
     "serve.engine": {"torch"},
     "serve.engine.scheduler": set(),
+    "serve.experiments": set(),
     "evaluation": {"openai", "httpx"},
-    "serve.ui": {"gradio", "httpx"},
+    "serve.ui": {"gradio", "httpx", "fastapi", "starlette", "markdown_it", "pygments"},
 }  # fmt: skip
 
 # What may be imported inside a function: optional, or too slow for the paths that do not need it.
@@ -61,12 +64,17 @@ SLOW_OR_OPTIONAL = {
     "transformers", "bitsandbytes", "gguf", "huggingface_hub", "numpy", "triton", "readline",
     "models.checkpoints", "models.checkpoints.conversion", "models.kernels.cuda", "serve.server",
     "serve.cli.bench_engine", "serve.cli.adapter_folders", "serve.cli.train_run",
-    "serve.cli.prune_run", "matplotlib",
+    "serve.cli.prune_run", "matplotlib", "gradio", "gradio.routes", "serve.ui.app",
+    "serve.cli.ui_run",
 }  # fmt: skip
 
 # Requirements that nothing imports by name.
 IMPLIED_REQUIREMENTS = {"uvloop", "httptools"}
-IMPORT_NAMES = {"pyyaml": "yaml", "prometheus-client": "prometheus_client"}
+IMPORT_NAMES = {
+    "markdown-it-py": "markdown_it",
+    "pyyaml": "yaml",
+    "prometheus-client": "prometheus_client",
+}
 
 
 def module_name(path: str) -> str:

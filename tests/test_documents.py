@@ -19,6 +19,7 @@ from serve.api.schema import (
     CompareBody,
     ComparisonArm,
     CompletionBody,
+    VoteBody,
 )
 from serve.cli.main import COMMANDS, build_parser
 from serve.config import OPTIONS, build_config, read_file
@@ -144,7 +145,7 @@ def test_decoding_lists_every_token_class() -> None:
 
 def test_api_names_every_field() -> None:
     text = read("docs/api.md")
-    bodies = (ChatBody, CompletionBody, CompareBody, ComparisonArm)
+    bodies = (ChatBody, CompletionBody, CompareBody, ComparisonArm, VoteBody)
     fields = {field for body in bodies for field in body.model_fields}
     assert [name for name in sorted(fields) if f"`{name}`" not in text] == []
     section = text.split("## Fields without effect")[1].split("## ")[0]

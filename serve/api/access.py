@@ -13,13 +13,16 @@ from serve.api.errors import ApiError
 from serve.api.settings import ApiSettings
 
 _IS_ADMIN = "proa.is_admin"
-_OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})
+_OPEN_PATHS = frozenset({"/", "/ui", "/health", "/livez", "/readyz"})
+# The web interface: a browser sends no key for a page. What the page does needs one.
+_OPEN_BELOW = "/ui/"
 
 
 class AccessMiddleware:
     """Refuse requests that may not be served, before anything reads them.
 
-    With keys, everything but the health endpoints needs one; an admin key opens the same and more.
+    With keys, everything but health and the pages of the web interface needs one; an admin key
+    opens the same and more.
     Without API keys, the peer must be a loopback address (or a Unix socket), and `Host` and
     `Origin` must name an allowed host: that keeps out web pages that reach for the visitor's own
     machine.
@@ -44,7 +47,7 @@ class AccessMiddleware:
         is_known, is_admin = self._match_key(_header(scope, b"authorization"))
         scope[_IS_ADMIN] = is_admin
         if self._digests:
-            if scope["path"] not in _OPEN_PATHS and not (is_known or is_admin):
+            if not (is_known or is_admin or _is_open(scope["path"])):
                 raise _unauthorized("A valid API key")
             return
         client = scope.get("client")
@@ -92,6 +95,10 @@ def make_admin_check(settings: ApiSettings) -> Callable[[Request], None]:
             raise _unauthorized("The admin key")
 
     return check_admin
+
+
+def _is_open(path: str) -> bool:
+    return path in _OPEN_PATHS or path.startswith(_OPEN_BELOW)
 
 
 def is_loopback(address: str) -> bool:

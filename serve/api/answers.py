@@ -1,7 +1,7 @@
 """Send or collect the answer to a generation; shared by all endpoints that generate."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ async def stream_answer(
     describe: Callable[[Piece], Details] | None,
     options: StreamOptions | None,
     usage: Callable[[], dict[str, object]] | None = None,
+    on_end: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events of a streamed answer, one item for each step.
 
@@ -37,6 +38,7 @@ async def stream_answer(
         describe: gives log probabilities and trace of a piece, if the client asked for any.
         options: which usage to send.
         usage: gives it; None is the usage of the generation.
+        on_end: awaited when all choices have ended, before the client is told.
     """
     count = usage or generation.usage
     with_usage = options is not None and bool(options.include_usage)
@@ -66,6 +68,8 @@ async def stream_answer(
             data = "".join(events)
             if data:
                 yield data.encode()
+    if on_end is not None:
+        await on_end()
     if with_usage:
         yield writer.usage_only(count()).encode() + DONE
     else:

@@ -18,6 +18,7 @@ from serve.api.openapi import build_openapi
 from serve.api.operations import build_operations_router
 from serve.api.settings import ApiSettings
 from serve.api.tokenization import build_tokenization_router
+from serve.api.votes import build_votes_router
 from serve.backends.protocol import (
     AdapterConflictError,
     AdapterLoadError,
@@ -26,6 +27,7 @@ from serve.backends.protocol import (
     BackendUnavailableError,
     QueueFullError,
 )
+from serve.experiments.store import VoteStore
 from serve.text.chat_template import ChatTemplateError
 from serve.text.tokenizer import Tokenizer
 from serve.version import VERSION
@@ -34,6 +36,7 @@ _ROUTERS = (
     build_chat_router,
     build_completions_router,
     build_compare_router,
+    build_votes_router,
     build_models_router,
     build_adapters_router,
     build_tokenization_router,
@@ -52,19 +55,29 @@ _HANDLED = (
 )
 
 
-def create_app(backend: Backend, tokenizer: Tokenizer, *, settings: ApiSettings) -> FastAPI:
+def create_app(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    *,
+    settings: ApiSettings,
+    votes: VoteStore | None = None,
+) -> FastAPI:
     """Build the HTTP API of one model.
 
     Args:
         backend: runs the requests.
         tokenizer: the model's.
         settings: id, access and limits.
+        votes: keeps the votes on comparisons; None: they cannot be voted on.
 
     Returns:
-        An ASGI application. It starts and stops nothing; the caller drains the backend.
+        An ASGI application. It starts and stops nothing; the caller drains the backend and closes
+        the store of votes.
     """
     metrics = Metrics(backend, settings.model_id)
-    context = ApiContext(backend=backend, tokenizer=tokenizer, settings=settings, metrics=metrics)
+    context = ApiContext(
+        backend=backend, tokenizer=tokenizer, settings=settings, metrics=metrics, votes=votes
+    )
     app = FastAPI(
         title="Proa",
         version=VERSION,

@@ -194,8 +194,12 @@ def _name_value(value: object) -> str:
     match value:
         case None | bool():
             return json.dumps(value)
-        case int() | float():
-            return f"{value:g}" if abs(value) < 1e15 else "a huge number"
+        case int() | float() if abs(value) >= 1e15:
+            return "a huge number"
+        case int():
+            return f"{value:g}"
+        case float():
+            return repr(value)  # 1.0 where a whole number is asked for is not 1
         case str():
             return "a string"
         case list():

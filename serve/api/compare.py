@@ -18,7 +18,7 @@ from serve.api.completions import DEFAULT_MAX_TOKENS, encode_prompt
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError
 from serve.api.generation import Generation, Job, Piece
-from serve.api.identity import make_id
+from serve.api.identity import COMPARISON_PREFIX, make_id
 from serve.api.logprobs import make_trace_entry
 from serve.api.openapi import describe_body
 from serve.api.resolve import (
@@ -31,7 +31,9 @@ from serve.api.resolve import (
 )
 from serve.api.schema import CompareBody, ComparisonArm, SamplingFields, StreamOptions
 from serve.api.transport import EventStream, JsonWhenDone
+from serve.api.votes import remember_comparison
 from serve.backends.protocol import Arm
+from serve.experiments.comparison import ArmIdentity, Comparison, build_identity
 
 
 def build_compare_router(context: ApiContext) -> APIRouter:
@@ -42,8 +44,8 @@ def build_compare_router(context: ApiContext) -> APIRouter:
     async def create_comparison(request: Request) -> Response:
         body = await read_request(request, CompareBody, context.settings)
         _check(body, context)
-        job = await _make_job(context, body)
-        comparison = _Comparison(context, body, job)
+        job, arms = await _make_job(context, body)
+        comparison = _Comparison(context, body, job, arms)
         if not body.stream:
             return JsonWhenDone(comparison.answer())
         return EventStream(comparison.stream(), ping_interval_s=context.settings.ping_interval_s)
@@ -71,7 +73,8 @@ def _check(body: CompareBody, context: ApiContext) -> None:
                 )
 
 
-async def _make_job(context: ApiContext, body: CompareBody) -> Job:
+async def _make_job(context: ApiContext, body: CompareBody) -> tuple[Job, tuple[ArmIdentity, ...]]:
+    """Return what the backend is asked, and what votes will know of the arms."""
     if body.messages is not None:
         token_ids = await encode_messages(context, body.messages)
     else:
@@ -81,33 +84,32 @@ async def _make_job(context: ApiContext, body: CompareBody) -> Job:
     seed = secrets.randbits(63) if body.seed is None else body.seed
     SamplingParams(seed=seed)  # refuses one out of range, which a derived seed would hide
     is_common = body.common_random_numbers is not False
-    arms, has_sides = [], []
+    arms, identities, has_sides = [], [], []
     for index, arm in enumerate(body.arms):
         arm_seed = seed if is_common else derive_seed(seed, index)
         try:
             choice = split_model(arm.model, context)
             has_sides.append(choice.has_side)
-            arms.append(_make_arm(context, body, arm, choice, arm_seed, len(token_ids)))
+            fields = _merge_fields(body, arm, choice, arm_seed)
+            arms.append(_make_arm(context, body, fields, choice, len(token_ids)))
+            identities.append(_identify(fields))
         except (ApiError, ParameterError) as error:
             raise _at_arm(error, index, arm) from None
     resolve_adapter_scale(body.adapter_scale, has_side=any(has_sides))
-    return Job(
-        request_id=make_id("cmp"),
+    job = Job(
+        request_id=make_id(COMPARISON_PREFIX),
         prompts=[token_ids],
         arms=tuple(arms),
         is_traced=bool(body.return_decoding_trace),
         prompt_is_template=body.messages is not None,
     )
+    return job, tuple(identities)
 
 
-def _make_arm(
-    context: ApiContext,
-    body: CompareBody,
-    arm: ComparisonArm,
-    choice: ModelChoice,
-    seed: int,
-    num_prompt_tokens: int,
-) -> Arm:
+def _merge_fields(
+    body: CompareBody, arm: ComparisonArm, choice: ModelChoice, seed: int
+) -> ComparisonArm:
+    """Return an arm with the shared fields that hold for it."""
     own = {name for name in SamplingFields.model_fields if getattr(arm, name) is not None}
     shared = {name: getattr(body, name) for name in SamplingFields.model_fields.keys() - own}
     if not choice.has_side:
@@ -117,7 +119,22 @@ def _make_arm(
         del shared["decoding"]  # the arm's model has a strategy of its own
     if "seed" not in own:
         shared["seed"] = seed
-    fields = arm.model_copy(update=shared)
+    return arm.model_copy(update=shared)
+
+
+def _identify(arm: ComparisonArm) -> ArmIdentity:
+    fields = {name: getattr(arm, name) for name in SamplingFields.model_fields if name != "seed"}
+    label = arm.model if arm.label is None else arm.label
+    return build_identity(label, arm.model, fields=fields)
+
+
+def _make_arm(
+    context: ApiContext,
+    body: CompareBody,
+    fields: ComparisonArm,
+    choice: ModelChoice,
+    num_prompt_tokens: int,
+) -> Arm:
     max_tokens = resolve_max_tokens(
         {"max_tokens": fields.max_tokens},
         default=None if body.prompt is None else DEFAULT_MAX_TOKENS,
@@ -152,30 +169,30 @@ def _at_arm(error: ApiError | ParameterError, index: int, arm: ComparisonArm) ->
 class _Comparison:
     """The answer to one request; an arm is a choice."""
 
-    def __init__(self, context: ApiContext, body: CompareBody, job: Job) -> None:
-        self._tokenizer = context.tokenizer
+    def __init__(
+        self, context: ApiContext, body: CompareBody, job: Job, arms: tuple[ArmIdentity, ...]
+    ) -> None:
+        self._context = context
         self._body = body
-        self._num_arms = len(job.arms)
+        self._num_arms = len(arms)
+        self._comparison = Comparison(id=job.request_id, created=int(time.time()), arms=arms)
         self._generation = Generation(context, job)
         self._head: dict[str, object] = {
-            "id": job.request_id,
+            "id": self._comparison.id,
             "object": "comparison.chunk" if body.stream else "comparison",
-            "created": int(time.time()),
+            "created": self._comparison.created,
         }
 
     async def answer(self) -> dict[str, object]:
         """Return the whole answer."""
         answers = await collect_answers(self._generation, self._num_arms)
+        await self._remember()
         arms = [self._make_entry(index, answer) for index, answer in enumerate(answers)]
         return {**self._head, "arms": arms, "usage": self._generation.usage()}
 
     def _make_entry(self, index: int, answer: Answer) -> dict[str, object]:
-        arm = self._body.arms[index]
-        entry: dict[str, object] = {
-            "index": index,
-            "label": arm.model if arm.label is None else arm.label,
-            "model": arm.model,
-        }
+        arm = self._comparison.arms[index]
+        entry: dict[str, object] = {"index": index, "label": arm.label, "model": arm.model}
         if self._body.messages is None:
             entry["text"] = answer.text
         else:
@@ -198,7 +215,11 @@ class _Comparison:
             describe=self._describe if self._body.return_decoding_trace else None,
             options=StreamOptions(include_usage=True, continuous_usage_stats=None),
             usage=self._usage,
+            on_end=self._remember,
         )
+
+    async def _remember(self) -> None:
+        await remember_comparison(self._context, self._comparison)
 
     def _usage(self) -> dict[str, object]:
         arms = [self._generation.choice_usage(index) for index in range(self._num_arms)]
@@ -208,7 +229,7 @@ class _Comparison:
         return Details(trace=[self._trace_entry(piece)])
 
     def _trace_entry(self, piece: Piece) -> dict[str, object]:
-        return make_trace_entry(self._tokenizer, piece.output)
+        return make_trace_entry(self._context.tokenizer, piece.output)
 
 
 def _open_text(_index: int, _usage: str | None) -> str:

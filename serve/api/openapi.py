@@ -16,6 +16,7 @@ from serve.api.schema import (
     LoadAdapterBody,
     TokenizeBody,
     UnloadAdapterBody,
+    VoteBody,
 )
 
 _MODELS: tuple[type[BaseModel], ...] = (
@@ -27,6 +28,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     LoadAdapterBody,
     TokenizeBody,
     UnloadAdapterBody,
+    VoteBody,
 )
 _REFERENCE = "#/components/schemas/{model}"
 _ERROR = {

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Wi
 
 from decoding import SamplingParams
 from decoding.options import options_of, schema_of
+from serve.experiments.comparison import BOTH_BAD, TIE
 
 # Fields of the OpenAI API that are accepted and have no effect.
 HARMLESS_FIELDS = (
@@ -120,6 +121,12 @@ def _check_one_prompt(value: object) -> object:
     raise ValueError("must be a string or a list of token ids")
 
 
+def _check_vote(value: object) -> object:
+    if type(value) is int or value in (TIE, BOTH_BAD):
+        return value
+    raise ValueError(f"must be the index of an arm, {TIE!r} or {BOTH_BAD!r}")
+
+
 _TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 StopTexts = Annotated[
     Any,
@@ -150,6 +157,11 @@ Prompt = Annotated[
             ]
         }
     ),
+]
+VoteValue = Annotated[
+    Any,
+    BeforeValidator(_check_vote),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"enum": [TIE, BOTH_BAD]}]}),
 ]
 OnePrompt = Annotated[
     Any,
@@ -346,6 +358,12 @@ class CompareBody(SamplingFields):
     )
     stream: bool | None = Field(None, description="Send the answer as server-sent events.")
     return_decoding_trace: bool | None = Field(None, description=_TRACE)
+
+
+class VoteBody(WireModel):
+    """Body of /v1/compare/{id}/vote."""
+
+    vote: VoteValue = Field(description="The index of the better arm, or one of the words.")
 
 
 class AdapterBody(WireModel):

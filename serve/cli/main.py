@@ -14,6 +14,7 @@ from serve.version import VERSION
 COMMANDS = {
     "serve": "serve a model over an OpenAI-style HTTP API",
     "chat": "chat with a running server in the terminal",
+    "ui": "serve the web interface of a running server",
     "generate": "continue a prompt in this process, without a server",
     "train": "train a side network on the frozen 4-bit base",
     "prune": "search for a pruned variant of the model",

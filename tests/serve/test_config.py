@@ -9,7 +9,7 @@ import pytest
 from serve.api.settings import ApiSettings
 from serve.backends.native import NativeBackend
 from serve.config import OPTIONS, ServeConfig, build_config
-from serve.environment import client_settings, environment_name, unknown_variables
+from serve.environment import client_settings, data_folder, environment_name, unknown_variables
 from serve.options import ConfigError
 from serve.resolve import (
     resolve_access,
@@ -17,6 +17,7 @@ from serve.resolve import (
     resolve_capacity,
     resolve_device,
     resolve_threads,
+    resolve_votes,
 )
 
 
@@ -61,7 +62,7 @@ def test_every_option_can_be_set_from_every_source(tmp_path: Path) -> None:
         "max_waiting_tokens": "12", "max_sequences_per_prompt": "13",
         "max_sequences_per_request": "14",
         "max_body_bytes": "2KiB", "unknown_fields": "ignore", "drain_timeout_s": "1.5",
-        "log_level": "debug",
+        "log_level": "debug", "ui": "off", "votes": "v",
     }  # fmt: skip
     assert texts.keys() == OPTIONS.keys()
     from_arguments = build_config(texts, environ={})
@@ -305,6 +306,39 @@ def test_capacity_auto(config: ServeConfig, free_blocks: int, expected: tuple[in
 def test_impossible_context_is_refused(config: ServeConfig, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         resolve_capacity(config, model_context=8192, bytes_per_block=100, free_bytes=10**9)
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        ({}, "~/.local/share/proa"),
+        ({"XDG_DATA_HOME": "/data"}, "/data/proa"),
+        ({"XDG_DATA_HOME": "data"}, "~/.local/share/proa"),
+        ({"XDG_DATA_HOME": ""}, "~/.local/share/proa"),
+    ],
+    ids=["unset", "set", "relative", "empty"],
+)
+def test_data_folder_is_the_desktop_standards(environ: dict, folder: str) -> None:
+    assert data_folder(environ) == Path(folder)
+
+
+def test_votes_are_in_the_data_folder_unless_told_otherwise(tmp_path: Path) -> None:
+    config = resolve_votes(ServeConfig(), data_folder=tmp_path)
+    assert config.votes == str(tmp_path / "votes.sqlite3")
+    config = resolve_votes(ServeConfig(votes="mine"), data_folder=tmp_path)
+    assert config.votes == str(Path.cwd() / "mine")
+
+
+def test_votes_begin_at_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = resolve_votes(ServeConfig(), data_folder=Path("~/share"))
+    assert config.votes == "/home/me/share/votes.sqlite3"
+
+
+def test_votes_in_an_unknown_home_folder_are_refused(tmp_path: Path) -> None:
+    config = ServeConfig(votes="~no-such-user/votes")
+    with pytest.raises(ConfigError, match="votes: ~no-such-user/votes is in an unknown home"):
+        resolve_votes(config, data_folder=tmp_path)
 
 
 def test_client_takes_address_and_first_key() -> None:

@@ -172,6 +172,33 @@ def test_port_in_use_is_refused_before_the_model_is_loaded() -> None:
             run_server(config, report=ignore)
 
 
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, "is not a file"),
+        (b"no database", "cannot use .*: file is not a database"),
+    ],
+    ids=["folder", "other file"],
+)
+def test_useless_file_of_votes_is_refused_before_the_model_is_loaded(
+    content: bytes | None, match: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "votes"
+    path.mkdir() if content is None else path.write_bytes(content)
+    config = ServeConfig(port=0, model="/nowhere", votes=str(path))
+    with pytest.raises(ConfigError, match=f"votes: .*{match}; name another file with --votes"):
+        run_server(config, report=ignore)
+
+
+def test_service_without_a_store_leaves_the_file_of_votes_alone(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "votes"
+    config = ServeConfig(model=str(tiny_llama_folder), quantization="none", votes=str(path))
+    complete(config, {"prompt": "ab", "max_tokens": 1})
+    assert not path.exists()
+
+
 def test_broken_engine_ends_the_server_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = SimpleNamespace(stats=lambda: SimpleNamespace(error="out of order"))
     app = FastAPI()
@@ -257,6 +284,24 @@ def test_second_interrupt_does_not_wait(
         os.kill(server.process.pid, signal.SIGINT)
         wait_until_draining(server.url)
         assert server.stop(signal.SIGINT) == 130
+
+
+def test_comparison_can_be_voted_on_after_the_server_was_killed(
+    start_server: Callable[..., Any], tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    words = (str(tiny_llama_folder), "--quantization", "none", "--votes", str(tmp_path / "v/votes"))
+    arms = [{"model": "tiny-llama", "label": label} for label in "ab"]
+    body = {"prompt": "a", "max_tokens": 2, "arms": arms}
+    server = start_server(*words)
+    ids = [httpx.post(server.url + "/v1/compare", json=body).json()["id"] for _ in range(2)]
+    vote = httpx.post(f"{server.url}/v1/compare/{ids[0]}/vote", json={"vote": 0})
+    assert vote.status_code == 200
+    assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+    server = start_server(*words)
+    answer = httpx.post(f"{server.url}/v1/compare/{ids[1]}/vote", json={"vote": 1}).json()
+    assert answer["tally"][0]["wins"] == [1, 1]
+    assert server.stop(signal.SIGTERM) == 0
+    assert not any("Traceback" in line for line in server.lines)
 
 
 def test_key_from_the_environment_guards_the_server(

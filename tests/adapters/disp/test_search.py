@@ -39,8 +39,8 @@ from tests.adapters.disp.fitted_base import LENGTH, fitted_checkpoint, make_text
 CPU = torch.device("cpu")
 SERVED = "5" * 64
 OPTIONS: dict[str, object] = {
-    "remove": (0.4, 0.2), "steps": 6, "further_steps": 6, "length": LENGTH, "align": 8, "eval_windows": 4,
-    "eval_every": 4, "checkpoint_every": 5,
+    "remove": (0.4, 0.2), "steps": 6, "further_steps": 6, "length": LENGTH, "align": 8,
+    "eval_windows": 4, "eval_every": 4, "checkpoint_every": 5,
 }  # fmt: skip
 
 

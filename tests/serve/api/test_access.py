@@ -17,6 +17,8 @@ CLOSED = [
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("POST", "/v1/compare"),
+    ("POST", "/v1/compare/cmp-0123456789abcdef0123456789abcdef/vote"),
+    ("GET", "/v1/compare/votes"),
     ("GET", "/v1/adapters"),
     ("GET", "/v1/adapters/poet"),
     ("POST", "/v1/adapters"),

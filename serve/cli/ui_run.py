@@ -1,0 +1,59 @@
+"""Run the interface as a server of its own."""
+
+import asyncio
+from collections.abc import Callable
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import RedirectResponse
+from starlette.routing import Mount, Route
+
+from serve.cli.arguments import CommandError, UserError
+from serve.server import ServerError, bind, local_url
+from serve.ui.client import ApiClient
+from serve.ui.mount import PATH, UserInterface
+
+ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
+CLOSE_TIMEOUT_S = 3
+
+
+def run_ui(url: str, host: str, port: int, *, report: Callable[[str], None]) -> int:
+    """Serve the page until SIGTERM or SIGINT.
+
+    Args:
+        url: of the server that it shows.
+        host, port: to listen on.
+        report: told where the page is.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: `url` is not an address.
+        CommandError: the address cannot be listened on.
+    """
+    try:
+        client = ApiClient(url)
+    except ValueError as error:
+        raise UserError(f"--url: {error}") from None
+    interface = UserInterface(lambda: client.url)
+    app = Starlette(
+        routes=[
+            Route("/", lambda _: RedirectResponse(f"{PATH}/")), Mount(PATH, interface),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=ALLOWED_HOSTS)],
+    )  # fmt: skip
+    try:
+        listener = bind(host, port)
+    except ServerError as error:
+        raise CommandError(str(error)) from None
+    with listener:
+        settings = uvicorn.Config(
+            app, ws="none", log_level="warning", server_header=False,
+            timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+        )  # fmt: skip
+        report(f"the interface of {client.url} is on {local_url(listener)}/")
+        asyncio.run(uvicorn.Server(settings).serve(sockets=[listener]))
+    return 0

@@ -1,0 +1,1 @@
+"""Votes on comparisons: kept in a file, and counted."""
