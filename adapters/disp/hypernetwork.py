@@ -19,6 +19,9 @@ from models.spec import DecoderSpec
 Value = TypeVar("Value")
 _INPUT, _HIDDEN = 32, 64
 _JUST_ABOVE = torch.finfo(torch.float32).tiny
+_LEAST = 1e-20
+_OUTLIERS = (-2.0, 3.0)
+_HEAD_START = 1.2
 _OFFSET = 3.0  # every channel starts as kept: sigmoid(3.0 / 0.4) is 0.9994
 
 
@@ -78,11 +81,29 @@ def ranking(logits: Tensor, widths: Sequence[int]) -> list[Tensor]:
     return [part.argsort(descending=True, stable=True) for part in parts]
 
 
+def head_start(importance: Tensor, widths: Sequence[int]) -> Tensor:
+    """Turn how much channels matter into a head start of their logits.
+
+    Args:
+        importance: (N,) at least 0, of all structures' channels.
+        widths: channels of each structure.
+
+    Returns:
+        (N,) float32: within each structure, by how many standard deviations a channel's log
+        importance is off the mean, some outliers cut, times 1.2.
+    """
+    parts = [part.clamp_min(_LEAST).log() for part in importance.split(list(widths))]
+    scores = [(part - part.mean()) / part.std().clamp_min(_LEAST) for part in parts]
+    return torch.cat(scores).clamp(*_OUTLIERS) * _HEAD_START
+
+
 class Hypernetwork(nn.Module):
     """GRU, norm, GELU and a linear for each structure.
 
-    Its buffers `inputs` (fixed, standard normal) and `offset` (added to each structure's output; at
-    first 3.0, so that every channel is kept) are kept with its parameters.
+    Its buffers are kept with its parameters: `inputs` (fixed, standard normal), `offset` (added to
+    each structure's output; at first 3.0, so that every channel is kept), and `head_start` (added
+    to each channel's, see `head_start`). The linears begin as zeros, so that at first the head
+    start alone tells channels apart.
 
     Args:
         widths: channels of each structure.
@@ -91,6 +112,7 @@ class Hypernetwork(nn.Module):
 
     inputs: Tensor
     offset: Tensor
+    head_start: Tensor
 
     def __init__(self, widths: Sequence[int], *, seed: int) -> None:
         super().__init__()
@@ -103,12 +125,16 @@ class Hypernetwork(nn.Module):
             self.heads = nn.ModuleList(
                 nn.Linear(2 * _HIDDEN, width, bias=False) for width in widths
             )
+        for head in self.heads:
+            nn.init.zeros_(head.weight)
+        self.register_buffer("head_start", torch.zeros(sum(widths)))
 
     def forward(self) -> Tensor:
         """Return the (N,) float32 logits of all structures' channels, one after the other."""
         states = F.gelu(self.norm(self.gru(self.inputs)[0][:, 0]))
         parts = zip(self.heads, states, self.offset, strict=True)
-        return torch.cat([head(state) + offset for head, state, offset in parts]) / TEMPERATURE
+        theta = torch.cat([head(state) + offset for head, state, offset in parts])
+        return (theta + self.head_start) / TEMPERATURE
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters and buffers by name."""

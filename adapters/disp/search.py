@@ -34,6 +34,8 @@ from adapters.training_state import (
 from models.checkpoints import Checkpoint
 from models.pruning import count_fixed, count_linears
 
+_HEAD_START_WINDOWS = 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
@@ -164,6 +166,8 @@ class _Run:
             self._searcher.load_state_tensors(self._tensors)
             self._tensors = None
             return
+        drawn = self._windows.draw(_HEAD_START_WINDOWS, step_generator(self._config.seed, 0))
+        self._searcher.give_head_start(drawn)
         held_out, state = self._windows.held_out, dict(self._progress.state)
         state["dense_loss"] = None
         if len(held_out):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adapters.disp.hypernetwork import Hypernetwork, Structures
+from adapters.disp.hypernetwork import Hypernetwork, Structures, head_start
 from tests.models.kernels.random_decoders import make_decoder_parts
 
 SPEC, _ = make_decoder_parts("llama")  # D = 64, I = 160, three layers
@@ -67,3 +67,20 @@ def test_masks_without_chance_keep_positive_logits_and_never_nothing() -> None:
     assert torch.equal(masks[stream : stream + first], (logits[64:224] > 0).float())
     assert masks[224:384].nonzero().flatten().tolist() == [300 - 224]
     assert float(structures.count(masks)[0][0]) == 1
+
+
+def test_head_start_grows_with_importance_in_each_structure() -> None:
+    importance = torch.tensor([1.0, 10.0, 100.0, 0.0, 1e-6, 1e-9])
+    first, second = head_start(importance, [3, 3]).split(3)
+    assert first.tolist() == pytest.approx([-1.2, 0.0, 1.2])
+    assert second.argsort().tolist() == [0, 2, 1]
+
+
+def test_equal_importance_gives_no_head_start() -> None:
+    assert torch.equal(head_start(torch.full((5,), 3.0), [5]), torch.zeros(5))
+
+
+def test_network_starts_with_the_head_start_alone() -> None:
+    network = Hypernetwork([4, 3], seed=0)
+    network.head_start.copy_(torch.arange(7.0))
+    assert torch.allclose(network(), (3.0 + torch.arange(7.0)) / 0.4)

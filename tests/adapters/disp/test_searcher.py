@@ -62,6 +62,19 @@ def test_fixed_widths_stay_while_channels_are_exchanged() -> None:
     assert searcher.kept() == pytest.approx(0.5, rel=0.01)
 
 
+def test_importance_is_the_mean_squared_gradient_of_each_mask() -> None:
+    searcher, text = make_searcher(), make_text()
+    windows = Windows(text, LENGTH, held_out=0, spec=searcher.spec).draw(4, step_generator(0, 0))
+    base, structures = searcher._base, searcher.structures
+    found = module.mean_squared_gradient(base, windows, structures, 2)
+    one_by_one = []
+    for window in windows:
+        masks = torch.ones(1, sum(structures.widths), requires_grad=True)
+        loss = base.loss(window[None], structures.split(masks))
+        one_by_one.append(torch.autograd.grad(loss, masks)[0][0].square())
+    assert torch.allclose(found, torch.stack(one_by_one).mean(0), rtol=1e-3, atol=1e-12)
+
+
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_loss_that_is_not_finite_changes_nothing(broken: float) -> None:
     weights = dict(fitted_checkpoint().weights)
