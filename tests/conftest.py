@@ -1,39 +1,54 @@
 """Which tests run, and a tiny model for those that need a whole checkpoint.
 
-Tests that need a GPU are left out, loudly, where there is none.
+Tests that need a GPU or a browser are left out, loudly, where there is none.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-GPU_NOTICE = pytest.StashKey[int]()
+from tests.browser import NAMES, find_chromium
+
+LEFT_OUT = pytest.StashKey[list[str]]()
+
+
+def has_gpu() -> bool:
+    """Return whether torch finds a CUDA device."""
+    import torch  # takes seconds; only when a collected test asks for a GPU
+
+    return torch.cuda.is_available()
+
+
+# Marker: whether what it needs is there, and what that is.
+NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
+    "gpu": (has_gpu, "no CUDA device"),
+    "browser": (lambda: find_chromium() is not None, f"no browser ({', '.join(NAMES)})"),
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where torch finds no CUDA device."""
-    wanted = [item for item in items if item.get_closest_marker("gpu")]
-    if not wanted:
-        return
-    import torch  # takes seconds; only when a collected test asks for a GPU
-
-    if torch.cuda.is_available():
-        return
-    config.stash[GPU_NOTICE] = len(wanted)
-    for item in wanted:
-        item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    """Skip tests whose marker asks for something that is not there."""
+    config.stash[LEFT_OUT] = []
+    for marker, (is_there, missing) in NEEDS.items():
+        wanted = [item for item in items if item.get_closest_marker(marker)]
+        if not wanted or is_there():
+            continue
+        config.stash[LEFT_OUT].append(
+            f"{len(wanted)} tests marked {marker} were NOT RUN on this machine: {missing}."
+        )
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason=missing))
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Say how many tests were not run for want of a GPU."""
-    count = config.stash.get(GPU_NOTICE, 0)
-    if count:
-        terminalreporter.section("NO CUDA DEVICE", sep="!", red=True, bold=True)
-        terminalreporter.write_line(f"{count} tests marked gpu were NOT RUN on this machine.")
+    """Say how many tests were not run, and for want of what."""
+    for line in config.stash.get(LEFT_OUT, []):
+        terminalreporter.section("TESTS LEFT OUT", sep="!", red=True, bold=True)
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)

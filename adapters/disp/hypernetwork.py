@@ -122,11 +122,10 @@ class Hypernetwork(nn.Module):
             self.register_buffer("offset", torch.full((len(widths),), _OFFSET))
             self.gru = nn.GRU(_INPUT, _HIDDEN, bidirectional=True)
             self.norm = nn.LayerNorm(2 * _HIDDEN)
-            self.heads = nn.ModuleList(
-                nn.Linear(2 * _HIDDEN, width, bias=False) for width in widths
-            )
-        for head in self.heads:
+            heads = [nn.Linear(2 * _HIDDEN, width, bias=False) for width in widths]
+        for head in heads:
             nn.init.zeros_(head.weight)
+        self.heads = nn.ModuleList(heads)
         self.register_buffer("head_start", torch.zeros(sum(widths)))
 
     def forward(self) -> Tensor:

@@ -1,6 +1,8 @@
 """Run the interface as a server of its own."""
 
 import asyncio
+import signal
+import socket
 from collections.abc import Callable
 
 import uvicorn
@@ -55,5 +57,19 @@ def run_ui(url: str, host: str, port: int, *, report: Callable[[str], None]) -> 
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )  # fmt: skip
         report(f"the interface of {client.url} is on {local_url(listener)}/")
-        asyncio.run(uvicorn.Server(settings).serve(sockets=[listener]))
+        asyncio.run(_serve(uvicorn.Server(settings), listener, interface))
     return 0
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket, interface: UserInterface) -> None:
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    stop = asyncio.Event()
+    # In place of uvicorn's own, which end the process with the signal.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await stop.wait()
+    await interface.close()
+    server.should_exit = True
+    await serving

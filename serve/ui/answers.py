@@ -8,6 +8,8 @@ from typing import TypeVar
 Event = TypeVar("Event")
 SEPARATOR = " \N{MIDDLE DOT} "
 PAINT_INTERVAL_S = 0.06
+_PAINT_SHARE = 4  # painting takes at most one part of so many
+_SHORTEST_S = 0.05  # over less, a speed says nothing
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,7 +43,7 @@ class Answer:
         if self.first_s is None or self.last_s is None:
             return self.finish_reason or ""
         parts = [f"{self.num_tokens} tokens"]
-        if self.num_tokens > 1 and self.last_s > self.first_s:
+        if self.num_tokens > 1 and self.last_s > self.first_s + _SHORTEST_S:
             parts.append(f"{(self.num_tokens - 1) / (self.last_s - self.first_s):.1f} tokens/s")
         parts.append(f"first after {self.first_s:.2f} s")
         if self.finish_reason == "length":
@@ -52,12 +54,16 @@ class Answer:
 async def paint_at_times(
     events: AsyncIterator[Event], take: Callable[[Event], None]
 ) -> AsyncIterator[None]:
-    """Take every event, and yield now and then: a page need not be drawn for each token."""
-    painted_s = -PAINT_INTERVAL_S
+    """Take every event, and yield now and then.
+
+    A page need not be drawn for each token, and the longer an answer, the longer drawing it takes.
+    """
+    next_s = 0.0
     async for event in events:
         take(event)
         now_s = time.monotonic()
-        if now_s - painted_s >= PAINT_INTERVAL_S:
-            painted_s = now_s
+        if now_s >= next_s:
             yield
+            painted_s = time.monotonic() - now_s
+            next_s = now_s + max(PAINT_INTERVAL_S, _PAINT_SHARE * painted_s)
     yield

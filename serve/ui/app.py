@@ -10,7 +10,9 @@ from serve.ui.catalog import EMPTY, Catalog, load_catalog
 from serve.ui.chat import ChatTab
 from serve.ui.client import ApiClient, RequestError
 from serve.ui.compare import CompareTab
+from serve.ui.inside import InsideTab
 from serve.ui.markdown import code_css
+from serve.ui.server_tab import ServerTab
 
 CONCURRENCY = 32
 MAX_QUEUED = 256
@@ -39,11 +41,15 @@ def build_ui(client: ApiClient) -> gr.Blocks:
                 label="API key", value="", type="password", elem_id="api-key",
                 info="This server wants one. It stays in this page and is gone when you leave.",
             )  # fmt: skip
-        with gr.Tabs():
+        with gr.Tabs() as tabs:
             with gr.Tab("Chat", id="chat"):
                 chat = ChatTab(client, catalog, key)
             with gr.Tab("Compare", id="compare"):
                 compare = CompareTab(client, catalog, key)
+            with gr.Tab("Inside", id="inside"):
+                InsideTab(client, catalog, key)
+            with gr.Tab("Server", id="server") as server_tab:
+                server = ServerTab(client, catalog, key)
 
         async def refresh(current: Catalog, given: str) -> tuple[Any, ...]:
             try:
@@ -60,6 +66,8 @@ def build_ui(client: ApiClient) -> gr.Blocks:
             )  # fmt: skip
         chat.load(page)
         compare.load(page)
+        server.load(page)
+        server.follow(tabs, server_tab)
     page.queue(default_concurrency_limit=CONCURRENCY, max_size=MAX_QUEUED, api_open=False)
     return page
 
@@ -68,8 +76,12 @@ def page_settings() -> dict[str, Any]:
     """Return how the page looks and what of Gradio stays off, for whatever serves it."""
     theme = gr.themes.Base(
         primary_hue="teal", neutral_hue="slate", font=list(_SANS), font_mono=list(_MONO)
+    ).set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
+    sheets = sorted(
+        (file for file in resources.files("serve.ui").iterdir() if file.name.endswith(".css")),
+        key=lambda file: file.name,
     )
-    css = resources.files("serve.ui").joinpath("style.css").read_text(encoding="utf-8")
+    css = "\n".join(file.read_text(encoding="utf-8") for file in sheets)
     return {
         "theme": theme, "css": f"{css}\n{code_css()}", "head": _ICON, "footer_links": [],
         "run_history": False,

@@ -40,8 +40,10 @@ class ChatTab:
     def __init__(self, client: ApiClient, catalog: gr.State, key: gr.Textbox) -> None:
         self._client = client
         self.turns = gr.State([])
-        # [the conversation that is shown, when it has been kept]
-        self._shown = gr.State(None)
+        # The id of the chat that is shown, and all that are kept. Both outlive the server's state.
+        self._shown = gr.BrowserState(
+            None, storage_key=f"{_STORAGE_KEY}-shown", secret=_STORAGE_SECRET
+        )
         self._chats = gr.BrowserState([], storage_key=_STORAGE_KEY, secret=_STORAGE_SECRET)
         with gr.Row(elem_classes="split"):
             with gr.Column(scale=1, min_width=260, elem_classes="side"):
@@ -49,8 +51,9 @@ class ChatTab:
                     new = gr.Button("New chat", elem_id="chat-new", size="sm")
                     delete = gr.Button("Delete chat", elem_id="chat-delete", size="sm")
                 self._history = gr.Dropdown(
-                    [], label="Earlier chats", elem_id="chat-history", interactive=True
-                )
+                    [], value=None, label="Earlier chats", elem_id="chat-history",
+                    interactive=True, allow_custom_value=True,
+                )  # fmt: skip
                 self._arm = ArmControls(catalog, elem_id="chat")
                 self._system = gr.Textbox(
                     label="System prompt", value="", lines=2, elem_id="chat-system"
@@ -86,33 +89,40 @@ class ChatTab:
         running = []
         for event in (self._text.submit, self._send.click):
             asked = event(
-                _ask, [self._text, self.turns], [self._text, self.turns], queue=False, **_PRIVATE
-            )
+                _ask, [self._text, self.turns, self._chats, self._shown],
+                [self._text, self.turns], queue=False, **_PRIVATE,
+            )  # fmt: skip
             running.append(asked.success(self._answer, [self.turns, *request], shown, **_PRIVATE))
         pressed = self._view.click(
-            _press, self.turns, [self._view, self._text, self.turns], queue=False, **_PRIVATE
-        )
+            _press, [self.turns, self._chats, self._shown],
+            [self._view, self._text, self.turns], queue=False, **_PRIVATE,
+        )  # fmt: skip
         running.append(pressed.success(self._answer, [self.turns, *request], shown, **_PRIVATE))
-        stopped = self._stop.click(_stop, self.turns, shown, cancels=running, **_PRIVATE)
+        halted = self._stop.click(None, None, None, cancels=running, **_PRIVATE)
+        stopped = halted.then(_stop, self.turns, shown, queue=False, **_PRIVATE)
         for done in (*running, stopped):
             done.then(_keep, [self.turns, self._chats, self._shown], kept, queue=False, **_PRIVATE)
-        new.click(
+
+        def halt(event: Any) -> Any:
+            return event(None, None, None, cancels=running, **_PRIVATE)
+
+        halt(new.click).then(
             lambda: (render_conversation(()), [], None, gr.Dropdown(value=None)), None,
-            [self._view, self.turns, self._shown, self._history], cancels=running, **_PRIVATE,
+            [self._view, self.turns, self._shown, self._history], queue=False, **_PRIVATE,
         )  # fmt: skip
-        delete.click(
-            _delete, [self._chats, self._shown],
-            [self._view, self.turns, *kept], cancels=running, **_PRIVATE,
+        halt(delete.click).then(
+            _delete, [self._chats, self._shown], [self._view, self.turns, *kept],
+            queue=False, **_PRIVATE,
         )  # fmt: skip
-        self._history.input(
+        halt(self._history.input).then(
             _open, [self._history, self._chats], [self._view, self.turns, self._shown],
-            cancels=running, **_PRIVATE,
+            queue=False, **_PRIVATE,
         )  # fmt: skip
 
     def load(self, page: gr.Blocks) -> None:
-        """Show the chats that the browser has kept."""
+        """Show the chats that the browser has kept, and go on with the last one."""
         page.load(
-            lambda chats: gr.Dropdown(choices=_titles(chats)), self._chats, self._history,
+            _restore, [self._chats, self._shown], [self._view, self.turns, self._history],
             queue=False, **_PRIVATE,
         )  # fmt: skip
 
@@ -176,16 +186,19 @@ def _resting(turns: list[Turn]) -> tuple[Any, ...]:
     return view, turns, gr.Button(visible=True), gr.Button(visible=False)
 
 
-def _ask(text: str, turns: list[Turn]) -> tuple[str, list[Turn]]:
+def _ask(text: str, turns: list[Turn], chats: Chats, shown: float | None) -> tuple[str, list[Turn]]:
+    turns = turns or _find(chats, shown)
     if not text.strip():
         return text, turns
-    # What was never answered is asked anew together with it: roles take turns.
     kept = [turn for turn in turns if turn["role"] != "error"]
     return "", [*kept, make_turn("user", text)]
 
 
-def _press(turns: list[Turn], event: gr.EventData) -> tuple[Any, ...]:
+def _press(
+    turns: list[Turn], chats: Chats, shown: float | None, event: gr.EventData
+) -> tuple[Any, ...]:
     """Edit a message of the user's, or have the last answer again."""
+    turns = turns or _find(chats, shown)
     action, index = clicked(event)
     if action == "edit" and index < len(turns):
         kept = turns[:index]
@@ -224,8 +237,19 @@ def _delete(chats: Chats, shown: float | None) -> tuple[Any, ...]:
 
 
 def _open(number: float, chats: Chats) -> tuple[str, list[Turn], float | None]:
-    turns: list[Turn] = next((chat["turns"] for chat in chats if chat["id"] == number), [])
+    turns = _find(chats, number)
     return render_conversation(turns), turns, number if turns else None
+
+
+def _restore(chats: Chats, shown: float | None) -> tuple[str, list[Turn], gr.Dropdown]:
+    turns = _find(chats, shown)
+    dropdown = gr.Dropdown(choices=_titles(chats), value=shown if turns else None)
+    return render_conversation(turns), turns, dropdown
+
+
+def _find(chats: Chats, number: float | None) -> list[Turn]:
+    """Return the turns of a kept chat; also what a server that was restarted has forgotten."""
+    return next((chat["turns"] for chat in chats if chat["id"] == number), [])
 
 
 def _titles(chats: Chats) -> list[tuple[str, float]]:

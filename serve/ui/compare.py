@@ -109,7 +109,8 @@ class CompareTab:
              self._most, self._seed, *controls],
             shown, **_PRIVATE,
         )  # fmt: skip
-        self._stop.click(_stop, [self._round, self._answers], shown, cancels=running, **_PRIVATE)
+        halted = self._stop.click(None, None, None, cancels=running, **_PRIVATE)
+        halted.then(_stop, [self._round, self._answers], shown, queue=False, **_PRIVATE)
         for place, button in enumerate(self._votes):
             button.click(
                 self._make_vote(place), [self._key, self._round, self._answers],

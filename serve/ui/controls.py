@@ -29,18 +29,24 @@ class ArmControls:
 
     def __init__(self, catalog: gr.State, *, elem_id: str, strategy: str | None = None) -> None:
         self._catalog, self._first = catalog, strategy
+        # Any value is allowed, because a server that was restarted has forgotten the choices of
+        # open pages. What does not exist is refused by the API.
         with gr.Group(elem_classes="pickers"):
-            self.model = gr.Dropdown([], label="Model", elem_id=f"{elem_id}-model")
-            self.adapter = gr.Dropdown(
-                [(NO_ADAPTER, "")], value="", label="Adapter", elem_id=f"{elem_id}-adapter"
+            self.model = gr.Dropdown(
+                [], label="Model", elem_id=f"{elem_id}-model", allow_custom_value=True
             )
+            self.adapter = gr.Dropdown(
+                [(NO_ADAPTER, "")], value="", label="Adapter", elem_id=f"{elem_id}-adapter",
+                allow_custom_value=True,
+            )  # fmt: skip
             self.scale = gr.Slider(
                 0, 1, value=1, step=0.05, label="Adapter scale", visible=False,
                 elem_id=f"{elem_id}-scale",
             )  # fmt: skip
             self.strategy = gr.Dropdown(
-                [], label="Decoding strategy", elem_id=f"{elem_id}-strategy"
-            )
+                [], label="Decoding strategy", elem_id=f"{elem_id}-strategy",
+                allow_custom_value=True,
+            )  # fmt: skip
             self.parameters = gr.State({})
             self._render_parameters(elem_id)
         self.temperature = gr.Slider(

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -20,7 +19,8 @@ PATH = "/ui"
 _GET = frozenset({"", "/", "/config", "/theme.css", "/gradio_api/queue/data",
                   "/gradio_api/startup-events"})  # fmt: skip
 _GET_BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
-_POST = frozenset({"/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset"})
+_POST = frozenset({"/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/cancel",
+                   "/gradio_api/reset"})  # fmt: skip
 # Templates of gr.HTML are compiled in the page, hence eval. Nothing comes from, or goes, elsewhere.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -46,7 +46,8 @@ class UserInterface:
     def __init__(self, url: Callable[[], str]) -> None:
         self._url = url
         self._lock = asyncio.Lock()
-        self._stack = AsyncExitStack()
+        self._ended = asyncio.Event()
+        self._living: asyncio.Task[None] | None = None
         self._app: FastAPI | None = None
         self._gradio: App | None = None
 
@@ -72,17 +73,27 @@ class UserInterface:
             self._gradio.stop_event.set()
 
     async def close(self) -> None:
-        """Free what the interface holds."""
+        """End open pages' streams and what runs behind them."""
         self.end_streams()
-        await self._stack.aclose()
+        self._ended.set()
+        if self._living is not None:
+            await self._living
 
     async def _load(self) -> ASGIApp:
         async with self._lock:
             if self._app is None:
                 app, self._gradio = await asyncio.to_thread(_build, self._url())
-                await self._stack.enter_async_context(app.router.lifespan_context(app))
+                ready = asyncio.Event()
+                # A task of its own, because what enters a lifespan has to leave it.
+                self._living = asyncio.create_task(self._live(app, ready))
+                await ready.wait()
                 self._app = app
         return self._app
+
+    async def _live(self, app: FastAPI, ready: asyncio.Event) -> None:
+        async with app.router.lifespan_context(app):
+            ready.set()
+            await self._ended.wait()
 
 
 def _build(url: str) -> tuple[FastAPI, "App"]:

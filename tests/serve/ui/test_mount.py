@@ -1,0 +1,74 @@
+"""The interface as an application: what it serves, to whom, and what it does not."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from serve.api import ApiSettings, create_app
+from serve.text.tokenizer import Tokenizer
+from serve.ui.app import page_settings
+from serve.ui.mount import PATH, UserInterface
+from tests.serve.api.conftest import FakeBackend, make_client
+
+SHUT = [
+    ("GET", "/gradio_api/file=/etc/passwd"), ("GET", "/gradio_api/proxy=http://127.0.0.1"),
+    ("POST", "/gradio_api/upload"), ("POST", "/gradio_api/call/x"), ("POST", "/gradio_api/run/x"),
+    ("GET", "/gradio_api/info"), ("GET", "/gradio_api/runs"), ("POST", "/gradio_api/vibe-edit"),
+    ("GET", "/monitoring"), ("GET", "/gradio_api/mcp/sse"), ("POST", "/login"), ("DELETE", "/"),
+    ("GET", "/gradio_api/stream/a/b/c/playlist.m3u8"), ("GET", "/docs"), ("GET", "/openapi.json"),
+]  # fmt: skip
+
+
+def make_app(tokenizer: Tokenizer, **settings: Any) -> FastAPI:
+    backend = FakeBackend(vocab_size=tokenizer.vocab_size, script=lambda request, index: [])
+    app = create_app(backend, tokenizer, settings=ApiSettings(model_id="smollm2", **settings))
+    app.mount(PATH, UserInterface(lambda: "http://127.0.0.1:1"))
+    return app
+
+
+def ask(app: FastAPI, method: str, path: str, **options: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
+        async with make_client(app, **options) as client:
+            return await client.request(method, path)
+
+    return asyncio.run(send())
+
+
+def test_page_is_served_and_asks_nothing_of_others(tokenizer: Tokenizer) -> None:
+    response = ask(make_app(tokenizer), "GET", f"{PATH}/")
+    assert response.status_code == 200
+    assert '"title":"Proa"' in response.text
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "connect-src 'self'" in policy
+
+
+@pytest.mark.parametrize(("method", "path"), SHUT, ids=lambda value: value)
+def test_rest_of_gradio_is_shut(method: str, path: str, tokenizer: Tokenizer) -> None:
+    assert ask(make_app(tokenizer), method, PATH + path).status_code == 404
+
+
+def test_page_needs_no_key_but_the_api_does(tokenizer: Tokenizer) -> None:
+    app = make_app(tokenizer, api_keys=("secret",))
+    remote = {"client": ("10.1.2.3", 5)}
+    assert ask(app, "GET", f"{PATH}/", **remote).status_code == 200
+    assert ask(app, "GET", "/v1/models", **remote).status_code == 401
+    assert ask(app, "GET", f"{PATH}/../v1/models", **remote).status_code in (401, 404)
+
+
+def test_without_keys_the_page_is_for_this_machine_only(tokenizer: Tokenizer) -> None:
+    app = make_app(tokenizer)
+    assert ask(app, "GET", f"{PATH}/", client=("10.1.2.3", 5)).status_code == 403
+    assert ask(app, "GET", f"{PATH}/", headers={"host": "evil.example"}).status_code == 403
+
+
+def test_settings_keep_gradio_to_itself() -> None:
+    settings = page_settings()
+    off = ("run_history", "ssr_mode", "mcp_server", "enable_monitoring", "pwa")
+    assert [settings[name] for name in off] == [False] * len(off)
+    assert (settings["allowed_paths"], settings["max_file_size"]) == ([], 0)
+    fonts = [*settings["theme"]._font, *settings["theme"]._font_mono]
+    assert [font for font in fonts if "Google" in type(font).__name__] == []
