@@ -259,6 +259,8 @@ def run_server(config: ServeConfig, *, report: Report) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # The web interface asks a line's worth of requests every second.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     config = resolve_adapters(resolve_access(config))
     config = resolve_votes(config, data_folder=data_folder(os.environ))
     # Bound before the model is loaded: an address in use is told at once.
