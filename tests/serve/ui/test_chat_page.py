@@ -210,7 +210,10 @@ def test_long_answer_is_shown_whole(page: Any, live: LiveServer) -> None:
     assert message.locator("p").count() == 250
 
 
-def test_every_control_has_a_name(page: Any) -> None:
+@pytest.mark.parametrize("tab", ["Chat", "Compare", "Inside", "Server"])
+def test_every_control_has_a_name(tab: str, page: Any) -> None:
+    page.get_by_role("tab", name=tab).click()
+    page.wait_for_timeout(500)
     nameless = page.evaluate("""() => [...document.querySelectorAll(
       'button, input, textarea, select')].filter(e => e.offsetParent !== null).filter(e => !(
         e.getAttribute('aria-label') || e.innerText || (e.labels && e.labels.length)
