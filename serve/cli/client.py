@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 
 from serve.cli.arguments import CommandError
+from serve.ui.protocol import DONE, error_message, event_data, parse_chunk
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -71,16 +72,12 @@ class Client:
                 self._checked(response)
             is_whole = False
             for line in response.iter_lines():
-                if not line.startswith("data:"):
-                    continue
-                data = line[5:].strip()
-                if data == "[DONE]":
+                data = event_data(line)
+                if data == DONE:
                     is_whole = True
                     break
-                chunk = json.loads(data)
-                if "error" in chunk:
-                    raise RequestError(_message(chunk, "the server reported an error"))
-                yield chunk
+                if data is not None:
+                    yield _chunk(data)
             if not is_whole:
                 raise RequestError("the server ended the answer before it was complete")
 
@@ -107,7 +104,7 @@ class Client:
         if response.status_code == 200:
             return response.json()
         try:
-            message = _message(response.json(), response.reason_phrase)
+            message = error_message(response.json(), response.reason_phrase)
         except json.JSONDecodeError:
             message = response.reason_phrase
         if response.status_code == 401:
@@ -115,8 +112,10 @@ class Client:
         raise RequestError(f"{message} [status {response.status_code}]")
 
 
-def _message(body: Any, fallback: str) -> str:
-    error = body.get("error") if isinstance(body, dict) else None
-    if isinstance(error, dict) and isinstance(error.get("message"), str):
-        return str(error["message"])
-    return error if isinstance(error, str) else fallback
+def _chunk(data: str) -> dict[str, Any]:
+    try:
+        return parse_chunk(data)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise RequestError(str(error)) from None
