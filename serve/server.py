@@ -358,7 +358,7 @@ async def _serve(
     settings: uvicorn.Config,
     listener: socket.socket,
     report: Report,
-    interface: UserInterface | None,
+    interface: UserInterface | None = None,
 ) -> int:
     server = uvicorn.Server(settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -39,7 +39,8 @@ class ChatTab:
 
     def __init__(self, client: ApiClient, catalog: gr.State, key: gr.Textbox) -> None:
         self._client = client
-        self.turns = gr.State([])
+        # None: a server that was restarted has forgotten them; the browser has kept them.
+        self.turns = gr.State(None)
         # The id of the chat that is shown, and all that are kept. Both outlive the server's state.
         self._shown = gr.BrowserState(
             None, storage_key=f"{_STORAGE_KEY}-shown", secret=_STORAGE_SECRET
@@ -186,8 +187,10 @@ def _resting(turns: list[Turn]) -> tuple[Any, ...]:
     return view, turns, gr.Button(visible=True), gr.Button(visible=False)
 
 
-def _ask(text: str, turns: list[Turn], chats: Chats, shown: float | None) -> tuple[str, list[Turn]]:
-    turns = turns or _find(chats, shown)
+def _ask(
+    text: str, turns: list[Turn] | None, chats: Chats, shown: float | None
+) -> tuple[str, list[Turn]]:
+    turns = _find(chats, shown) if turns is None else turns
     if not text.strip():
         return text, turns
     kept = [turn for turn in turns if turn["role"] != "error"]
@@ -195,10 +198,10 @@ def _ask(text: str, turns: list[Turn], chats: Chats, shown: float | None) -> tup
 
 
 def _press(
-    turns: list[Turn], chats: Chats, shown: float | None, event: gr.EventData
+    turns: list[Turn] | None, chats: Chats, shown: float | None, event: gr.EventData
 ) -> tuple[Any, ...]:
     """Edit a message of the user's, or have the last answer again."""
-    turns = turns or _find(chats, shown)
+    turns = _find(chats, shown) if turns is None else turns
     action, index = clicked(event)
     if action == "edit" and index < len(turns):
         kept = turns[:index]
@@ -210,7 +213,8 @@ def _press(
     return gr.skip(), gr.skip(), turns
 
 
-def _stop(turns: list[Turn]) -> tuple[Any, ...]:
+def _stop(turns: list[Turn] | None) -> tuple[Any, ...]:
+    turns = turns or []
     if turns and turns[-1]["role"] == "assistant":
         note = SEPARATOR.join(filter(None, (turns[-1]["note"], "stopped")))
         turns = [*turns[:-1], make_turn("assistant", turns[-1]["text"], note)]
@@ -218,7 +222,7 @@ def _stop(turns: list[Turn]) -> tuple[Any, ...]:
 
 
 def _keep(
-    turns: list[Turn], chats: Chats, shown: float | None
+    turns: list[Turn] | None, chats: Chats, shown: float | None
 ) -> tuple[Chats, gr.Dropdown, float | None]:
     """Keep the conversation in the browser, newest first."""
     if not turns:
