@@ -1,6 +1,5 @@
 """The interface put together: a page of four tabs."""
 
-from html import escape
 from importlib import resources
 from typing import Any
 
@@ -12,6 +11,7 @@ from serve.ui.client import ApiClient, RequestError
 from serve.ui.compare import CompareTab
 from serve.ui.inside import InsideTab
 from serve.ui.markdown import code_css
+from serve.ui.messages import render_problem
 from serve.ui.server_tab import ServerTab
 
 CONCURRENCY = 32
@@ -56,7 +56,11 @@ def build_ui(client: ApiClient) -> gr.Blocks:
                 found = await load_catalog(client, given)
             except RequestError as error:
                 wants_key = error.status == 401
-                return current, gr.HTML(_problem(error), visible=True), gr.Row(visible=wants_key)
+                return (
+                    current,
+                    gr.HTML(render_problem(str(error)), visible=True),
+                    gr.Row(visible=wants_key),
+                )
             return found, gr.HTML(visible=False), gr.Row(visible=bool(given))
 
         for event in (page.load, key.submit, key.blur):
@@ -88,7 +92,3 @@ def page_settings() -> dict[str, Any]:
         "ssr_mode": False, "mcp_server": False, "enable_monitoring": False, "pwa": False,
         "allowed_paths": [], "max_file_size": 0,
     }  # fmt: skip
-
-
-def _problem(error: RequestError) -> str:
-    return f'<div class="problem" role="alert">{escape(str(error))}</div>'

@@ -9,7 +9,7 @@ import gradio as gr
 
 from serve.ui.answers import SEPARATOR, Answer, paint_at_times
 from serve.ui.client import ApiClient, RequestError
-from serve.ui.controls import MAX_NEW_TOKENS, ArmControls, describe_arm, read_arm
+from serve.ui.controls import MAX_NEW_TOKENS, PRIVATE, ArmControls, describe_arm, read_arm
 from serve.ui.conversation import (
     Turn,
     clicked,
@@ -23,7 +23,6 @@ _TITLE_CHARS = 48
 _STORAGE_KEY = "proa-chats"
 # Only hides the text from a glance at the browser's storage; the same after a restart.
 _STORAGE_SECRET = "proa"
-_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 Chats = list[dict[str, Any]]
 
@@ -91,40 +90,40 @@ class ChatTab:
         for event in (self._text.submit, self._send.click):
             asked = event(
                 _ask, [self._text, self.turns, self._chats, self._shown],
-                [self._text, self.turns], queue=False, **_PRIVATE,
+                [self._text, self.turns], queue=False, **PRIVATE,
             )  # fmt: skip
-            running.append(asked.success(self._answer, [self.turns, *request], shown, **_PRIVATE))
+            running.append(asked.success(self._answer, [self.turns, *request], shown, **PRIVATE))
         pressed = self._view.click(
             _press, [self.turns, self._chats, self._shown],
-            [self._view, self._text, self.turns], queue=False, **_PRIVATE,
+            [self._view, self._text, self.turns], queue=False, **PRIVATE,
         )  # fmt: skip
-        running.append(pressed.success(self._answer, [self.turns, *request], shown, **_PRIVATE))
-        halted = self._stop.click(None, None, None, cancels=running, **_PRIVATE)
-        stopped = halted.then(_stop, self.turns, shown, queue=False, **_PRIVATE)
+        running.append(pressed.success(self._answer, [self.turns, *request], shown, **PRIVATE))
+        halted = self._stop.click(None, None, None, cancels=running, **PRIVATE)
+        stopped = halted.then(_stop, self.turns, shown, queue=False, **PRIVATE)
         for done in (*running, stopped):
-            done.then(_keep, [self.turns, self._chats, self._shown], kept, queue=False, **_PRIVATE)
+            done.then(_keep, [self.turns, self._chats, self._shown], kept, queue=False, **PRIVATE)
 
         def halt(event: Any) -> Any:
-            return event(None, None, None, cancels=running, **_PRIVATE)
+            return event(None, None, None, cancels=running, **PRIVATE)
 
         halt(new.click).then(
             lambda: (render_conversation(()), [], None, gr.Dropdown(value=None)), None,
-            [self._view, self.turns, self._shown, self._history], queue=False, **_PRIVATE,
+            [self._view, self.turns, self._shown, self._history], queue=False, **PRIVATE,
         )  # fmt: skip
         halt(delete.click).then(
             _delete, [self._chats, self._shown], [self._view, self.turns, *kept],
-            queue=False, **_PRIVATE,
+            queue=False, **PRIVATE,
         )  # fmt: skip
         halt(self._history.input).then(
             _open, [self._history, self._chats], [self._view, self.turns, self._shown],
-            queue=False, **_PRIVATE,
+            queue=False, **PRIVATE,
         )  # fmt: skip
 
     def load(self, page: gr.Blocks) -> None:
         """Show the chats that the browser has kept, and go on with the last one."""
         page.load(
             _restore, [self._chats, self._shown], [self._view, self.turns, self._history],
-            queue=False, **_PRIVATE,
+            queue=False, **PRIVATE,
         )  # fmt: skip
 
     async def _answer(

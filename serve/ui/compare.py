@@ -10,14 +10,14 @@ import gradio as gr
 
 from serve.ui.answers import Answer, paint_at_times
 from serve.ui.client import ApiClient, RequestError
-from serve.ui.controls import MAX_NEW_TOKENS, ArmControls, describe_arm, read_arm
+from serve.ui.controls import MAX_NEW_TOKENS, PRIVATE, ArmControls, describe_arm, read_arm
 from serve.ui.conversation import COPY_JS, with_copy_buttons
 from serve.ui.markdown import render_markdown
+from serve.ui.messages import render_problem
 
 LETTERS = "ABCD"
 _FIRST = ("fixed", "adapt")  # strategies of the arms, until others are chosen
 MIN_ARMS, MAX_ARMS = 2, 4
-_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _TIE, _BOTH_BAD = "tie", "both_bad"
 
 # {"id": of the comparison, "order": arm shown at each place, "labels": of the arms,
@@ -99,7 +99,7 @@ class CompareTab:
     def _connect(self, panels: Sequence[gr.Column]) -> None:
         self._count.change(
             lambda count: [gr.Column(visible=i < count) for i in range(MAX_ARMS)],
-            self._count, list(panels), queue=False, **_PRIVATE,
+            self._count, list(panels), queue=False, **PRIVATE,
         )  # fmt: skip
         controls = [component for arm in self._arms for component in arm.inputs]
         shown = [self._view, self._round, self._answers, self._run, self._stop, *self._votes]
@@ -107,25 +107,25 @@ class CompareTab:
             self._compare,
             [self._key, self._text, self._count, self._is_blind, self._is_common, self._system,
              self._most, self._seed, *controls],
-            shown, **_PRIVATE,
+            shown, **PRIVATE,
         )  # fmt: skip
-        halted = self._stop.click(None, None, None, cancels=running, **_PRIVATE)
-        halted.then(_stop, [self._round, self._answers], shown, queue=False, **_PRIVATE)
+        halted = self._stop.click(None, None, None, cancels=running, **PRIVATE)
+        halted.then(_stop, [self._round, self._answers], shown, queue=False, **PRIVATE)
         for place, button in enumerate(self._votes):
             button.click(
                 self._make_vote(place), [self._key, self._round, self._answers],
-                [*shown, self._tally], **_PRIVATE,
+                [*shown, self._tally], **PRIVATE,
             )  # fmt: skip
 
     def load(self, page: gr.Blocks) -> None:
         """Show the tally that the server has kept."""
-        page.load(self._load_tally, self._key, self._tally, **_PRIVATE)
+        page.load(self._load_tally, self._key, self._tally, **PRIVATE)
 
     async def _load_tally(self, key: str) -> str:
         try:
             rows = (await self._client.request("GET", "/v1/compare/votes", key=key))["data"]
         except RequestError as error:
-            return _problem(f"The tally cannot be had: {error}")
+            return render_problem(f"The tally cannot be had: {error}")
         return render_tally(rows)
 
     async def _compare(
@@ -200,7 +200,7 @@ def render_arms(
         is_running: whether answers still grow.
         problem: what went wrong.
     """
-    message = _problem(problem) if problem else ""
+    message = render_problem(problem) if problem else ""
     if not answers:
         hint = "" if problem else (
             '<p class="empty">All arms answer one prompt at once. What they sit on computes it '
@@ -281,7 +281,3 @@ def _state(
 
 def _stop(found: Round, answers: list[Answer]) -> tuple[Any, ...]:
     return _state(answers, found, problem="Stopped: what is cut short is not voted on.")
-
-
-def _problem(text: str) -> str:
-    return f'<div class="problem" role="alert">{escape(text)}</div>'

@@ -15,7 +15,9 @@ _TOLD = (
     ("adapter_scale", "scale", 1), ("temperature", "T", None), ("top_p", "top p", 0.95),
     ("top_k", "top k", 0), ("min_p", "min p", 0), ("repetition_penalty", "repetition", 1.1),
 )  # fmt: skip
-_QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# Of all events: no API of their own, and no progress drawn over what they change.
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+_QUIET = {**PRIVATE, "queue": False}
 
 
 class ArmControls:

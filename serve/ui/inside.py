@@ -11,7 +11,8 @@ import gradio as gr
 
 from serve.ui.answers import SEPARATOR, Answer, paint_at_times
 from serve.ui.client import ApiClient, RequestError
-from serve.ui.controls import MAX_NEW_TOKENS, ArmControls, describe_arm, read_arm
+from serve.ui.controls import MAX_NEW_TOKENS, PRIVATE, ArmControls, describe_arm, read_arm
+from serve.ui.messages import render_problem
 from serve.ui.tokens import (
     CLASSES,
     MEASURES,
@@ -25,7 +26,6 @@ from serve.ui.tokens import (
 NUM_ALTERNATIVES = 8
 # A long answer takes longer to draw, so it is drawn less often.
 PAINT_INTERVAL_PER_TOKEN_S = 0.0007
-_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _HINT = '<p class="empty">Run a prompt to see how each token of its answer was drawn.</p>'
 _DETAILS = (
     '<div class="details" aria-live="polite"><p class="subtle">Point at a token, or go to it with '
@@ -269,18 +269,18 @@ class InsideTab:
         inputs = [self._key, self._prompt, self._most, self._seed, *self._arm.inputs]
         shown = [self._tokens, self._legend, self._plot, self._note, self._run, self._stop]
         running: list[Any] = [
-            event(self._answer, inputs, shown, **_PRIVATE)
+            event(self._answer, inputs, shown, **PRIVATE)
             for event in (self._run.click, self._prompt.submit)
         ]
-        stopped = self._stop.click(None, cancels=running, **_PRIVATE)
-        stopped.then(_rest, None, [self._run, self._stop], **_PRIVATE)
+        stopped = self._stop.click(None, cancels=running, **PRIVATE)
+        stopped.then(_rest, None, [self._run, self._stop], **PRIVATE)
 
     async def _answer(
         self, key: str, prompt: str, most: float, seed: float, *arm: Any
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Ask, and show the tokens as they come."""
         if not prompt.strip():
-            yield _view([], "", _problem("Write a prompt first."))
+            yield _view([], "", render_problem("Write a prompt first."))
             return
         chosen = read_arm(list(arm))
         body = {
@@ -316,7 +316,7 @@ class InsideTab:
                         painted_s = time.monotonic()
                         yield view(is_running=True)
         except RequestError as error:
-            yield view(_problem(str(error)))
+            yield view(render_problem(str(error)))
             return
         yield view()
 
@@ -343,7 +343,3 @@ def _rest() -> tuple[gr.Button, gr.Button]:
 
 def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
-
-
-def _problem(text: str) -> str:
-    return f'<div class="problem" role="alert">{escape(text)}</div>'

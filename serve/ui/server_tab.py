@@ -8,11 +8,12 @@ import gradio as gr
 
 from serve.ui.catalog import Catalog, load_catalog
 from serve.ui.client import ApiClient, RequestError
+from serve.ui.controls import PRIVATE
+from serve.ui.messages import render_message
 from serve.ui.metrics import Sample, keep_recent, parse_metrics
-from serve.ui.server_view import render_adapters, render_live, render_message
+from serve.ui.server_view import render_adapters, render_live
 
 POLL_S = 2.0
-_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 class ServerTab:
@@ -62,21 +63,21 @@ class ServerTab:
     def _connect(self, refresh: gr.Button, attach: gr.Button, detach: gr.Button) -> None:
         polled = [self._key, self._samples, self._names]
         self._shown = [self._live, self._table, self._detached, self._samples, self._names]
-        self._timer.tick(self._poll, polled, self._shown, trigger_mode="once", **_PRIVATE)
-        refresh.click(self._poll, polled, self._shown, **_PRIVATE)
+        self._timer.tick(self._poll, polled, self._shown, trigger_mode="once", **PRIVATE)
+        refresh.click(self._poll, polled, self._shown, **PRIVATE)
         changed = [
             self._message, self._table, self._detached, self._names, self._catalog, self._name,
             self._path,
         ]  # fmt: skip
         keys = [self._key, self._admin_key, self._catalog]
         for event in (attach.click, self._path.submit, self._name.submit):
-            event(self._attach, [*keys, self._name, self._path], changed, **_PRIVATE)
-        detach.click(self._detach, [*keys, self._detached], changed, **_PRIVATE)
+            event(self._attach, [*keys, self._name, self._path], changed, **PRIVATE)
+        detach.click(self._detach, [*keys, self._detached], changed, **PRIVATE)
 
     def load(self, page: gr.Blocks) -> None:
         """Show what is attached when the page opens."""
         polled = [self._key, self._samples, self._names]
-        page.load(self._poll, polled, self._shown, **_PRIVATE)
+        page.load(self._poll, polled, self._shown, **PRIVATE)
 
     def follow(self, tabs: gr.Tabs, tab: gr.Tab) -> None:
         """Ask for metrics only while this tab is the selected one.
@@ -89,9 +90,9 @@ class ServerTab:
         def make_active(event: gr.SelectData) -> gr.Timer:
             return gr.Timer(active=event.value == tab.label)
 
-        tabs.select(make_active, None, self._timer, queue=False, **_PRIVATE)
+        tabs.select(make_active, None, self._timer, queue=False, **PRIVATE)
         polled = [self._key, self._samples, self._names]
-        tab.select(self._poll, polled, self._shown, **_PRIVATE)
+        tab.select(self._poll, polled, self._shown, **PRIVATE)
 
     async def _poll(self, key: str, samples: list[Sample], names: list[str]) -> tuple[Any, ...]:
         problem = ""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from serve.ui.messages import render_problem
 from serve.ui.metrics import HISTORY_S, Sample, level, levels, rates, share
 from serve.ui.plots import Axis, Line, Point, line_plot, make_axis
 
@@ -48,7 +49,7 @@ def render_live(samples: Sequence[Sample], problem: str = "") -> str:
         _plot("Queue", "requests", {"Running": running, "Waiting": waiting}, least=4),
         _plot("KV cache in use", "%", {"Models": usage, "Side networks": side_usage}, least=10),
     )
-    message = render_message(problem, is_problem=True) if problem else ""
+    message = render_problem(problem) if problem else ""
     state = " is-stale" if now.sums is None else ""
     shown = "".join(
         f'<div class="tile"><dt>{name}</dt><dd><b>{value}</b> <span>{unit}</span></dd></div>'
@@ -70,12 +71,6 @@ def render_adapters(entries: Sequence[dict[str, Any]]) -> str:
         f'variants"><table class="facts"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>'
         "</table></div>"
     )
-
-
-def render_message(text: str, *, is_problem: bool = False) -> str:
-    """Return what came of an action, or what is wrong."""
-    kind, role = ("problem", "alert") if is_problem else ("success", "status")
-    return f'<div class="{kind}" role="{role}">{escape(text)}</div>'
 
 
 def format_count(count: float) -> str:

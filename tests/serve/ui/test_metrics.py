@@ -2,6 +2,7 @@
 
 import pytest
 
+from serve.ui.messages import render_message
 from serve.ui.metrics import (
     HISTORY_S,
     MAX_PAUSE_S,
@@ -20,7 +21,6 @@ from serve.ui.server_view import (
     format_count,
     render_adapters,
     render_live,
-    render_message,
 )
 
 TEXT = """# HELP tokens_total Generated tokens.
