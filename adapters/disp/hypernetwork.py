@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapters.disp.budget import kept_share
 from adapters.disp.estimators import TEMPERATURE
 from adapters.disp.search_config import Residual
 from models.pruning import MODULES, widths_of
@@ -61,6 +62,24 @@ class Structures:
         """Return how many channels each module of each layer keeps, (...) of (..., N) masks."""
         return self.arrange([part.sum(-1) for part in masks.split(self.widths, dim=-1)])
 
+    def join(self, values: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Return (N,) values of the channels: the sum of those of the modules that they serve.
+
+        Args:
+            values: (width,) for each layer, in the order of `MODULES`.
+        """
+        parts = [torch.zeros(width, device=values[0][0].device) for width in self.widths]
+        for places, layer in zip(self.places, values, strict=True):
+            for place, value in zip(places, layer, strict=True):
+                parts[place] += value
+        return torch.cat(parts)
+
+    def costs(self, spec: DecoderSpec) -> Tensor:
+        """Return (N,) what share of the linears' parameters one channel less of each saves."""
+        counts = torch.tensor(self.widths, dtype=torch.float32, requires_grad=True)
+        kept = kept_share(spec, self.arrange(counts.unbind()))
+        return torch.autograd.grad(kept, counts)[0].repeat_interleave(torch.tensor(self.widths))
+
     def threshold(self, logits: Tensor) -> Tensor:
         """Return (N,) masks of what is kept without chance: logits above 0, and the highest."""
         parts = logits.detach().split(self.widths)
@@ -81,20 +100,23 @@ def ranking(logits: Tensor, widths: Sequence[int]) -> list[Tensor]:
     return [part.argsort(descending=True, stable=True) for part in parts]
 
 
-def head_start(importance: Tensor, widths: Sequence[int]) -> Tensor:
+def head_start(importance: Tensor, costs: Tensor) -> Tensor:
     """Turn how much channels matter into a head start of their logits.
+
+    Channels of all structures are compared with each other, so that it also says how much to take
+    of which layer and module.
 
     Args:
         importance: (N,) at least 0, of all structures' channels.
-        widths: channels of each structure.
+        costs: (N,) above 0, parameters that each takes.
 
     Returns:
-        (N,) float32: within each structure, by how many standard deviations a channel's log
-        importance is off the mean, some outliers cut, times 1.2.
+        (N,) float32: by how many standard deviations the log of a channel's importance for its cost
+        is off the mean, some outliers cut, times 1.2.
     """
-    parts = [part.clamp_min(_LEAST).log() for part in importance.split(list(widths))]
-    scores = [(part - part.mean()) / part.std().clamp_min(_LEAST) for part in parts]
-    return torch.cat(scores).clamp(*_OUTLIERS) * _HEAD_START
+    scores = importance.clamp_min(_LEAST).log() - costs.log()
+    scores = (scores - scores.mean()) / scores.std().clamp_min(_LEAST)
+    return scores.clamp(*_OUTLIERS) * _HEAD_START
 
 
 class Hypernetwork(nn.Module):

@@ -6,6 +6,7 @@ published code, and the only one in which masking equals slicing with the norms'
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from adapters.qst.loss import FrozenHead, head_loss
 from models.kernels.reference import apply_activation, apply_rotary, rotary_angles
 from models.program import Activate, check_weights, rotation
+from models.pruning import widths_of
 from models.spec import DecoderSpec, LayerSpec
 from models.weights import Weight, dense
 
@@ -87,7 +89,7 @@ class MaskedDecoder:
         inv_freq, self._rotary_scale = rotation(spec)
         self._inv_freq = inv_freq.to(self.device)
 
-    def states(self, token_ids: Tensor, masks: Masks | None = None) -> Tensor:
+    def states(self, token_ids: Tensor, masks: "Masks | _Probes | None" = None) -> Tensor:
         """Compute sequences of equal length.
 
         Args:
@@ -104,7 +106,7 @@ class MaskedDecoder:
             x = x + self._positions[positions + (self.spec.learned_positions_offset or 0)]
         angles = rotary_angles(self._inv_freq, self._rotary_scale, positions)
         for i, layer in enumerate(self._layers):
-            kept = (None,) * 5 if masks is None else [m.unsqueeze(-2) for m in masks[i]]
+            kept = (None,) * 5 if masks is None else masks[i]
             if self._recomputes and torch.is_grad_enabled():
                 x = checkpoint(
                     self._run_layer, layer, x, angles, *kept, use_reentrant=False,
@@ -125,13 +127,38 @@ class MaskedDecoder:
             windows: (B, S + 1) int64 token ids.
             masks: see `states`.
         """
+        return self._total_loss(windows, masks) / windows[:, 1:].numel()
+
+    def squared_gradients(self, windows: Tensor) -> list[list[Tensor]]:
+        """Tell how much the loss depends on each channel at each token.
+
+        Args:
+            windows: (B, S + 1) int64 token ids.
+
+        Returns:
+            For each layer, in the order of `models.pruning.MODULES`, (width,) float32: the sum over
+            the tokens of (dL / dm)^2, L the sum of the windows' losses, m what the channel is
+            multiplied by at that token alone.
+        """
+        start = torch.zeros((), device=self.device, requires_grad=True)
+        probes = [
+            [_Probe(torch.zeros(width, device=self.device), start) for width in layer]
+            for layer in widths_of(self.spec)
+        ]
+        torch.autograd.grad(self._total_loss(windows, probes), start)
+        return [[probe.total for probe in layer] for layer in probes]
+
+    def _total_loss(self, windows: Tensor, masks: "Masks | _Probes | None") -> Tensor:
         windows = windows.to(self.device)
         states = self.states(windows[:, :-1], masks).flatten(0, 1)
-        targets = windows[:, 1:].flatten()
-        return head_loss(states, targets, self._frozen_head) / len(targets)
+        return head_loss(states, windows[:, 1:].flatten(), self._frozen_head)
 
     def _run_layer(
-        self, layer: _Layer, x: Tensor, angles: tuple[Tensor, Tensor], *masks: Tensor | None
+        self,
+        layer: _Layer,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        *masks: "Tensor | _Probe | None",
     ) -> Tensor:
         attn_in, attn_out, mlp_in, mlp_mid, mlp_out = masks
         normed = self._apply_norm(x, layer.attn_norm)
@@ -215,5 +242,40 @@ class _Loader:
         )
 
 
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask.to(x.dtype)
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """In place of a mask: lets all pass and adds up squared gradients.
+
+    Attributes:
+        total: (width,) float32, what they are added to.
+        start: () where gradients are asked for; nothing else of the base has any.
+    """
+
+    total: Tensor
+    start: Tensor
+
+
+_Probes = Sequence[Sequence[_Probe]]
+
+
+class _AddSquares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: Tensor, start: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.total = total
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+        products = gradient.float() * ctx.saved_tensors[0].float()
+        ctx.total += products.square_().flatten(0, -2).sum(0)
+        return gradient, None, ctx.total.new_zeros(())
+
+
+def _masked(x: Tensor, mask: Tensor | _Probe | None) -> Tensor:
+    if mask is None:
+        return x
+    if isinstance(mask, _Probe):
+        out: Tensor = _AddSquares.apply(x, mask.total, mask.start)
+        return out
+    return x * mask.unsqueeze(-2).to(x.dtype)

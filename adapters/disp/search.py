@@ -84,7 +84,8 @@ def search(
     number of torch threads.
 
     Args:
-        checkpoint: the base's weights, not quantised.
+        checkpoint: the base's weights, dense; if they are rounded as those that are served, the
+            search knows what the rounding costs. Its fingerprint is that of the original ones.
         token_ids: (n,) the text to search on; its end is held out.
         output: folder for metrics, picture and checkpoints, new or empty, unless resuming. It is
             the variant's folder too if there is one share, else it holds `remove-20` and so on.

@@ -75,10 +75,10 @@ class SearchConfig:
     """
 
     remove: tuple[float, ...] = (0.3,)
-    steps: int = 200
+    steps: int = 150
     further_steps: int | None = None
     batch_size: int = 2
-    length: int = 256
+    length: int = 512
     learning_rate: float = 5e-3
     decay: float = 0.2
     weight_decay: float = 0.0

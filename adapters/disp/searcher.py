@@ -76,18 +76,20 @@ class Searcher:
         )  # fmt: skip
 
     def give_head_start(self, windows: Tensor) -> None:
-        """Let channels that matter more in windows of text be dropped later.
+        """Let channels that matter more, for the parameters they take, be dropped later.
 
         Without it, what is dropped first is dropped by chance: near 1, a mask's gradient is next to
-        nothing, and the loss never quite recovers from the few channels that carry most.
+        nothing, and the loss never quite recovers from the few channels that carry most. How much
+        the loss depends on a channel is its Fisher information, taken token by token.
 
         Args:
             windows: (n, length + 1) int64, n > 0.
         """
-        importance = mean_squared_gradient(
-            self._base, windows, self.structures, self._config.batch_size
-        )
-        self.network.head_start.copy_(head_start(importance, self.structures.widths))
+        total = torch.zeros(sum(self.structures.widths), device=self._base.device)
+        for part in windows.split(self._config.batch_size):
+            total += self.structures.join(self._base.squared_gradients(part))
+        costs = self.structures.costs(self.spec).to(self._base.device)
+        self.network.head_start.copy_(head_start(total, costs))
 
     def step(
         self, windows: Tensor, generator: torch.Generator, *, target: float, rate_factor: float
@@ -234,28 +236,6 @@ def mean_loss(
     with torch.no_grad():
         losses = [float(base.loss(part, masks)) * len(part) for part in windows.split(batch_size)]
     return sum(losses) / len(windows)
-
-
-def mean_squared_gradient(
-    base: MaskedDecoder, windows: Tensor, structures: Structures, batch_size: int
-) -> Tensor:
-    """Tell how much the loss depends on each channel: the diagonal of its Fisher information.
-
-    Args:
-        base: frozen; nothing of it is masked.
-        windows: (n, S + 1) int64 token ids, n > 0.
-        structures: whose channels.
-        batch_size: windows computed together.
-
-    Returns:
-        (N,) float32, the mean over windows of (dL / dmask)^2, L a window's mean loss.
-    """
-    total = torch.zeros(sum(structures.widths), device=base.device)
-    for part in windows.split(batch_size):
-        masks = torch.ones(len(part), len(total), device=base.device, requires_grad=True)
-        loss = base.loss(part, structures.split(masks)) * len(part)
-        total += torch.autograd.grad(loss, masks)[0].square().sum(0)
-    return total / len(windows)
 
 
 def selection_masks(

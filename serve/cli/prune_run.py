@@ -58,7 +58,7 @@ def run_search(
     with stop_signals() as requested:
         try:
             results = search(
-                original,
+                as_served(original, served),
                 token_ids,
                 arguments.output,
                 base_fingerprint=served.fingerprint,
@@ -111,6 +111,16 @@ def load_originals(config: ServeConfig) -> tuple[Checkpoint, Checkpoint]:
         weights = {name: dense(weight) for name, weight in original.weights.items()}
         original = replace(original, weights=weights, quantization="none", known_fingerprint=None)
     return original, served
+
+
+def as_served(original: Checkpoint, served: Checkpoint) -> Checkpoint:
+    """Return the original with weights that are rounded as those it is served with.
+
+    A variant is rounded too before it is served, and a search that knows it chooses channels that
+    suffer less.
+    """
+    weights = {name: dense(weight) for name, weight in served.weights.items()}
+    return replace(original, weights=weights, known_fingerprint=original.fingerprint)
 
 
 def resolve_shares(config: SearchConfig, spec: DecoderSpec, *, is_total: bool) -> SearchConfig:

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from adapters.disp.budget import linears_total
 from adapters.disp.hypernetwork import Hypernetwork, Structures, head_start
+from adapters.disp.search_config import Residual
+from models.pruning import count_linears, widths_of
 from tests.models.kernels.random_decoders import make_decoder_parts
 
 SPEC, _ = make_decoder_parts("llama")  # D = 64, I = 160, three layers
@@ -69,15 +72,41 @@ def test_masks_without_chance_keep_positive_logits_and_never_nothing() -> None:
     assert float(structures.count(masks)[0][0]) == 1
 
 
-def test_head_start_grows_with_importance_in_each_structure() -> None:
-    importance = torch.tensor([1.0, 10.0, 100.0, 0.0, 1e-6, 1e-9])
-    first, second = head_start(importance, [3, 3]).split(3)
-    assert first.tolist() == pytest.approx([-1.2, 0.0, 1.2])
-    assert second.argsort().tolist() == [0, 2, 1]
+def test_head_start_grows_with_importance_for_the_parameters_taken() -> None:
+    importance, costs = torch.tensor([1.0, 30.0, 100.0, 0.0]), torch.tensor([1.0, 3.0, 1.0, 1.0])
+    assert head_start(importance, costs).argsort().tolist() == [3, 0, 1, 2]
+    assert head_start(importance[:3], costs[:3]).tolist() == pytest.approx([-1.2, 0.0, 1.2])
 
 
 def test_equal_importance_gives_no_head_start() -> None:
-    assert torch.equal(head_start(torch.full((5,), 3.0), [5]), torch.zeros(5))
+    assert torch.equal(head_start(torch.full((5,), 3.0), torch.ones(5)), torch.zeros(5))
+
+
+@pytest.mark.parametrize("residual", ["independent", "shared"])
+def test_costs_are_the_parameters_that_a_channel_takes(residual: Residual) -> None:
+    structures = Structures(SPEC, residual)
+    full, places = widths_of(SPEC), structures.places
+    costs = structures.costs(SPEC).split(list(structures.widths))
+    for structure, part in enumerate(costs):
+        less = [
+            [width - (place == structure) for width, place in zip(*layer, strict=True)]
+            for layer in zip(full, places, strict=True)
+        ]
+        saved = count_linears(SPEC, full) - count_linears(SPEC, less)
+        if residual == "independent":  # each is a factor of every product that it is in
+            assert float(part[0]) * linears_total(SPEC) == pytest.approx(saved, rel=1e-4)
+        assert part.unique().numel() == 1
+        assert float(part[0]) * linears_total(SPEC) == pytest.approx(saved, rel=0.02)
+
+
+def test_values_are_joined_where_modules_share_a_structure() -> None:
+    values = [[torch.full((w,), 10.0 * i + j) for j, w in enumerate((64, 64, 64, 160, 64))]
+              for i in range(3)]  # fmt: skip
+    joined = Structures(SPEC, "independent").join(values)
+    assert torch.equal(joined, torch.cat([part for layer in values for part in layer]))
+    stream, *middles = Structures(SPEC, "shared").join(values).split([64, 160, 160, 160])
+    assert stream.unique().tolist() == [sum(10.0 * i + j for i in range(3) for j in (0, 1, 2, 4))]
+    assert [part.unique().tolist() for part in middles] == [[3.0], [13.0], [23.0]]
 
 
 def test_network_starts_with_the_head_start_alone() -> None:

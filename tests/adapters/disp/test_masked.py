@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters.disp import masked as module
 from adapters.disp.masked import MaskedDecoder, Masks
 from adapters.disp.searcher import selection_masks
 from models.decoder import Decoder
@@ -133,6 +134,25 @@ def test_loss_and_its_gradient_are_plain_autograds(kind: str) -> None:
         assert mine.grad is not None
         assert mine.grad.any()
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "computed-again"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_squared_gradients_are_those_of_each_token(
+    kind: str, recomputes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, weights = make_random(kind)
+    windows = torch.tensor([TOKENS[:9], TOKENS[9:18]])
+    decoder = MaskedDecoder(spec, weights, gradient_checkpointing=recomputes)
+    found = decoder.squared_gradients(windows)
+    masks = [[torch.ones(2, 8, w, requires_grad=True) for w in ws] for ws in widths_of(spec)]
+    monkeypatch.setattr(module, "_masked", lambda x, mask: x * mask)
+    (decoder.loss(windows, masks) * 16).backward()
+    for layer, wanted in zip(found, masks, strict=True):
+        for total, mask in zip(layer, wanted, strict=True):
+            assert mask.grad is not None
+            assert mask.grad.any()
+            assert torch.allclose(total, mask.grad.square().sum((0, 1)), rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["llama", "neox"])
