@@ -106,7 +106,12 @@ class Bench:
             "one": lambda: self.search("one", (30,)),
             "variants": self.variants,
             "perplexity": self.perplexity,
-            "heal": self.heal,
+            "heal": lambda: self.heal(
+                "heal", [("base", None, None), *self.found(KINDS, RATIOS)], options.heal_steps
+            ),
+            "heal-long": lambda: self.heal(
+                "heal-long", [*self.found(["disp"], [20]), ("base", None, None)], options.long_steps
+            ),
             "size": lambda: self.speed("size", rounds=0),
             "decode": lambda: self.speed("decode", rounds=options.rounds),
         }
@@ -188,24 +193,25 @@ class Bench:
             if not self.figures.has("perplexity", item, variant):
                 self.figures.keep("perplexity", item, variant, self.test("--variant", folder))
 
-    def heal(self) -> None:
-        """Train a side network on the base and on each variant, then compute perplexities."""
+    def heal(
+        self, stage: str, models: Sequence[tuple[str, Path | None, str | None]], steps: int
+    ) -> None:
+        """Train a side network on each model, base or variant, then compute perplexities."""
         options = self.options
-        training = {"steps": options.heal_steps, "batch_size": options.heal_batch,
+        training = {"steps": steps, "batch_size": options.heal_batch,
                     "length": options.heal_length, "text": describe_text(options.search_text),
                     "options": options.heal_options}  # fmt: skip
-        self.figures.begin("heal", {**self.test_settings(), "training": training})
-        models = [("base", None, None), *self.found(KINDS, RATIOS)]
+        self.figures.begin(stage, {**self.test_settings(), "training": training})
         for item, folder, variant in models:
-            if self.figures.has("heal", item, variant):
+            if self.figures.has(stage, item, variant):
                 continue
-            output = options.work / "healed" / item
-            seconds = self.train(output, folder)
+            output = options.work / stage / item
+            seconds = self.train(output, folder, steps)
             words = ["--variant", folder] if folder else []
             figures = self.test("--adapter", output, *words)
-            self.figures.keep("heal", item, variant, {"training_seconds": seconds, **figures})
+            self.figures.keep(stage, item, variant, {"training_seconds": seconds, **figures})
 
-    def train(self, output: Path, variant: Path | None) -> float:
+    def train(self, output: Path, variant: Path | None, steps: int) -> float:
         """Train a side network; return the seconds it took."""
         options = self.options
         shutil.rmtree(output, ignore_errors=True)
@@ -220,7 +226,7 @@ class Bench:
         start_s = time.monotonic()
         run_command([
             *PROA, "train", "qst", *self._model, *self._cache, "--data", data.resolve(),
-            "--output", output.resolve(), "--steps", options.heal_steps, "--batch-size",
+            "--output", output.resolve(), "--steps", steps, "--batch-size",
             options.heal_batch, "--max-length", options.heal_length, "--long", "truncate",
             "--eval-fraction", "0", *(["--on", variant.resolve()] if variant else []),
             *shlex.split(options.heal_options),
@@ -271,7 +277,7 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache-dir", type=Path, default=None)
     parser.add_argument("--results", type=Path, default=RESULTS_FILE)
     parser.add_argument(
-        "--stages", default="search,search-shared,variants,perplexity,heal,size,decode",
+        "--stages", default="search,search-shared,variants,perplexity,heal,heal-long,size,decode",
         help="in this order; `one` times a search for one ratio alone [default: %(default)s]",
     )  # fmt: skip
     parser.add_argument("--again", default="", help="stages to do anew, such as perplexity,decode")
@@ -280,6 +286,9 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a test window")
     parser.add_argument("--windows", type=int, default=16, help="test windows; 0: all of the text")
     parser.add_argument("--heal-steps", type=int, default=200)
+    parser.add_argument(
+        "--long-steps", type=int, default=600, help="of `heal-long`: 20 %%, and base"
+    )
     parser.add_argument("--heal-batch", type=int, default=4)
     parser.add_argument("--heal-length", type=int, default=512)
     parser.add_argument("--heal-options", default="", help="more options of `proa train qst`")
