@@ -9,11 +9,15 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapters.disp.search_config import SearchConfig
 from adapters.format import read_config
+from models.weights import dense
 from serve.cli.main import build_parser
 from serve.cli.prune import MODEL_OPTIONS, read_search_config
+from serve.cli.prune_run import as_served, load_originals
+from serve.config import ServeConfig
 
 ROOT = Path(__file__).parents[3]
 TEXT = "A text of a few words that says the same again and again. " * 40
@@ -205,3 +209,16 @@ def test_interrupted_run_goes_on_where_it_stopped(
     assert done.returncode == 1
     assert "seed: 0 then, 1 now" in done.stderr
     assert (tmp_path / "out" / "checkpoints" / f"step-{int(found[1]):08d}").is_dir()
+
+
+def test_search_computes_with_the_weights_that_are_served(
+    tiny_llama_folder: Path, cache: Path
+) -> None:
+    config = ServeConfig(model=str(tiny_llama_folder), cache_dir=str(cache))
+    original, served = load_originals(config)
+    found = as_served(original, served)
+    name = "layers.0.down.weight"
+    assert torch.equal(found.weights[name], dense(served.weights[name]))
+    assert not torch.equal(found.weights[name], dense(original.weights[name]))
+    assert (found.fingerprint, found.quantization) == (original.fingerprint, "none")
+    assert found.weights.keys() == original.weights.keys()
