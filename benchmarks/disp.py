@@ -2,9 +2,9 @@
 
     python -m benchmarks.disp --search-text train.txt --test-text wiki.test.raw --work ./disp
 
-Takes hours. Figures are kept in `results/disp.json` after every item, so a killed run goes on where
-it was; what is in the file already is left out unless its variant has changed or `--again` names
-the stage. `benchmarks.disp_report` makes the report of the file.
+Takes more than an hour. Figures are kept in `results/disp.json` after every item, so a killed run
+goes on where it was; what is in the file already is left out unless its variant has changed or
+`--again` names the stage. `benchmarks.disp_report` makes the report of the file.
 """
 
 import argparse
@@ -110,7 +110,7 @@ class Bench:
                 "heal", [("base", None, None), *self.found(KINDS, RATIOS)], options.heal_steps
             ),
             "heal-long": lambda: self.heal(
-                "heal-long", [*self.found(["disp"], [20]), ("base", None, None)], options.long_steps
+                "heal-long", list(self.found(["disp"], [20])), options.long_steps
             ),
             "size": lambda: self.speed("size", rounds=0),
             "decode": lambda: self.speed("decode", rounds=options.rounds),
@@ -286,9 +286,7 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a test window")
     parser.add_argument("--windows", type=int, default=16, help="test windows; 0: all of the text")
     parser.add_argument("--heal-steps", type=int, default=200)
-    parser.add_argument(
-        "--long-steps", type=int, default=600, help="of `heal-long`: 20 %%, and base"
-    )
+    parser.add_argument("--long-steps", type=int, default=600, help="of `heal-long`, at 20 %%")
     parser.add_argument("--heal-batch", type=int, default=4)
     parser.add_argument("--heal-length", type=int, default=512)
     parser.add_argument("--heal-options", default="", help="more options of `proa train qst`")

@@ -284,15 +284,13 @@ def healing_lines(report: Report) -> list[str]:
     ]
     lines += table(["linears removed", *(f"{ratio} %" for ratio in RATIOS)], rows)
     before, after = report.perplexity("disp-20"), report.perplexity("disp-20", "heal-long")
-    long_base = report.perplexity("base", "heal-long")
     return [
         *lines,
         "",
         f"That is after {heal_steps(report, 'heal')} steps each. "
         f"{heal_steps(report, 'heal-long')} steps take DISP-LLM at 20 % from {number(before)} to "
         f"{number(after)}, which gives back "
-        f"{percent(recovered(report, 'disp-20', 'heal-long'), 0)}, and the base to "
-        f"{number(long_base)}.",
+        f"{percent(recovered(report, 'disp-20', 'heal-long'), 0)}.",
     ]
 
 

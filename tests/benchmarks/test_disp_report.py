@@ -56,7 +56,7 @@ def figures() -> dict[str, Any]:
             "disp-40": {"perplexity": 61.0}, **perplexities(BEFORE),
         },
         "heal": {"base": {"perplexity": 18.0}, **perplexities(AFTER)},
-        "heal-long": {"base": {"perplexity": 17.0}, "disp-20": {"perplexity": 24.0}},
+        "heal-long": {"disp-20": {"perplexity": 24.0}},
         "size": {"models": {"models": models}},
         "decode": {"models": {"models": models}},
     }  # fmt: skip
