@@ -61,6 +61,9 @@ def test_output_loads_in_transformers(
     kinds = [type(module).__name__ for module in model.modules()]
     assert kinds.count("Linear") == 1
     assert "Linear4bit" in kinds
+    # In eval mode bitsandbytes repacks on processors with AVX512_BF16, and fails at widths that are
+    # no multiple of its block, as these are.
+    model.train()
     with torch.no_grad():
         assert model(torch.arange(3, 12)[None]).logits.isfinite().all()
 

@@ -49,7 +49,7 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
 def test_gradient_is_that_of_plain_autograd(
     make_trainer: MakeTrainer, checkpoint: Checkpoint, decoder: Decoder, examples: list[Example]
 ) -> None:
-    trainer = make_trainer(clip=1e9)
+    trainer = make_trainer(clip=1e9, compute_dtype="float32")
     network = copy.deepcopy(trainer.network)
     result = trainer.step([examples[:5]], 1.0)
     batch = pack_examples(examples[:5])
@@ -70,7 +70,7 @@ def test_gradient_is_that_of_plain_autograd(
 def test_accumulated_batches_count_every_target_alike(
     make_trainer: MakeTrainer, examples: list[Example]
 ) -> None:
-    together, apart = make_trainer(), make_trainer()
+    together, apart = (make_trainer(compute_dtype="float32") for _ in range(2))
     one = together.step([examples[:7]], 1.0)
     several = apart.step([examples[:1], examples[1:4], examples[4:7]], 1.0)
     assert one.loss == pytest.approx(several.loss, rel=1e-6)
