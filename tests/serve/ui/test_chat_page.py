@@ -192,6 +192,7 @@ def test_error_in_the_middle_keeps_what_had_come(page: Any, live: LiveServer) ->
 def test_page_goes_on_after_the_server_has_restarted(page: Any, live: LiveServer) -> None:
     ask(page, "before")
     answered(page, "hello fox")
+    page.wait_for_timeout(1000)  # the conversation is kept after the answer is shown
     live.stop()
     live.start()
     live.say("the quick brown fox")
