@@ -13,7 +13,7 @@ from adapters.format import AdapterError
 from adapters.training_state import TrainingError, TrainingInterrupted
 from models.checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from models.spec import DecoderSpec
-from models.weights import dense
+from models.weights import Weight, dense
 from serve.base_model import load_base, settle_memory
 from serve.cli.arguments import CommandError, UserError, say
 from serve.cli.stop_signals import INTERRUPTED, stop_signals
@@ -108,7 +108,7 @@ def load_originals(config: ServeConfig) -> tuple[Checkpoint, Checkpoint]:
             f"warning: {original.name} has 4-bit weights only; what is cut out of them is rounded "
             "to 4 bits a second time, which costs quality"
         )
-        weights = {name: dense(weight) for name, weight in original.weights.items()}
+        weights = dense_weights(original)
         original = replace(original, weights=weights, quantization="none", known_fingerprint=None)
     return original, served
 
@@ -119,8 +119,13 @@ def as_served(original: Checkpoint, served: Checkpoint) -> Checkpoint:
     A variant is rounded too before it is served, and a search that knows it chooses channels that
     suffer less.
     """
-    weights = {name: dense(weight) for name, weight in served.weights.items()}
-    return replace(original, weights=weights, known_fingerprint=original.fingerprint)
+    weights, fingerprint = dense_weights(served), original.fingerprint
+    return replace(original, weights=weights, known_fingerprint=fingerprint)
+
+
+def dense_weights(checkpoint: Checkpoint) -> dict[str, Weight]:
+    """Return a checkpoint's weights with no matrix in 4 bits."""
+    return {name: dense(weight) for name, weight in checkpoint.weights.items()}
 
 
 def resolve_shares(config: SearchConfig, spec: DecoderSpec, *, is_total: bool) -> SearchConfig:
