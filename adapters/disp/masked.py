@@ -94,8 +94,8 @@ class MaskedDecoder:
 
         Args:
             token_ids: (B, S) int64.
-            masks: for each layer those of `models.pruning.MODULES`, (width,) or (B, width) float32;
-                None: nothing is masked.
+            masks: for each layer those of `models.pruning.MODULES`, (width,) or (n * B, width)
+                float32, each for one of n equal stretches of a sequence; None: nothing is masked.
 
         Returns:
             (B, S, D) float32, normed: what the LM head reads.
@@ -278,4 +278,5 @@ def _masked(x: Tensor, mask: Tensor | _Probe | None) -> Tensor:
     if isinstance(mask, _Probe):
         out: Tensor = _AddSquares.apply(x, mask.total, mask.start)
         return out
-    return x * mask.unsqueeze(-2).to(x.dtype)
+    mask = mask.to(x.dtype).reshape(-1, 1, x.shape[-1])
+    return (x.reshape(len(mask), -1, x.shape[-1]) * mask).view(x.shape)

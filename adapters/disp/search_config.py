@@ -20,6 +20,7 @@ _LIMITS: Limits = {
     "further_steps": (_COUNT, lambda x: x >= 1),
     "batch_size": (_COUNT, lambda x: x >= 1),
     "length": (_COUNT, lambda x: x >= 1),
+    "draws": (_COUNT, lambda x: x >= 1),
     "learning_rate": (_POSITIVE, lambda x: x > 0),
     "decay": ("a share from 0 to 1", lambda x: 0 <= x <= 1),
     "weight_decay": ("a number of at least 0", lambda x: x >= 0),
@@ -46,9 +47,11 @@ class SearchConfig:
         remove: shares of the parameters of the decoder's linears to remove; they are searched for
             in increasing order, each from where the one before ended.
         steps: optimiser steps for the least share.
-        further_steps: optimiser steps for each share after it; None: half of `steps`.
-        batch_size: windows of text computed together, each with masks of its own.
+        further_steps: optimiser steps for each share after it; None: two thirds of `steps`.
+        batch_size: windows of text computed together.
         length: tokens of a window.
+        draws: of masks for a window, each for a stretch of it, all as long. One step then tries
+            many masks, and still sees what they do to attention over the whole window.
         learning_rate: AdamW's, of the hypernetwork.
         decay: share of each share's steps, at their end, in which the rate falls as a line to 0.
         weight_decay: AdamW's.
@@ -77,8 +80,9 @@ class SearchConfig:
     remove: tuple[float, ...] = (0.3,)
     steps: int = 150
     further_steps: int | None = None
-    batch_size: int = 2
-    length: int = 512
+    batch_size: int = 1
+    length: int = 1024
+    draws: int = 4
     learning_rate: float = 5e-3
     decay: float = 0.2
     weight_decay: float = 0.0
@@ -92,7 +96,7 @@ class SearchConfig:
     compute_dtype: ComputeDtype = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
-    eval_windows: int = 16
+    eval_windows: int = 8
     eval_every: int = 100
     checkpoint_every: int = 50
 
@@ -107,11 +111,13 @@ class SearchConfig:
         is_given = self.further_steps is not None
         limits = {k: v for k, v in _LIMITS.items() if k != "further_steps" or is_given}
         check_options(self, limits, _FLOATS, CHOICES)
+        if self.length % self.draws:
+            raise ValueError(f"draws must divide length, {self.length}, got {self.draws}")
 
     @property
     def share_steps(self) -> tuple[int, ...]:
         """Optimiser steps of each share, in increasing order of the shares."""
-        further = self.further_steps or max(1, self.steps // 2)
+        further = self.further_steps or max(1, 2 * self.steps // 3)
         return (self.steps,) + (further,) * (len(self.remove) - 1)
 
     @property

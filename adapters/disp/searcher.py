@@ -94,7 +94,7 @@ class Searcher:
     def step(
         self, windows: Tensor, generator: torch.Generator, *, target: float, rate_factor: float
     ) -> StepResult:
-        """Learn from windows of text, each with masks of its own.
+        """Learn from windows of text, with masks drawn for each stretch of each.
 
         Args:
             windows: (B, length + 1) int64.
@@ -107,7 +107,9 @@ class Searcher:
         """
         config = self._config
         logits = self.network()
-        masks, counted = sample_masks(logits, len(windows), config.estimator, generator)
+        masks, counted = sample_masks(
+            logits, len(windows) * config.draws, config.estimator, generator
+        )
         loss = self._base.loss(windows, self.structures.split(masks))
         value = float(loss.detach())
         if not math.isfinite(value):

@@ -47,9 +47,10 @@ MODEL_OPTIONS = {
 SEARCH_FLAGS = (
     ("steps", "N", "optimiser steps for the least share"),
     ("further_steps", "N", "optimiser steps for each share after it, which goes on from there "
-     "[default: half of --steps]"),
-    ("batch_size", "N", "windows of text computed together, each with masks of its own"),
+     "[default: two thirds of --steps]"),
+    ("batch_size", "N", "windows of text computed together"),
     ("length", "N", "tokens of a window"),
+    ("draws", "N", "of masks for a window, each for an equal stretch of it"),
     ("learning_rate", "X", "of the hypernetwork that proposes masks"),
     ("decay", "SHARE", "share of the steps, at their end, in which the rate falls to 0"),
     ("weight_decay", "X", "of the hypernetwork"),

@@ -116,6 +116,25 @@ def test_each_sequence_has_masks_of_its_own() -> None:
             torch.testing.assert_close(decoder.logits(states[i]), expected)
 
 
+def test_each_stretch_of_a_sequence_has_masks_of_its_own() -> None:
+    spec, weights = make_random("llama")
+    decoder = MaskedDecoder(spec, weights)
+    masks = [selection_masks(random_selections(spec, seed=s), widths_of(spec), CPU) for s in (1, 2)]
+    layers = [
+        [torch.stack(pair) for pair in zip(*both, strict=True)] for both in zip(*masks, strict=True)
+    ]
+    tokens = TOKENS[: len(TOKENS) // 2 * 2]
+    half = len(tokens) // 2
+    with torch.no_grad():
+        found = masked_logits(decoder, tokens, layers)
+        first, second = (masked_logits(decoder, tokens, m) for m in masks)
+        by_token = [[m.repeat_interleave(half, 0) for m in layer] for layer in layers]
+        torch.testing.assert_close(found, masked_logits(decoder, tokens, by_token))
+    torch.testing.assert_close(found[:half], first[:half])
+    assert not torch.allclose(found[half:], first[half:], atol=1e-3)
+    assert not torch.allclose(found[half:], second[half:], atol=1e-3)  # attends to the first half
+
+
 @pytest.mark.parametrize("kind", ["llama", "phi"])
 def test_loss_and_its_gradient_are_plain_autograds(kind: str) -> None:
     spec, weights = make_random(kind)

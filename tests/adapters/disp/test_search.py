@@ -115,8 +115,8 @@ def test_search_leaves_variants_metrics_and_a_picture(
         windows = Windows(make_text(), LENGTH, held_out=4, spec=checkpoint.spec)
         base = MaskedDecoder(checkpoint.spec, checkpoint.weights)
         masks = selection_masks(found.selections, widths_of(checkpoint.spec), CPU)
-        assert result.loss == mean_loss(base, windows.held_out, 2, masks)
-        assert result.dense_loss == mean_loss(base, windows.held_out, 2)
+        assert result.loss == mean_loss(base, windows.held_out, SearchConfig().batch_size, masks)
+        assert result.dense_loss == mean_loss(base, windows.held_out, SearchConfig().batch_size)
 
 
 def test_metrics_have_every_step_evaluation_and_result(

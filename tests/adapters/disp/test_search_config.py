@@ -11,6 +11,7 @@ from adapters.disp.search_config import SearchConfig
         ("steps", 0, "a whole number of at least 1"),
         ("batch_size", 1.5, "a whole number of at least 1"),
         ("length", True, "a whole number of at least 1"),
+        ("draws", 0, "a whole number of at least 1"),
         ("learning_rate", float("nan"), "a number above 0"),
         ("decay", 1.5, "a share from 0 to 1"),
         ("weight_decay", -1.0, "a number of at least 0"),
@@ -29,6 +30,11 @@ from adapters.disp.search_config import SearchConfig
 def test_option_out_of_range_is_named(name: str, value: object, allowed: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be {allowed}.*, got {value!r}"):
         SearchConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_draws_divide_the_length() -> None:
+    with pytest.raises(ValueError, match="draws must divide length, 1024, got 3"):
+        SearchConfig(draws=3)
 
 
 @pytest.mark.parametrize("shares", [(), (0.0,), (1.0,), (0.3, 0.3), (0.2, float("nan")), 0.3, "x"])
@@ -60,8 +66,8 @@ def test_options_are_json_values() -> None:
     assert SearchConfig(**config.as_fields()) == config
 
 
-@pytest.mark.parametrize(("further", "wanted"), [(None, (7, 3, 3)), (9, (7, 9, 9))], ids=str)
-def test_further_shares_take_half_the_steps_unless_told(
+@pytest.mark.parametrize(("further", "wanted"), [(None, (7, 4, 4)), (9, (7, 9, 9))], ids=str)
+def test_further_shares_take_two_thirds_of_the_steps_unless_told(
     further: int | None, wanted: tuple[int, ...]
 ) -> None:
     config = SearchConfig(remove=(0.2, 0.3, 0.5), steps=7, further_steps=further)

@@ -53,7 +53,8 @@ def test_help_has_every_option_with_the_default_that_holds() -> None:
     for item in fields(SearchConfig):
         assert f"--{item.name.replace('_', '-')}" in text
         others = {
-            "remove": "0.3", "gradient_checkpointing": "off", "further_steps": "half of --steps",
+            "remove": "0.3", "gradient_checkpointing": "off",
+            "further_steps": "two thirds of --steps",
         }  # fmt: skip
         shown = others.get(item.name, item.default)
         assert f"[default: {shown}]" in text
