@@ -36,6 +36,11 @@ def answered(page: Any, text: str, *, number: int = 1) -> Any:
     return message
 
 
+def kept(page: Any, title: str) -> None:
+    """Wait until the browser has kept the chat, which it does after its answer is shown."""
+    page.wait_for_function(f"document.querySelector('#chat-history input').value == '{title}'")
+
+
 def choose(page: Any, control: str, option: str) -> None:
     page.click(f"{control} input")
     page.get_by_role("option", name=option, exact=True).click()
@@ -131,7 +136,7 @@ def test_second_question_has_the_conversation_before_it(page: Any, live: LiveSer
 def test_earlier_chats_are_there_after_a_reload(page: Any, live: LiveServer) -> None:
     ask(page, "remember me")
     answered(page, "hello fox")
-    page.wait_for_function("document.querySelector('#chat-history input').value == 'remember me'")
+    kept(page, "remember me")
     page.reload()
     answered(page, "hello fox")
     page.click("#chat-new")
@@ -192,7 +197,7 @@ def test_error_in_the_middle_keeps_what_had_come(page: Any, live: LiveServer) ->
 def test_page_goes_on_after_the_server_has_restarted(page: Any, live: LiveServer) -> None:
     ask(page, "before")
     answered(page, "hello fox")
-    page.wait_for_timeout(1000)  # the conversation is kept after the answer is shown
+    kept(page, "before")
     live.stop()
     live.start()
     live.say("the quick brown fox")
