@@ -2,9 +2,9 @@
 
     python -m benchmarks.disp --search-text train.txt --test-text wiki.test.raw --work ./disp
 
-Takes more than an hour. Figures are kept in `results/disp.json` after every item, so a killed run
-goes on where it was; what is in the file already is left out unless its variant has changed or
-`--again` names the stage. `benchmarks.disp_report` makes the report of the file.
+Takes two hours on 2 cores. Figures are kept in `results/disp.json` after every item, so a run that
+was killed goes on where it was; what is in the file already is left out unless its variant has
+changed or `--again` names the stage. `benchmarks.disp_report` makes the report of the file.
 """
 
 import argparse
@@ -284,13 +284,16 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--search-options", default="", help="more options of `proa prune disp`")
     parser.add_argument("--seed", type=int, default=0, help="of the random variants")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a test window")
-    parser.add_argument("--windows", type=int, default=16, help="test windows; 0: all of the text")
-    parser.add_argument("--heal-steps", type=int, default=200)
-    parser.add_argument("--long-steps", type=int, default=600, help="of `heal-long`, at 20 %%")
-    parser.add_argument("--heal-batch", type=int, default=4)
-    parser.add_argument("--heal-length", type=int, default=512)
-    parser.add_argument("--heal-options", default="", help="more options of `proa train qst`")
-    parser.add_argument("--rounds", type=int, default=9, help="of the speed measurement")
+    parser.add_argument("--windows", type=int, default=8, help="test windows; 0: all of the text")
+    parser.add_argument("--heal-steps", type=int, default=20)
+    parser.add_argument("--long-steps", type=int, default=250, help="of `heal-long`, at 20 %%")
+    parser.add_argument("--heal-batch", type=int, default=1)
+    parser.add_argument("--heal-length", type=int, default=1024)
+    parser.add_argument(
+        "--heal-options", default="--reduction 4 --downsample linear",
+        help="more options of `proa train qst` [default: %(default)s]",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=17, help="of the speed measurement")
     return parser.parse_args(words)
 
 
