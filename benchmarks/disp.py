@@ -286,7 +286,7 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a test window")
     parser.add_argument("--windows", type=int, default=8, help="test windows; 0: all of the text")
     parser.add_argument("--heal-steps", type=int, default=20)
-    parser.add_argument("--long-steps", type=int, default=125, help="of `heal-long`, at 20 %%")
+    parser.add_argument("--long-steps", type=int, default=250, help="of `heal-long`, at 20 %%")
     parser.add_argument("--heal-batch", type=int, default=1)
     parser.add_argument("--heal-length", type=int, default=1024)
     parser.add_argument(

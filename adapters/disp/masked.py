@@ -94,8 +94,8 @@ class MaskedDecoder:
 
         Args:
             token_ids: (B, S) int64.
-            masks: for each layer those of `models.pruning.MODULES`, (width,) or (n * B, width)
-                float32, each for one of n equal stretches of a sequence; None: nothing is masked.
+            masks: for each layer those of `models.pruning.MODULES`, (width,) or (B * n, width)
+                float32: n for each sequence, in turn for equal stretches of it; None: no masks.
 
         Returns:
             (B, S, D) float32, normed: what the LM head reads.
