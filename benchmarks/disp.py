@@ -293,7 +293,7 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--heal-options", default="--reduction 4 --downsample linear",
         help="more options of `proa train qst` [default: %(default)s]",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=17, help="of the speed measurement")
+    parser.add_argument("--rounds", type=int, default=51, help="of the speed measurement")
     return parser.parse_args(words)
 
 
