@@ -2,9 +2,10 @@
 
     python -m benchmarks.disp --search-text train.txt --test-text wiki.test.raw --work ./disp
 
-Takes two hours on 2 cores. Figures are kept in `results/disp.json` after every item, so a run that
-was killed goes on where it was; what is in the file already is left out unless its variant has
-changed or `--again` names the stage. `benchmarks.disp_report` makes the report of the file.
+Takes more than two hours on 2 cores. Figures are kept in `results/disp.json` after every item, so
+a run that was killed goes on where it was; what is in the file already is left out unless its
+variant has changed or `--again` names the stage. `benchmarks.disp_report` makes the report of the
+file.
 """
 
 import argparse

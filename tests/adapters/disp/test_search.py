@@ -40,8 +40,8 @@ CPU = torch.device("cpu")
 SERVED = "5" * 64
 OPTIONS: dict[str, object] = {
     "compute_dtype": "float32",
-    "remove": (0.4, 0.2), "steps": 6, "further_steps": 6, "length": LENGTH, "align": 8,
-    "eval_windows": 4, "eval_every": 4, "checkpoint_every": 5,
+    "remove": (0.4, 0.2), "steps": 6, "further_steps": 6, "batch_size": 2, "length": LENGTH,
+    "align": 8, "eval_windows": 4, "eval_every": 4, "checkpoint_every": 5,
 }  # fmt: skip
 
 
@@ -115,8 +115,8 @@ def test_search_leaves_variants_metrics_and_a_picture(
         windows = Windows(make_text(), LENGTH, held_out=4, spec=checkpoint.spec)
         base = MaskedDecoder(checkpoint.spec, checkpoint.weights)
         masks = selection_masks(found.selections, widths_of(checkpoint.spec), CPU)
-        assert result.loss == mean_loss(base, windows.held_out, SearchConfig().batch_size, masks)
-        assert result.dense_loss == mean_loss(base, windows.held_out, SearchConfig().batch_size)
+        assert result.loss == mean_loss(base, windows.held_out, 2, masks)
+        assert result.dense_loss == mean_loss(base, windows.held_out, 2)
 
 
 def test_metrics_have_every_step_evaluation_and_result(
