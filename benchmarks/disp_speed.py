@@ -7,7 +7,6 @@ in common with the base, as they do when they are served. Prints one JSON object
 """
 
 import argparse
-import asyncio
 import json
 import os
 import random
@@ -33,6 +32,7 @@ from serve.base_model import load_base, load_tokenizer, load_variant  # noqa: E4
 from serve.cli.bench_engine import EngineStreams  # noqa: E402
 from serve.cli.bench_measure import random_prompts  # noqa: E402
 from serve.cli.bench_timing import Decoding, decode_rate, prefill_rate  # noqa: E402
+from serve.event_loop import run_on_loop  # noqa: E402
 
 BASE = "base"
 _BLOCK_TOKENS = 16
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             decoders[name] = Decoder(pruned.spec, pruned.weights, base=decoders[BASE])
     if options.rounds:
         torch.set_num_threads(1)
-        raw = asyncio.run(measure_speed(decoders, Sampler(tables, eos_token_ids=()), options))
+        raw = run_on_loop(measure_speed(decoders, Sampler(tables, eos_token_ids=()), options))
         for name in found:
             found[name] |= {what: ratios(raw, name, what) for what in ("decode", "prefill")}
             found[name]["raw"] = raw[name]

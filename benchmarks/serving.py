@@ -4,7 +4,6 @@ python -m benchmarks.serving
 """
 
 import argparse
-import asyncio
 import os
 import random
 import signal
@@ -37,6 +36,7 @@ from benchmarks.report import (
 from serve.cli.bench_measure import random_prompts
 from serve.cli.bench_timing import Decoding, decode_rate
 from serve.config import build_config
+from serve.event_loop import run_on_loop
 
 HTTP_STREAMS = 8
 MEMORY_STREAMS = 32
@@ -179,7 +179,7 @@ def measure_memory(model: Sequence[str], options: argparse.Namespace) -> tuple[T
 
 def measure_adapt(model: Sequence[str], options: argparse.Namespace) -> tuple[Target, Any]:
     """Compare decode speed with AdapT and at a plain temperature, in turn on one engine."""
-    rates = asyncio.run(_alternate(model, options))
+    rates = run_on_loop(_alternate(model, options))
     plain, adapt = (median(rates[name]) for name in ("plain", "adapt"))
     # Turn by turn: the machine's speed wanders less from one run to the next than over them all.
     share = median(hot / even for hot, even in zip(rates["adapt"], rates["plain"], strict=True))

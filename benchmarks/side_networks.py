@@ -43,6 +43,7 @@ from serve.backends.protocol import Arm, GenerationRequest
 from serve.base_model import load_tokenizer
 from serve.cli.bench_measure import random_prompts
 from serve.cli.bench_timing import StreamTiming, decode_rate
+from serve.event_loop import run_on_loop
 
 STREAMS = 8
 CONTEXT_TOKENS = 49_152
@@ -249,7 +250,7 @@ def main() -> int:
     run = describe_run()
     checkpoint = load_checkpoint(None, cache_dir=options.cache_dir)
     with tempfile.TemporaryDirectory() as folder:
-        raw = asyncio.run(measure(options, checkpoint, Path(folder)))
+        raw = run_on_loop(measure(options, checkpoint, Path(folder)))
     targets = judge(raw)
     print(target_table(targets))
     peer = None

@@ -41,7 +41,7 @@ def sum_rows(values: Tensor) -> Tensor:
 def argmax_rows(values: Tensor) -> Tensor:
     """Return the first column of each row's largest value.
 
-    `torch.argmax` is an order of magnitude slower on a CPU, where it does not vectorise.
+    NumPy's argmax is ten times as fast as torch's on a CPU, where torch does not vectorise it.
 
     Args:
         values: (B, V) float32, each row contiguous.
@@ -49,17 +49,9 @@ def argmax_rows(values: Tensor) -> Tensor:
     Returns:
         (B,) int64.
     """
-    full, rest = _split(values)
-    maxima = full.amax(-1)
-    if rest.shape[1]:
-        maxima = torch.cat([maxima, rest.amax(-1, keepdim=True)], dim=1)
-    blocks = maxima.argmax(-1, keepdim=True)
-    last = values.shape[1] - 1
-    columns = blocks * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=values.device)
-    # Columns past the end repeat the last one, which comes before its copies.
-    columns = columns.clamp_max_(last)
-    offsets = values.gather(1, columns).argmax(-1, keepdim=True)
-    return columns.gather(1, offsets)[:, 0]
+    if values.is_cpu:
+        return torch.from_numpy(values.numpy().argmax(-1))
+    return values.argmax(-1)
 
 
 def find_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The sampler: logits of a batch of sequences to one token for each."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ class Sampler:
         num_blocks = -(-tables.vocab_size // BLOCK_SIZE)
         self._scaled = torch.empty(0, num_blocks * BLOCK_SIZE, device=self._device)
         self._probs = torch.empty_like(self._scaled)
+        self._max_rows = sys.maxsize
+        if self._device.type == "cpu":
+            self._max_rows = max(1, _MAX_LOGITS_CPU // self._scaled.shape[1])
 
     def _bind(self, strategy: Strategy) -> Controller:
         """Return the strategy's controller, one of those used last or a new one."""
@@ -132,20 +136,21 @@ class Sampler:
             rows: B rows.
         """
         assert logits.shape == (len(rows), self._tables.vocab_size), logits.shape
-        logits = logits.float().contiguous()
+        if logits.dtype != torch.float32 or not logits.is_contiguous():
+            logits = logits.float().contiguous()
         token_ids = [0] * len(rows)
         temperatures = [0.0] * len(rows)
-        greedy = [index for index, row in enumerate(rows) if row.params.is_greedy]
+        greedy: list[int] = []
+        dense: list[int] = []
+        filtered: list[int] = []
+        for index, row in enumerate(rows):
+            kind = greedy if row.params.is_greedy else filtered if row.is_filtered else dense
+            kind.append(index)
         for part in self._split(greedy):
             taken = argmax_rows(self._take(logits, rows, part))
             for index, token_id in zip(part, taken.tolist(), strict=True):
                 token_ids[index] = token_id
-        for is_filtered in (False, True):
-            drawn = [
-                index
-                for index, row in enumerate(rows)
-                if row.is_filtered == is_filtered and not row.params.is_greedy
-            ]
+        for drawn in (dense, filtered):
             for part in self._split(drawn):
                 ids, used = self._draw(logits, rows, part)
                 for index, token_id, temperature in zip(part, ids, used, strict=True):
@@ -155,9 +160,9 @@ class Sampler:
 
     def _split(self, indices: list[int]) -> list[list[int]]:
         """Split rows into parts that are worked on together."""
-        size = max(1, len(indices))
-        if self._device.type == "cpu":
-            size = max(1, _MAX_LOGITS_CPU // self._scaled.shape[1])
+        size = self._max_rows
+        if len(indices) <= size:
+            return [indices] if indices else []
         return [indices[start : start + size] for start in range(0, len(indices), size)]
 
     def _take(self, logits: Tensor, rows: Sequence[Row], part: list[int]) -> Tensor:
@@ -176,7 +181,7 @@ class Sampler:
         first, last = part[0], part[-1]
         is_run = last - first + 1 == len(part)
         if is_run and not changes:
-            return logits[first : last + 1]
+            return logits if len(part) == len(rows) else logits[first : last + 1]
         scratch = self._scratch(len(part))[0]
         taken = scratch[:, : self._tables.vocab_size]
         if is_run:

@@ -1,7 +1,9 @@
 """The paged cache of keys and values."""
 
 from collections.abc import Sequence
+from ctypes import Array, c_void_p
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from models.spec import DecoderSpec
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class KVCache:
     """Blocks of keys and values, one pair of tensors for each layer.
 
@@ -23,6 +25,13 @@ class KVCache:
     values: Sequence[Tensor]
     num_blocks: int
     block_size: int
+
+    @cached_property
+    def addresses(self) -> tuple[Array[c_void_p], Array[c_void_p]]:
+        """Where keys and values lie, layer by layer; asking every tensor at every step is slow."""
+        kind = c_void_p * len(self.keys)
+        keys = kind(*(tensor.data_ptr() for tensor in self.keys))
+        return keys, kind(*(tensor.data_ptr() for tensor in self.values))
 
 
 def cache_bytes_per_block(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:

@@ -191,10 +191,8 @@ class NativeExecutor:
         return lower_side(program, self._library)
 
     def _step(self, batch: PackedBatch, cache: KVCache) -> NativeStep:
-        layers = self._program.num_layers
-        keys = (ctypes.c_void_p * layers)(*(t.data_ptr() for t in cache.keys))
-        values = (ctypes.c_void_p * layers)(*(t.data_ptr() for t in cache.values))
-        step = NativeStep(
+        keys, values = cache.addresses
+        return NativeStep(
             token_ids=batch.token_ids.data_ptr(),
             positions=batch.positions.data_ptr(),
             query_starts=batch.query_starts.data_ptr(),
@@ -209,8 +207,6 @@ class NativeExecutor:
             cache_format=float_format(cache.keys[0].dtype),
             rotary_scale=self._program.rotary_scale,
         )
-        step.arrays = keys, values  # alive as long as the step
-        return step
 
 
 def _destroy(library: ctypes.CDLL, program: int, _: _ThreadPool) -> None:

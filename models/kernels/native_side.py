@@ -94,7 +94,6 @@ class SideEntries:
         self._networks: list[weakref.ref[AttachedSide]] = []  # one that left memory is not held
         self._caches: tuple[KVCache, ...] = ()
         self._entries: Array | None = None
-        self._pointers: dict[int, tuple[Array, Array]] = {}
 
     def set(self, step: NativeStep, batch: SideBatch) -> None:
         """Point a step to a batch of side networks, which must outlive it."""
@@ -111,20 +110,13 @@ class SideEntries:
 
     def _lower(self, batch: SideBatch) -> None:
         self._networks, self._caches = [*map(weakref.ref, batch.networks)], batch.caches
-        self._pointers = {id(cache): _pointers(cache) for cache in batch.caches}
         self._entries = (NativeSideEntry * len(batch.networks))()
         for i, (network, cache) in enumerate(zip(batch.networks, batch.caches, strict=True)):
             lowered = network.lowered
             assert isinstance(lowered, _LoweredSide)
-            keys, values = (ctypes.addressof(array) for array in self._pointers[id(cache)])
+            keys, values = (ctypes.addressof(array) for array in cache.addresses)
             side = ctypes.addressof(lowered.side)
             self._entries[i] = NativeSideEntry(side=side, k_cache=keys, v_cache=values)
-
-
-def _pointers(cache: KVCache) -> tuple[Array, Array]:
-    kind = ctypes.c_void_p * len(cache.keys)
-    keys = kind(*(tensor.data_ptr() for tensor in cache.keys))
-    return keys, kind(*(tensor.data_ptr() for tensor in cache.values))
 
 
 def _linear(

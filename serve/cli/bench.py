@@ -20,6 +20,7 @@ from serve.cli.bench_measure import Plan, measure, summarise
 from serve.cli.bench_timing import Decoding
 from serve.config import CAPACITY, COMPUTE, MODEL, OPTIONS, ServeConfig, build_config
 from serve.environment import client_settings
+from serve.event_loop import run_on_loop
 from serve.resolve import TOKENS_PER_SEQUENCE
 from serve.version import VERSION
 
@@ -265,7 +266,7 @@ def _run_engine(
             "config": {name: getattr(resolved, name) for name in names},
         }
 
-    return asyncio.run(run_engine())
+    return run_on_loop(run_engine())
 
 
 def fit_cache(config: ServeConfig, plan: Plan) -> ServeConfig:

@@ -1,7 +1,6 @@
 """`proa generate`: continue one prompt in this process."""
 
 import argparse
-import asyncio
 import json
 import os
 import sys
@@ -17,6 +16,7 @@ from serve.cli.arguments import (
 )
 from serve.cli.in_process import stream_completion
 from serve.config import COMPUTE, MODEL, OPTIONS, build_config
+from serve.event_loop import run_on_loop
 
 DESCRIPTION = """\
 Continue a prompt in this process, without a server. The text goes to the standard output as it is
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             await close_service(service)
 
-    asyncio.run(generate())
+    run_on_loop(generate())
     return 0
 
 

@@ -1,5 +1,6 @@
 """Lay the chunks of a step out as the packed batch a decoder reads."""
 
+import math
 from array import array
 from collections.abc import Callable
 
@@ -20,12 +21,13 @@ class _Buffer:
         storage = array("i", bytes(4 * size))
         self.view = memoryview(storage)
         self._tensor = torch.frombuffer(storage, dtype=torch.int32)
+        self._shape: tuple[int, ...] = (size,)
         self._head = self._tensor
 
-    def head(self, size: int) -> Tensor:
-        """Give the first `size` elements; steps of one size share the tensor: slicing is slow."""
-        if len(self._head) != size:
-            self._head = self._tensor[:size]
+    def head(self, *shape: int) -> Tensor:
+        """Give the first elements in a shape; steps share the tensor: views are slow to make."""
+        if self._shape != shape:
+            self._shape, self._head = shape, self._tensor[: math.prod(shape)].view(shape)
         return self._head
 
 
@@ -104,13 +106,12 @@ class BatchPacker:
         if not has_sides:
             self.forget()
         num_rows = len(chunks)
-        tables = self._block_tables.head(num_rows * num_columns)
         return PackedBatch(
             token_ids=self._token_ids.head(num_tokens),
             positions=self._positions.head(num_tokens),
             query_starts=self._query_starts.head(num_rows + 1),
             context_lens=self._context_lens.head(num_rows),
-            block_tables=tables.view(num_rows, num_columns),
+            block_tables=self._block_tables.head(num_rows, num_columns),
             output_rows=self._output_rows.head(num_outputs),
             write_starts=self._pack_write_starts(chunks) if is_again else None,
             side=self._sides.pack(chunks, num_columns) if has_sides else None,
@@ -171,7 +172,7 @@ class SidePacker:
             networks=self._networks,
             caches=self._caches,
             sequences=self._sequences.head(row),
-            block_tables=self._block_tables.head(column).view(row, num_columns),
+            block_tables=self._block_tables.head(row, num_columns),
             write_starts=self._write_starts,
             scales=self._scales,
         )

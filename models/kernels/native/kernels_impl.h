@@ -35,6 +35,9 @@ inline Floats splat(float v) { return (Floats)_mm256_set1_ps(v); }
 
 // Ask for the cache line at p; reading ahead of blocks that lie apart is not something the processor does by itself.
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// The same for what is read once a step: weights pass by the second-level cache, which keeps the cache of keys and values and
+// what Python needs between two steps.
+inline void prefetch_once(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
 
 inline Floats load_half(const uint16_t* p) {
 #if PROA_LANES == 16
@@ -345,7 +348,7 @@ void multiply_few(std::index_sequence<R...>, bool is_codes4, const uint8_t* data
     Accumulator weights[2];
     if (is_codes4) {
       for (int pair = 0; pair < group / 2; pair += 2, data += 32, codes += 4) {
-        prefetch(data + kAhead);
+        prefetch_once(data + kAhead);
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
         const __m256i first = _mm256_and_si256(bytes, mask), second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
         join_pairs(_mm256_shuffle_epi8(low_table, first), _mm256_shuffle_epi8(high_table, first), weights);
@@ -355,7 +358,7 @@ void multiply_few(std::index_sequence<R...>, bool is_codes4, const uint8_t* data
       }
     } else {
       for (int pair = 0; pair < group / 2; ++pair, data += 2 * kPanel, codes += 2) {
-        prefetch(data + kAhead);
+        prefetch_once(data + kAhead);
         widen_pairs(data, weights);
         (multiply_pair(total[R], weights, codes + R * stride), ...);
       }

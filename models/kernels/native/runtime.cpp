@@ -174,23 +174,34 @@ class Program {
       for (int r = thread; r < rows; r += threads) prepare_row(r);
       pool_->barrier.wait();
     }
-    int total = 0;
-    for (int p = 0; p < op.num_pieces; ++p) total += (op.pieces[p].outputs + kPanel - 1) / kPanel;
+    const int total = num_panels(op), head = first_share(total);
     // Small shares even out the threads; with few rows a share must still outweigh the counter.
     const int shares = threads * (rows > 4 ? 32 : 8);
     const int chunk = (total + shares - 1) / shares;
-    for (int first; (first = counter.fetch_add(chunk, std::memory_order_relaxed)) < total;) {
+    int first = thread * head, last = first + head;
+    while (first < total) {
       int piece = 0, index = first;
-      const auto panels_of = [&](int p) { return (op.pieces[p].outputs + kPanel - 1) / kPanel; };
-      while (index >= panels_of(piece)) index -= panels_of(piece++);
-      for (int n = first; n < std::min(first + chunk, total); ++n, ++index) {
-        if (index == panels_of(piece)) ++piece, index = 0;
+      while (index >= num_panels(op.pieces[piece])) index -= num_panels(op.pieces[piece++]);
+      for (int n = first; n < last; ++n, ++index) {
+        if (index == num_panels(op.pieces[piece])) ++piece, index = 0;
         kernels_->panel(op.pieces[piece], index, op.group, op.inputs, act, rows, scratch.out.data(), scratch.tile);
         write_panel(op, op.pieces[piece], index, step, rows, scratch.out.data());
       }
+      first = threads * head + counter.fetch_add(chunk, std::memory_order_relaxed);
+      last = std::min(first + chunk, total);
     }
     pool_->barrier.wait();
   }
+
+  static int num_panels(const Piece& piece) { return (piece.outputs + kPanel - 1) / kPanel; }
+  static int num_panels(const Op& op) {
+    int total = 0;
+    for (int p = 0; p < op.num_pieces; ++p) total += num_panels(op.pieces[p]);
+    return total;
+  }
+
+  // Panels that each thread begins with, whoever is faster; the rest goes to those that are done.
+  int first_share(int total) const { return total / (2 * pool_->size()); }
 
   void write_panel(const Op& op, const Piece& piece, int index, const Step& step, int rows, const float* out) {
     const int first = index * kPanel, count = std::min(kPanel, piece.outputs - first);
