@@ -235,13 +235,21 @@ class Bench:
         return time.monotonic() - start_s
 
     def speed(self, stage: str, *, rounds: int) -> None:
-        """Measure sizes, or with rounds speeds, of the base and the variants of the search."""
+        """Measure sizes, or with rounds speeds, of the base and the variants of the search.
+
+        Where these are not at hand, others as wide are measured.
+        """
         self.figures.begin(stage, {"rounds": rounds})
         found = list(self.found(["disp"], ALL_RATIOS))
+        words: list[object] = [
+            w for name, folder, _ in found for w in ("--variant", f"{name}={folder}")
+        ]
         digests = {name: variant for name, _, variant in found}
+        if not found:  # searched elsewhere
+            words = ["--as-wide-as", self.options.results]
+            digests = {n: item["variant"] for n, item in self.figures.items("search").items()}
         if self.figures.has(stage, "models", digests):
             return
-        words = [w for name, folder, _ in found for w in ("--variant", f"{name}={folder}")]
         figures = self.module("disp_speed", "--rounds", rounds, *words)
         self.figures.keep(stage, "models", digests, figures)
 

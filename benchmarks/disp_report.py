@@ -34,6 +34,10 @@ OUTPUT = ROOT / "docs" / "results"
 TWICE_ROUNDED = (
     " The weights at hand were in 4 bits once, so NF4 rounds them a second time, pruned or not."
 )
+BY_LOT = (
+    " Speeds are of models as wide in every layer, their channels chosen by lot: the variants were "
+    "not at hand any more, and speed does not depend on which channels are kept."
+)
 
 
 class MissingFigures(ValueError):
@@ -125,7 +129,8 @@ def write_report(content: Mapping[str, Any], report: Report) -> str:
         "",
         "Weights of its own: those that are not the base's own tensors, in 4 bits; for the base, "
         "its layers. Embeddings, norms and output layer are shared, "
-        f"{number(shared_mb(report), 1)} MB as stored.",
+        f"{number(shared_mb(report), 1)} MB as stored."
+        + (BY_LOT if report.item("decode", "models").get("by_lot") else ""),
         "",
         *speed_table(report),
         "",

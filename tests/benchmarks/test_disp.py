@@ -101,3 +101,21 @@ def test_search_goes_on_in_the_folder_that_is_there(
     assert sorted(bench.figures.items("search")) == ["disp-20", "disp-30", "disp-40", "disp-50"]
     Bench(options).stages["search"]()
     assert len(commands) == 1
+
+
+def test_speed_is_measured_on_others_as_wide_where_only_figures_are_left(
+    options: Namespace,
+) -> None:
+    bench = ScriptedBench(options)
+    bench.figures.begin("search", {})
+    bench.figures.keep("search", "disp-20", "abc", {"fields": {}})
+    bench.speed("decode", rounds=3)
+    assert bench.calls == [
+        ("disp_speed", ("--rounds", 3, "--as-wide-as", options.results)),
+    ]
+    assert bench.figures.items("decode")["models"]["variant"] == {"disp-20": "abc"}
+    folder = options.work / "disp" / "remove-20"
+    found = write_variant(folder)
+    bench.speed("decode", rounds=3)
+    assert bench.calls[-1][1][-2:] == ("--variant", f"disp-20={folder}")
+    assert bench.figures.items("decode")["models"]["variant"] == {"disp-20": found}

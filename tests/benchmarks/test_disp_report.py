@@ -129,3 +129,12 @@ def test_missing_figures_are_named(tmp_path: Path) -> None:
         in text
     )
     assert "at 30 % not measured" in text
+
+
+def test_speeds_of_others_as_wide_are_told(tmp_path: Path) -> None:
+    content = figures()
+    make_report(content, tmp_path)
+    assert "by lot" not in (tmp_path / "disp.md").read_text(encoding="utf-8")
+    content["stages"]["decode"]["items"]["models"]["by_lot"] = True
+    make_report(content, tmp_path)
+    assert "their channels chosen by lot" in (tmp_path / "disp.md").read_text(encoding="utf-8")
