@@ -35,8 +35,8 @@ TWICE_ROUNDED = (
     " The weights at hand were in 4 bits once, so NF4 rounds them a second time, pruned or not."
 )
 BY_LOT = (
-    " Speeds are of models as wide in every layer, their channels chosen by lot: the variants were "
-    "not at hand any more, and speed does not depend on which channels are kept."
+    " They were measured later, on models as wide in every layer, channels chosen by lot: the "
+    "variants were not at hand any more, and speed does not depend on which channels are kept."
 )
 
 
@@ -76,6 +76,7 @@ def write_report(content: Mapping[str, Any], report: Report) -> str:
     test = report.stages.get("perplexity", {}).get("settings", {})
     windows = report.item("perplexity", "base").get("windows")
     dense = report.perplexity("base-dense")
+    speeds = report.item("decode", "models")
     lines = [
         "# Pruning with DISP-LLM",
         "",
@@ -129,8 +130,9 @@ def write_report(content: Mapping[str, Any], report: Report) -> str:
         "",
         "Weights of its own: those that are not the base's own tensors, in 4 bits; for the base, "
         "its layers. Embeddings, norms and output layer are shared, "
-        f"{number(shared_mb(report), 1)} MB as stored."
-        + (BY_LOT if report.item("decode", "models").get("by_lot") else ""),
+        f"{number(shared_mb(report), 1)} MB as stored. Speeds are of the kernels "
+        f"`{speeds.get('kernels', NOT_MEASURED)}`."
+        + (BY_LOT if speeds.get("by_lot") else ""),
         "",
         *speed_table(report),
         "",

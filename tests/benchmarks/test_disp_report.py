@@ -137,4 +137,4 @@ def test_speeds_of_others_as_wide_are_told(tmp_path: Path) -> None:
     assert "by lot" not in (tmp_path / "disp.md").read_text(encoding="utf-8")
     content["stages"]["decode"]["items"]["models"]["by_lot"] = True
     make_report(content, tmp_path)
-    assert "their channels chosen by lot" in (tmp_path / "disp.md").read_text(encoding="utf-8")
+    assert "channels chosen by lot" in (tmp_path / "disp.md").read_text(encoding="utf-8")
