@@ -58,7 +58,7 @@ def figures() -> dict[str, Any]:
         "heal": {"base": {"perplexity": 18.0}, **perplexities(AFTER)},
         "heal-long": {"disp-20": {"perplexity": 24.0}},
         "size": {"models": {"models": models}},
-        "decode": {"models": {"models": models}},
+        "decode": {"models": {"models": models, "kernels": "native-avx2"}},
     }  # fmt: skip
     return {
         "model": "a model",
