@@ -245,9 +245,10 @@ class Bench:
             w for name, folder, _ in found for w in ("--variant", f"{name}={folder}")
         ]
         digests = {name: variant for name, _, variant in found}
-        if not found:  # searched elsewhere
+        searched = self.figures.items("search")
+        if searched and not found:  # elsewhere
             words = ["--as-wide-as", self.options.results]
-            digests = {n: item["variant"] for n, item in self.figures.items("search").items()}
+            digests = {name: item["variant"] for name, item in searched.items()}
         if self.figures.has(stage, "models", digests):
             return
         figures = self.module("disp_speed", "--rounds", rounds, *words)

@@ -107,6 +107,8 @@ def test_speed_is_measured_on_others_as_wide_where_only_figures_are_left(
     options: Namespace,
 ) -> None:
     bench = ScriptedBench(options)
+    bench.speed("size", rounds=0)
+    assert bench.calls.pop() == ("disp_speed", ("--rounds", 0))
     bench.figures.begin("search", {})
     bench.figures.keep("search", "disp-20", "abc", {"fields": {}})
     bench.speed("decode", rounds=3)
