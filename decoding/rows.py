@@ -21,7 +21,9 @@ def block_sums(values: Tensor) -> Tensor:
     Returns:
         (B, ceil(V / BLOCK_SIZE)) float32.
     """
-    full, rest = _split(values)
+    num_full = values.shape[1] // BLOCK_SIZE
+    split = num_full * BLOCK_SIZE
+    full, rest = values[:, :split].view(len(values), num_full, BLOCK_SIZE), values[:, split:]
     sums = full.sum(-1)
     return torch.cat([sums, rest.sum(-1, keepdim=True)], dim=1) if rest.shape[1] else sums
 
@@ -84,10 +86,3 @@ def find_largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         columns = torch.cat([columns, left_over], dim=1)
     largest, order = values.gather(1, columns).topk(count, dim=1)
     return largest, columns.gather(1, order)
-
-
-def _split(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (B, n, BLOCK_SIZE) whole blocks and (B, < BLOCK_SIZE) columns left over."""
-    num_full = values.shape[1] // BLOCK_SIZE
-    split = num_full * BLOCK_SIZE
-    return values[:, :split].view(len(values), num_full, BLOCK_SIZE), values[:, split:]

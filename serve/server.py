@@ -32,6 +32,7 @@ from serve.backends.protocol import AdapterConflictError, AdapterLoadError
 from serve.base_model import build_decoder, load_base, load_tokenizer, settle_memory
 from serve.config import ServeConfig
 from serve.environment import data_folder, let_gradio_stay_silent
+from serve.event_loop import run_on_loop
 from serve.experiments.store import VoteStore, VoteStoreError
 from serve.machine import (
     count_processors,
@@ -278,8 +279,7 @@ def run_server(config: ServeConfig, *, report: Report) -> int:
             server_header=False,
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )
-        with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
-            return runner.run(_serve(service, settings, listener, report, interface))
+        return run_on_loop(_serve(service, settings, listener, report, interface))
 
 
 def _add_interface(service: Service, listener: socket.socket) -> UserInterface:

@@ -64,12 +64,12 @@ SLOW_OR_OPTIONAL = {
     "transformers", "bitsandbytes", "gguf", "huggingface_hub", "numpy", "triton", "readline",
     "models.checkpoints", "models.checkpoints.conversion", "models.kernels.cuda", "serve.server",
     "serve.cli.bench_engine", "serve.cli.adapter_folders", "serve.cli.train_run",
-    "serve.cli.prune_run", "matplotlib", "uvloop", "gradio", "gradio.routes", "serve.ui.app",
+    "serve.cli.prune_run", "matplotlib", "gradio", "gradio.routes", "serve.ui.app",
     "serve.cli.ui_run",
 }  # fmt: skip
 
 # Requirements that nothing imports by name.
-IMPLIED_REQUIREMENTS = {"httptools"}
+IMPLIED_REQUIREMENTS = {"uvloop", "httptools"}
 IMPORT_NAMES = {
     "markdown-it-py": "markdown_it",
     "pyyaml": "yaml",

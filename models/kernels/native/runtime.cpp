@@ -174,7 +174,9 @@ class Program {
       for (int r = thread; r < rows; r += threads) prepare_row(r);
       pool_->barrier.wait();
     }
-    const int total = num_panels(op), head = first_share(total);
+    int total = 0;
+    for (int p = 0; p < op.num_pieces; ++p) total += num_panels(op.pieces[p]);
+    const int head = total / (2 * threads);  // panels that each thread begins with; the rest goes to those that are done
     // Small shares even out the threads; with few rows a share must still outweigh the counter.
     const int shares = threads * (rows > 4 ? 32 : 8);
     const int chunk = (total + shares - 1) / shares;
@@ -194,14 +196,6 @@ class Program {
   }
 
   static int num_panels(const Piece& piece) { return (piece.outputs + kPanel - 1) / kPanel; }
-  static int num_panels(const Op& op) {
-    int total = 0;
-    for (int p = 0; p < op.num_pieces; ++p) total += num_panels(op.pieces[p]);
-    return total;
-  }
-
-  // Panels that each thread begins with, whoever is faster; the rest goes to those that are done.
-  int first_share(int total) const { return total / (2 * pool_->size()); }
 
   void write_panel(const Op& op, const Piece& piece, int index, const Step& step, int rows, const float* out) {
     const int first = index * kPanel, count = std::min(kPanel, piece.outputs - first);
