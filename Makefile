@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
-NATIVE := $(wildcard models/kernels/native/*)
+NATIVE := $(wildcard models/kernels/native/cpp/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 help:
@@ -67,4 +67,4 @@ bench: $(STAMP)
 	$(BIN)/proa bench $(if $(MODEL),"$(MODEL)") $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info models/kernels/_native.so
+	rm -rf $(VENV) build dist *.egg-info models/kernels/native/_native.so

@@ -1,4 +1,4 @@
-"""Build the native kernels into `models/kernels/_native.so`, a shared library ctypes loads.
+"""Build the native kernels into `models/kernels/native/_native.so`, a shared library ctypes loads.
 
 The library needs neither torch nor Python headers. Files named `*_avx2.cpp` and `*_avx512.cpp` are
 compiled for their instruction set; which one runs is decided when the library is loaded. Processors
@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-SOURCES = Path("models/kernels/native")
+SOURCES = Path("models/kernels/native/cpp")
 BASE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-pthread")
 ISA_FLAGS = {
     "_avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -82,7 +82,9 @@ def list_files(pattern: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / SOURCES).glob(pattern))
 
 
-NATIVE = Extension("models.kernels._native", sources=list_files("*.cpp"), depends=list_files("*.h"))
+NATIVE = Extension(
+    "models.kernels.native._native", sources=list_files("*.cpp"), depends=list_files("*.h")
+)
 
 setup(
     ext_modules=[NATIVE] if platform.machine().lower() in ("x86_64", "amd64") else [],

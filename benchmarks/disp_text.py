@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchmarks.perplexity import add_model_arguments
 from models.checkpoints import load_checkpoint
-from serve.cli.text_file import read_text
-from serve.text.tokenizer import Tokenizer
+from text.text_file import read_text
+from text.tokenizer import Tokenizer
 
 
 def cut_text(tokenizer: Tokenizer, text: str, *, length: int, stride: int) -> list[str]:

@@ -20,8 +20,8 @@ from torch import Tensor
 from benchmarks.report import RESULTS, describe_run, finish, warn_if_busy
 from models.batch import PackedBatch
 from models.decoder import Executor
-from models.kernels.native import NativeExecutor, is_native_available
-from models.kernels.reference_executor import ReferenceExecutor
+from models.kernels.native.executor import NativeExecutor, is_native_available
+from models.kernels.reference.executor import ReferenceExecutor
 from models.program import LOGITS, AttentionOp, EmbedOp, LinearOp, Op, Piece, Program
 from models.quantization import quantize_4bit
 from models.spec import DecoderSpec, LayerSpec

@@ -31,9 +31,9 @@ from benchmarks.report import say  # noqa: E402
 from models.checkpoints import Checkpoint  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
 from serve.base_model import load_base, load_variant  # noqa: E402
-from serve.cli.text_file import read_text  # noqa: E402
 from serve.config import ServeConfig  # noqa: E402
-from serve.text.tokenizer import Tokenizer  # noqa: E402
+from text.text_file import read_text  # noqa: E402
+from text.tokenizer import Tokenizer  # noqa: E402
 
 DEFAULT_LENGTH = 2048
 

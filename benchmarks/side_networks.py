@@ -37,7 +37,7 @@ from benchmarks.serving import memory_mb
 from decoding import Sampler, SamplingParams
 from models.checkpoints import Checkpoint, load_checkpoint
 from models.decoder import Decoder
-from serve.backends.adapters import AdapterRegistry
+from serve.attachments.registry import AdapterRegistry
 from serve.backends.native import NativeBackend
 from serve.backends.protocol import Arm, GenerationRequest
 from serve.base_model import load_tokenizer

@@ -7,8 +7,8 @@ import torch
 
 from adapters.qst.examples import Example
 from models.checkpoints import Checkpoint
-from serve.cli.train_data import Limit, build_examples, read_records
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
+from text.training_data import Limit, build_examples, read_records
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from models.batch import PackedBatch
-from models.kernels.native import NativeExecutor, is_native_available
-from models.kernels.reference_executor import ReferenceExecutor
+from models.kernels.native.executor import NativeExecutor, is_native_available
+from models.kernels.reference.executor import ReferenceExecutor
 from models.kv_cache import KVCache, cache_bytes_per_block
 from models.program import Program, Vectors, build_program
 from models.quantization import quantize_4bit
@@ -102,7 +102,9 @@ class Decoder:
         self, program: Program, num_threads: int | None, base: Executor | None
     ) -> Executor:
         if self._kernels == "cuda":
-            from models.kernels.cuda import CudaExecutor  # needs a CUDA build of its libraries
+            from models.kernels.cuda.executor import (
+                CudaExecutor,  # needs a CUDA build of its libraries
+            )
 
             assert base is None or isinstance(base, CudaExecutor)
             return CudaExecutor(program, self._device, base=base)

@@ -13,7 +13,7 @@ from models.decoder import Decoder, HeadPrecision, KernelChoice
 from serve.config import ServeConfig
 from serve.machine import release_mapped_pages, trim_heap
 from serve.options import ConfigError
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 
 def load_base(config: ServeConfig, *, report: Callable[[str], None]) -> Checkpoint:

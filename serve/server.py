@@ -26,7 +26,8 @@ from models.checkpoints import Checkpoint, CheckpointError
 from models.decoder import Decoder
 from serve.api import ApiSettings, create_app
 from serve.api.settings import UnknownFields
-from serve.backends.adapters import AdapterRegistry
+from serve.attachments.registry import AdapterRegistry
+from serve.attachments.variants import add_variants
 from serve.backends.native import NativeBackend
 from serve.backends.protocol import AdapterConflictError, AdapterLoadError
 from serve.base_model import build_decoder, load_base, load_tokenizer, settle_memory
@@ -47,10 +48,9 @@ from serve.resolve import (
     resolve_threads,
     resolve_votes,
 )
-from serve.text.chat_template import ChatTemplateError
-from serve.text.token_bytes import TokenizerError
 from serve.ui.mount import PATH, UserInterface
-from serve.variants import add_variants
+from text.chat_template import ChatTemplateError
+from text.token_bytes import TokenizerError
 
 CACHE_DTYPES = {"auto": None, "float16": torch.float16, "float32": torch.float32}
 HEALTH_CHECK_S = 1.0

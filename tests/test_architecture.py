@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = [
     name
-    for name in ("models", "decoding", "adapters", "serve", "evaluation")
+    for name in ("models", "decoding", "adapters", "text", "serve", "evaluation")
     if (ROOT / name).is_dir()
 ]
 FILES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
@@ -26,15 +26,33 @@ MAY_IMPORT = {
     "models": ("models",),
     "adapters": ("adapters", "models"),
     "evaluation": ("evaluation",),
-    "serve": ("serve", "models", "decoding", "adapters"),
-    "serve.text": ("serve.text",),
+    "text": ("text",),
+    "text.training_data": ("text", "adapters.qst.examples"),
+    "serve": ("serve", "models", "decoding", "adapters", "text"),
+    "serve.attachments": (
+        "serve.attachments",
+        "serve.backends.protocol",
+        "serve.engine",
+        "serve.base_model",
+        "serve.config",
+        "serve.options",
+        "models",
+        "adapters",
+    ),
     "serve.engine": ("serve.engine", "models", "decoding", "adapters"),
     "serve.engine.scheduler": ("serve.engine",),
-    "serve.backends": ("serve.backends", "serve.engine", "models", "decoding", "adapters"),
+    "serve.backends": (
+        "serve.backends",
+        "serve.attachments",
+        "serve.engine",
+        "models",
+        "decoding",
+        "adapters",
+    ),
     "serve.backends.protocol": ("decoding",),
     "serve.api": (
         "serve.api",
-        "serve.text",
+        "text",
         "serve.backends.protocol",
         "serve.experiments",
         "serve.version",
@@ -62,8 +80,8 @@ THIRD_PARTY = {
 # What may be imported inside a function: optional, or too slow for the paths that do not need it.
 SLOW_OR_OPTIONAL = {
     "transformers", "bitsandbytes", "gguf", "huggingface_hub", "numpy", "triton", "readline",
-    "models.checkpoints", "models.checkpoints.conversion", "models.kernels.cuda", "serve.server",
-    "serve.cli.bench_engine", "serve.cli.adapter_folders", "serve.cli.train_run",
+    "models.checkpoints", "models.checkpoints.conversion", "models.kernels.cuda.executor",
+    "serve.server",    "serve.cli.bench_engine", "serve.cli.adapter_folders", "serve.cli.train_run",
     "serve.cli.prune_run", "matplotlib", "gradio", "gradio.routes", "serve.ui.app",
     "serve.cli.ui_run",
 }  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from adapters.qst.loss import FrozenHead, head_loss
-from models.kernels.reference import apply_activation, apply_rotary, rotary_angles
+from models.kernels.reference.operations import apply_activation, apply_rotary, rotary_angles
 from models.program import Activate, check_weights, rotation
 from models.pruning import widths_of
 from models.spec import DecoderSpec, LayerSpec

@@ -1,7 +1,7 @@
 """The trainable tensors of a side network, and the side network that they make.
 
-The mathematics is in `models.kernels.reference`, whose functions are differentiable; serving holds
-its kernels against them.
+The mathematics is in `models.kernels.reference.operations`, whose functions are differentiable;
+serving holds its kernels against them.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.qst.config import QstConfig
-from models.kernels.reference import Attend, blend_side, run_side
+from models.kernels.reference.operations import Attend, blend_side, run_side
 from models.program import Norm
 from models.side import (
     Downsample,

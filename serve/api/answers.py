@@ -9,7 +9,7 @@ from serve.api.chunks import DONE, ChunkWriter, Details
 from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
 from serve.api.schema import StreamOptions
-from serve.text.tokenizer import TextTooLongError
+from text.tokenizer import TextTooLongError
 
 _LONG_TEXT_CHARS = 20_000
 _NO_DETAILS = Details()

@@ -28,9 +28,9 @@ from serve.backends.protocol import (
     QueueFullError,
 )
 from serve.experiments.store import VoteStore
-from serve.text.chat_template import ChatTemplateError
-from serve.text.tokenizer import Tokenizer
 from serve.version import VERSION
+from text.chat_template import ChatTemplateError
+from text.tokenizer import Tokenizer
 
 _ROUTERS = (
     build_chat_router,

@@ -30,7 +30,7 @@ from serve.api.resolve import (
 from serve.api.schema import ChatBody, Message
 from serve.api.transport import EventStream, JsonWhenDone
 from serve.backends.protocol import Arm
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 
 def build_chat_router(context: ApiContext) -> APIRouter:

@@ -7,7 +7,7 @@ from serve.api.metrics import Metrics
 from serve.api.settings import ApiSettings
 from serve.backends.protocol import Backend
 from serve.experiments.store import VoteStore
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

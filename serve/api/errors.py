@@ -18,7 +18,7 @@ from serve.backends.protocol import (
     BackendUnavailableError,
     QueueFullError,
 )
-from serve.text.chat_template import ChatTemplateError
+from text.chat_template import ChatTemplateError
 
 _LOG = logging.getLogger("proa.api")
 _MAX_MESSAGE_CHARS = 1000

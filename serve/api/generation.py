@@ -17,8 +17,8 @@ from serve.backends.protocol import (
     TokenLogprob,
     TokenOutput,
 )
-from serve.text.detokenizer import StopMatcher
-from serve.text.tokenizer import Tokenizer
+from text.detokenizer import StopMatcher
+from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from serve.api.generation import Piece
 from serve.backends.protocol import TokenLogprob, TokenOutput
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 # What stands for a log probability of minus infinity, which JSON cannot say.
 _SMALLEST = -9999.0

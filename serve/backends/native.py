@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import torch
 
 from decoding.sampler import Sampler
-from serve.backends.adapters import NO_ATTACHMENT, AdapterRegistry, Attachment
+from serve.attachments.registry import NO_ATTACHMENT, AdapterRegistry, Attachment
 from serve.backends.protocol import (
     AdapterInfo,
     AdapterLoadError,

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from serve.cli.arguments import CommandError, Parser, UserError
 from serve.options import ConfigError
 from serve.version import VERSION
+from text.errors import DataError
 
 COMMANDS = {
     "serve": "serve a model over an OpenAI-style HTTP API",
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             build_parser().print_help()
             return 2
         return int(arguments.run(arguments) or 0)
-    except (UserError, ConfigError) as error:
+    except (UserError, ConfigError, DataError) as error:
         print(f"proa: error: {error}", file=sys.stderr)
         return 2
     except CommandError as error:

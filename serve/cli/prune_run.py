@@ -17,13 +17,13 @@ from models.weights import Weight, dense
 from serve.base_model import load_base, settle_memory
 from serve.cli.arguments import CommandError, UserError, say
 from serve.cli.stop_signals import INTERRUPTED, stop_signals
-from serve.cli.text_file import read_text
 from serve.config import ServeConfig
 from serve.machine import count_processors
 from serve.resolve import resolve_device, resolve_threads
-from serve.text.chat_template import ChatTemplateError
-from serve.text.token_bytes import TokenizerError
-from serve.text.tokenizer import Tokenizer
+from text.chat_template import ChatTemplateError
+from text.text_file import read_text
+from text.token_bytes import TokenizerError
+from text.tokenizer import Tokenizer
 
 _SERVED_QUANTIZATION = "nf4"
 

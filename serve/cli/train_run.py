@@ -16,19 +16,19 @@ from models.checkpoints import Checkpoint, CheckpointError
 from serve.base_model import build_decoder, load_base, load_variant, settle_memory
 from serve.cli.arguments import CommandError, UserError, say
 from serve.cli.stop_signals import INTERRUPTED, stop_signals
-from serve.cli.train_data import (
+from serve.config import ServeConfig
+from serve.machine import count_processors
+from serve.resolve import resolve_device, resolve_threads
+from text.chat_template import ChatTemplateError
+from text.token_bytes import TokenizerError
+from text.tokenizer import Tokenizer
+from text.training_data import (
     Limit,
     build_examples,
     build_labelled,
     describe_examples,
     read_records,
 )
-from serve.config import ServeConfig
-from serve.machine import count_processors
-from serve.resolve import resolve_device, resolve_threads
-from serve.text.chat_template import ChatTemplateError
-from serve.text.token_bytes import TokenizerError
-from serve.text.tokenizer import Tokenizer
 
 QST_FIELDS = (
     "reduction", "rank", "downsample", "side_heads", "side_kv_heads", "side_head_dim",

@@ -12,7 +12,7 @@ from torch import Tensor
 from adapters.qst import QstConfig, QstNetwork
 from models.batch import PackedBatch, SideBatch
 from models.decoder import Decoder
-from models.kernels.reference import Attend
+from models.kernels.reference.operations import Attend
 from models.kv_cache import KVCache
 from models.program import AttentionOp
 from models.quantization import quantize_4bit

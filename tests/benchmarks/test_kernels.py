@@ -13,7 +13,7 @@ from benchmarks.kernels import (
     prefill_batch,
     time_executor,
 )
-from models.kernels.reference_executor import ReferenceExecutor
+from models.kernels.reference.executor import ReferenceExecutor
 from models.quantization import quantize_4bit
 from models.weights import dense, quantize_8bit
 

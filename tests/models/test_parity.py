@@ -11,7 +11,7 @@ from torch import Tensor
 from models.batch import PackedBatch
 from models.checkpoints import load_checkpoint
 from models.decoder import Decoder
-from models.kernels.native import is_native_available
+from models.kernels.native.executor import is_native_available
 from models.kv_cache import KVCache
 from tests.models.tiny_models import CONFIGS
 

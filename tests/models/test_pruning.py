@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.decoder import Decoder
-from models.kernels import reference
+from models.kernels.reference import operations as reference
 from models.program import Norm
 from models.pruning import (
     MODULES,

@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from models.kernels.native import is_native_available
+from models.kernels.native.executor import is_native_available
 from serve import server as server_module
 from serve.cli.arguments import UserError
 from serve.cli.in_process import stream_completion

@@ -9,7 +9,7 @@ from adapters.disp import masked as module
 from adapters.disp.masked import MaskedDecoder, Masks
 from adapters.disp.searcher import selection_masks
 from models.decoder import Decoder
-from models.kernels import reference
+from models.kernels.reference import operations as reference
 from models.program import Norm
 from models.pruning import prune_spec, slice_weight, widths_of
 from models.spec import DecoderSpec

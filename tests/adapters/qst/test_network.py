@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.qst import QstConfig, QstNetwork
-from models.kernels.reference import apply_downsample
+from models.kernels.reference.operations import apply_downsample
 from tests.adapters.side_decoders import DOWNSAMPLES, make_base, make_network, paper_base
 
 

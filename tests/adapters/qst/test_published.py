@@ -19,7 +19,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 from adapters.format import AdapterError
 from adapters.qst import load_qst
 from adapters.qst.convert import convert_published, read_published
-from models.kernels.reference import blend_side, run_side
+from models.kernels.reference.operations import blend_side, run_side
 from models.side import build_side_program
 from tests.adapters.side_decoders import TOKENS, attend_whole, make_base, whole_batch
 

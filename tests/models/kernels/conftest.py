@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.kernels.native import is_native_available
+from models.kernels.native.executor import is_native_available
 
 
 @pytest.fixture(params=["avx2", "avx512"])

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from models.batch import PackedBatch
 from models.decoder import Decoder
-from models.kernels.native import NativeExecutor
-from models.kernels.reference_executor import ReferenceExecutor
+from models.kernels.native.executor import NativeExecutor
+from models.kernels.reference.executor import ReferenceExecutor
 from models.program import LOGITS, EmbedOp, LinearOp, Program
 from models.quantization import quantize_4bit
 from models.spec import DecoderSpec, LayerSpec, RotarySpec, canonical_weights

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from models.decoder import Decoder
-from models.kernels.cuda import CudaExecutor, attend_decode, place_program
-from models.kernels.reference import run_program
-from models.kernels.reference_executor import make_plain_cache
+from models.kernels.cuda.executor import CudaExecutor, attend_decode, place_program
+from models.kernels.reference.executor import make_plain_cache
+from models.kernels.reference.operations import run_program
 from models.program import AttentionOp, LinearOp, build_program
 from models.weights import Quantized4Bit, quantize_8bit
 from tests.models.kernels.random_decoders import KINDS, make_decoder_parts, pack_batch, run_alone

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.kernels.native import NativeExecutor
-from models.kernels.panels import kernel_group
-from models.kernels.reference_executor import ReferenceExecutor
+from models.kernels.native.executor import NativeExecutor
+from models.kernels.native.panels import kernel_group
+from models.kernels.reference.executor import ReferenceExecutor
 from models.program import LOGITS, Activate, LinearOp, Norm, Piece
 from models.quantization import quantize_4bit
 from models.weights import Matrix, quantize_8bit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.kernels.memory import lazy_zeros, on_huge_pages
+from models.kernels.native.memory import lazy_zeros, on_huge_pages
 
 
 @pytest.mark.parametrize("shape", [(3,), (16, 5), (1100, 700)], ids=str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.decoder import Decoder
-from models.kernels.reference import blend_side, run_side
+from models.kernels.reference.operations import blend_side, run_side
 from models.side import build_side_program
 from models.spec import SpecError
 from tests.models.kernels.random_decoders import KINDS, make_decoder_parts, pack_batch, run_alone

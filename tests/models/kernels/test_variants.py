@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.decoder import Decoder
-from models.kernels.cuda import CudaExecutor
+from models.kernels.cuda.executor import CudaExecutor
 from models.program import Norm, build_program
 from models.pruning import prune_spec, slice_weight
 from models.quantization import quantize_4bit

@@ -32,7 +32,7 @@ from serve.backends.protocol import (
     TokenOutput,
     TokenTrace,
 )
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for m in messages %}{% if m.content == 'REFUSE' %}{{ raise_exception('no REFUSE') }}"

@@ -3,7 +3,7 @@ from fastapi import FastAPI
 
 from serve.api import ApiSettings, create_app
 from serve.api.access import is_loopback
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 from .conftest import Client, FakeBackend, check_error
 

@@ -7,7 +7,7 @@ import pytest
 
 from decoding import STRATEGIES
 from serve.api import ApiSettings, create_app
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 from .conftest import Client, FakeBackend, check_error, make_adapter
 

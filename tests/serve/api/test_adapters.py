@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from serve.api import ApiSettings, create_app
 from serve.backends.protocol import AdapterLoadError
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 from .conftest import Client, FakeBackend, check_error, make_adapter
 

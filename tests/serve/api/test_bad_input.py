@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from serve.api import ApiSettings, create_app
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 from .conftest import CONTEXT, Client, FakeBackend, check_error, make_client
 

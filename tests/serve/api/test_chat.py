@@ -1,7 +1,7 @@
 import pytest
 
 from decoding import STRATEGIES
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 from .conftest import END, Client, FakeBackend, check_error, read_events
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from decoding import STRATEGIES, derive_seed
 from serve.api import ApiSettings, create_app
 from serve.backends.protocol import GenerationRequest, QueueFullError
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 from .conftest import (
     CONTEXT,

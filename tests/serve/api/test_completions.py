@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from serve.api import ApiSettings, create_app
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 from .conftest import CONTEXT, END, Client, FakeBackend, check_error, read_events, write_tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from serve.api import ApiSettings, create_app
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 from .conftest import Client, FakeBackend, serve, wait_until
 

@@ -4,7 +4,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 from .conftest import FakeBackend
 

@@ -5,8 +5,8 @@ import pytest
 from decoding import STRATEGIES, strategy_schema
 from serve.api import ApiSettings, create_app
 from serve.backends.protocol import QueueFullError
-from serve.text.tokenizer import Tokenizer
 from serve.version import VERSION
+from text.tokenizer import Tokenizer
 
 from .conftest import Client, FakeBackend, check_error
 

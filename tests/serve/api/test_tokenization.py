@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 from .conftest import Client, FakeBackend, check_error
 

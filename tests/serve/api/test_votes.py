@@ -15,7 +15,7 @@ from serve.api import ApiSettings, create_app
 from serve.experiments.comparison import Comparison
 from serve.experiments.store import MAX_ARMS_CHARS, VoteStore
 from serve.experiments.tally import wilson_interval
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 from .conftest import END, Client, FakeBackend, check_error, make_adapter, read_events
 from .test_compare import compare

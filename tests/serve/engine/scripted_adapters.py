@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from adapters.format import CONFIG_FILE, AdapterError, read_config
-from serve.backends.adapters import AdapterRegistry, LoadedVariant
+from serve.attachments.registry import AdapterRegistry, LoadedVariant
 from tests.serve.engine.conftest import HistoryModel
 
 NUM_BYTES = 100

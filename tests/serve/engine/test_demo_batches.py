@@ -8,7 +8,7 @@ from models.checkpoints import load_checkpoint
 from models.decoder import Decoder
 from serve.engine.engine import Engine
 from serve.engine.sequence import Branch, Request
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.model
 

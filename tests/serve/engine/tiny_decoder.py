@@ -8,7 +8,7 @@ import torch
 
 from decoding import Sampler, SamplingParams, build_token_tables
 from models.decoder import Decoder, KernelChoice
-from models.kernels.native import is_native_available
+from models.kernels.native.executor import is_native_available
 from models.pruning import MODULES, LayerSelection, prune_spec, slice_weight, widths_of
 from models.quantization import quantize_4bit
 from models.spec import DecoderSpec, LayerSpec, RotarySpec, canonical_weights

@@ -13,10 +13,10 @@ from starlette.responses import RedirectResponse
 
 from serve.api import ApiSettings, create_app
 from serve.experiments.store import VoteStore
-from serve.text.tokenizer import Tokenizer
 from serve.ui.mount import PATH, UserInterface
 from tests.browser import Browser, find_chromium
 from tests.serve.api.conftest import END, FakeBackend, make_adapter, tokenizer
+from text.tokenizer import Tokenizer
 
 __all__ = ["tokenizer"]
 

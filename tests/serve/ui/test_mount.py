@@ -8,10 +8,10 @@ import pytest
 from fastapi import FastAPI
 
 from serve.api import ApiSettings, create_app
-from serve.text.tokenizer import Tokenizer
 from serve.ui.app import page_settings
 from serve.ui.mount import PATH, UserInterface
 from tests.serve.api.conftest import FakeBackend, make_client
+from text.tokenizer import Tokenizer
 
 SHUT = [
     ("GET", "/gradio_api/file=/etc/passwd"), ("GET", "/gradio_api/proxy=http://127.0.0.1"),

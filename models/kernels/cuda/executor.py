@@ -16,8 +16,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from models.batch import PackedBatch
-from models.kernels.reference import Linear, apply_head, apply_prologue, run_program
-from models.kernels.reference_executor import (
+from models.kernels.reference.executor import (
     attach_plain,
     count_bytes,
     forward_batch,
@@ -25,6 +24,7 @@ from models.kernels.reference_executor import (
     map_tensors,
     walk_whole_sequences,
 )
+from models.kernels.reference.operations import Linear, apply_head, apply_prologue, run_program
 from models.kv_cache import KVCache
 from models.program import AttentionOp, EmbedOp, LinearOp, Piece, Program
 from models.quantization import NF4_CODEBOOK

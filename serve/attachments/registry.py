@@ -17,7 +17,7 @@ from adapters.format import AdapterConfig, read_config
 from adapters.qst.adapter import QstAdapter, load_qst
 from models.side import AttachedSide, SideNetwork
 from models.spec import DecoderSpec
-from serve.backends.adapter_paths import find_folder
+from serve.attachments.paths import find_folder
 from serve.backends.protocol import (
     AdapterConflictError,
     AdapterInfo,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import serve.speed
+import serve.attachments.speed
 from models.batch import PackedBatch
-from serve.speed import MAX_STEPS, MIN_STEPS, WARM_UPS, compare_decode_speed
+from serve.attachments.speed import MAX_STEPS, MIN_STEPS, WARM_UPS, compare_decode_speed
 
 
 class Clocked:
@@ -34,7 +34,9 @@ class Clocked:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now_s=0.0)
-    monkeypatch.setattr(serve.speed, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
+    monkeypatch.setattr(
+        serve.attachments.speed, "time", SimpleNamespace(perf_counter=lambda: clock.now_s)
+    )
     return clock
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from adapters.qst.examples import Example
-from serve.cli.arguments import UserError
-from serve.cli.train_data import (
+from text.chat_template import ChatTemplate
+from text.errors import DataError
+from text.tokenizer import Tokenizer
+from text.training_data import (
     Limit,
     LongPolicy,
     build_examples,
@@ -15,8 +17,6 @@ from serve.cli.train_data import (
     describe_examples,
     read_records,
 )
-from serve.text.chat_template import ChatTemplate
-from serve.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_spelt_control_token_is_text(tokenizer: Tokenizer, tmp_path: Path) -> No
 def test_instructions_without_template_are_prompts(bare: Tokenizer, tmp_path: Path) -> None:
     (example,) = build([{"instruction": "Do", "output": "x"}], bare, tmp_path)
     assert split(example, bare) == ["Do\n\n", "x<|end|>"]
-    with pytest.raises(UserError, match="entry 1: The model has no chat template"):
+    with pytest.raises(DataError, match="entry 1: The model has no chat template"):
         build([{"messages": [ASK, TELL]}], bare, tmp_path)
 
 
@@ -121,7 +121,7 @@ def test_template_that_rewrites_turns_is_refused(tiny_llama_folder: Path, tmp_pa
     tokenizer.chat_template = ChatTemplate(
         "{{ messages | length }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", {}
     )
-    with pytest.raises(UserError, match="entry 1: the model's chat template rewrites"):
+    with pytest.raises(DataError, match="entry 1: the model's chat template rewrites"):
         build([{"messages": [ASK, TELL, ASK, TELL]}], tokenizer, tmp_path)
 
 
@@ -163,15 +163,15 @@ MALFORMED = [
 def test_malformed_line_is_named(
     text: str, message: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DataError, match=message):
         build(text, tokenizer, tmp_path)
 
 
 def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read .*none.jsonl: No such file"):
+    with pytest.raises(DataError, match="cannot read .*none.jsonl: No such file"):
         read_records(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}')
-    with pytest.raises(UserError, match="line 2: not UTF-8 text"):
+    with pytest.raises(DataError, match="line 2: not UTF-8 text"):
         read_records(tmp_path / "latin.jsonl")
 
 
@@ -182,7 +182,7 @@ def test_long_sequence_is_refused_unless_told_otherwise(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     message = "entry 2: 21 tokens, over --max-length of 10, and 1 more; .* --long truncate"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DataError, match=message):
         build(LONG, tokenizer, tmp_path, max_tokens=10)
 
 
@@ -210,7 +210,7 @@ def test_data_of_which_nothing_is_left_is_refused(tokenizer: Tokenizer, tmp_path
     path = tmp_path / "data.json"
     path.write_text(json.dumps(LONG), encoding="utf-8")
     examples = build_examples(read_records(path), tokenizer, chosen)
-    with pytest.raises(UserError, match="data: no examples are left, 3 left out"):
+    with pytest.raises(DataError, match="data: no examples are left, 3 left out"):
         describe_examples("data", examples, chosen, print)
 
 
@@ -259,11 +259,11 @@ def test_classes_are_those_of_the_data(
 def test_malformed_table_is_named(
     name: str, text: str, message: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DataError, match=message):
         label(name, text, tokenizer, tmp_path)
 
 
 def test_unknown_label_of_held_out_data_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = "sentence\tlabel\na\tyes\nb\tmaybe\n"
-    with pytest.raises(UserError, match="line 3: label 'maybe' is not one of the data's: no, yes"):
+    with pytest.raises(DataError, match="line 3: label 'maybe' is not one of the data's: no, yes"):
         label("a.tsv", text, tokenizer, tmp_path, labels=("no", "yes"))

@@ -1,4 +1,4 @@
-"""Run steps with the torch operations of `models.kernels.reference`, over plain caches."""
+"""Run steps with the torch operations beside this file, over plain caches."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.batch import PackedBatch
-from models.kernels.reference import (
+from models.kernels.reference.operations import (
     Linear,
     apply_head,
     apply_linear,

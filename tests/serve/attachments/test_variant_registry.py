@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve.backends.adapters import AdapterRegistry, LoadedVariant
+from serve.attachments.registry import AdapterRegistry, LoadedVariant
 from serve.backends.protocol import (
     AdapterConflictError,
     AdapterInfo,

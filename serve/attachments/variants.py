@@ -7,12 +7,12 @@ from adapters.format import AdapterError
 from models.checkpoints import Checkpoint, CheckpointError
 from models.decoder import Decoder
 from models.pruning import count_linears, widths_of
-from serve.backends.adapters import AdapterRegistry, LoadedVariant
+from serve.attachments.registry import AdapterRegistry, LoadedVariant
+from serve.attachments.speed import compare_decode_speed
 from serve.backends.protocol import AdapterConflictError, AdapterInfo, AdapterLoadError
 from serve.base_model import build_decoder, load_variant
 from serve.config import ServeConfig
 from serve.options import ConfigError
-from serve.speed import compare_decode_speed
 
 
 def add_variants(

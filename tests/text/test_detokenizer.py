@@ -2,8 +2,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.text.detokenizer import Detokenizer, StopMatcher, build_token_texts
-from serve.text.tokenizer import Tokenizer
+from text.detokenizer import Detokenizer, StopMatcher, build_token_texts
+from text.tokenizer import Tokenizer
 
 BYTES = [bytes([byte]) for byte in range(256)]
 TEXTS = build_token_texts(BYTES)

@@ -6,8 +6,8 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.text.chat_template import ChatTemplateError
-from serve.text.tokenizer import TextTooLongError, Tokenizer, TokenizerError
+from text.chat_template import ChatTemplateError
+from text.tokenizer import TextTooLongError, Tokenizer, TokenizerError
 
 from .conftest import write_byte_level_folder
 

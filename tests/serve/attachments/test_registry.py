@@ -9,7 +9,7 @@ import pytest
 
 from adapters.format import CONFIG_FILE, TENSOR_FILE
 from adapters.qst.adapter import save_qst
-from serve.backends.adapters import AdapterRegistry
+from serve.attachments.registry import AdapterRegistry
 from serve.backends.protocol import (
     AdapterConflictError,
     AdapterInfo,

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from models.batch import SideBatch
-from models.kernels.memory import Arena
-from models.kernels.native_lowering import Lowering
-from models.kernels.native_program import (
+from models.kernels.native.lowering import Lowering
+from models.kernels.native.memory import Arena
+from models.kernels.native.panels import PANEL
+from models.kernels.native.structs import (
     POOLS,
     NativeOp,
     NativeSide,
     NativeSideEntry,
     NativeStep,
 )
-from models.kernels.panels import PANEL
-from models.kernels.reference_executor import map_tensors
+from models.kernels.reference.executor import map_tensors
 from models.kv_cache import KVCache
 from models.program import Activate, LinearOp, Norm, Piece
 from models.side import AttachedSide, Downsample, SideProgram

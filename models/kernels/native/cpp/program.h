@@ -1,4 +1,4 @@
-// The program of a decoder as the native executor reads it. Mirrored field by field in models/kernels/native_program.py.
+// The program of a decoder as the native executor reads it. Mirrored field by field in models/kernels/native/structs.py.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapters.qst.examples import Example
-from serve.cli.arguments import UserError
-from serve.cli.text_file import read_text
-from serve.text.chat_template import ChatTemplateError
-from serve.text.tokenizer import Tokenizer
+from text.chat_template import ChatTemplateError
+from text.errors import DataError
+from text.text_file import read_text
+from text.tokenizer import Tokenizer
 
 LongPolicy = Literal["error", "truncate", "skip"]
 ROLES = ("system", "user", "assistant")
@@ -80,11 +80,11 @@ class Limit:
         """Refuse the data if something was too long.
 
         Raises:
-            UserError: names the first such line and how many more there are.
+            DataError: names the first such line and how many more there are.
         """
         if self.refused:
             more = f", and {len(self.refused) - 1} more" if len(self.refused) > 1 else ""
-            raise UserError(
+            raise DataError(
                 f"{self.refused[0]}{more}; shorten them, or give --long truncate or --long skip"
             )
 
@@ -95,7 +95,7 @@ def read_records(path: Path) -> list[Record]:
     Files that end in .tsv are tables; others are JSON. Empty lines are passed over.
 
     Raises:
-        UserError: the file cannot be read or is empty, or a line is malformed; the line is named.
+        DataError: the file cannot be read or is empty, or a line is malformed; the line is named.
     """
     text = read_text(path)
     if path.suffix == ".tsv":
@@ -105,7 +105,7 @@ def read_records(path: Path) -> list[Record]:
     else:
         records = list(_read_lines(path, text))
     if not records:
-        raise UserError(f"{path}: no examples; the file is empty")
+        raise DataError(f"{path}: no examples; the file is empty")
     return records
 
 
@@ -126,12 +126,12 @@ def _parse_json(content: str, place: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON: {error}") from None
+        raise DataError(f"{place}: not valid JSON: {error}") from None
 
 
 def _record(place: str, value: object) -> Record:
     if not isinstance(value, dict):
-        raise UserError(f"{place}: must be a JSON object, got {type(value).__name__}")
+        raise DataError(f"{place}: must be a JSON object, got {type(value).__name__}")
     return Record(place=place, fields=value)
 
 
@@ -141,7 +141,7 @@ def _read_table(path: Path, text: str) -> Iterator[Record]:
     label = next((name for name in _LABEL_COLUMNS if name in names), None)
     columns = next((c for c in _TEXT_COLUMNS if set(c) <= set(names)), None)
     if label is None or columns is None:
-        raise UserError(
+        raise DataError(
             f"{path}: line 1: the header must name a label ({', '.join(_LABEL_COLUMNS)}) and the "
             f"text ({'; '.join(' and '.join(c) for c in _TEXT_COLUMNS)}), got {', '.join(names)}"
         )
@@ -151,7 +151,7 @@ def _read_table(path: Path, text: str) -> Iterator[Record]:
         cells = line.rstrip("\r").split("\t")
         place = f"{path}: line {number}"
         if len(cells) != len(names):
-            raise UserError(f"{place}: {len(cells)} columns, the header has {len(names)}")
+            raise DataError(f"{place}: {len(cells)} columns, the header has {len(names)}")
         row = dict(zip(names, cells, strict=True))
         text = "\n".join(row[name].strip() for name in columns)
         yield Record(place=place, fields={"text": text, "label": row[label]})
@@ -166,14 +166,14 @@ def build_examples(records: Sequence[Record], tokenizer: Tokenizer, limit: Limit
         limit: for sequences that are too long.
 
     Raises:
-        UserError: a record has another shape, or is too long; its line is named.
+        DataError: a record has another shape, or is too long; its line is named.
     """
     examples = []
     for record in records:
         try:
             example = _build_example(record.fields, tokenizer)
         except (ChatTemplateError, ValueError) as error:
-            raise UserError(f"{record.place}: {error}") from None
+            raise DataError(f"{record.place}: {error}") from None
         kept = limit.apply(example, record.place)
         if kept is not None:
             examples.append(kept)
@@ -200,29 +200,29 @@ def build_labelled(
         The examples, and the classes in order.
 
     Raises:
-        UserError: a record has another shape, an unknown label, or is too long; its line is named.
+        DataError: a record has another shape, an unknown label, or is too long; its line is named.
     """
     for record in records:
         value = record.fields.get("label")
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-            raise UserError(
+            raise DataError(
                 f'{record.place}: "label" must be text or a whole number, got {value!r}'
             )
     if labels is None:
         labels = sorted({str(r.fields["label"]) for r in records}, key=_label_order)
         if len(labels) < 2:
-            raise UserError(f"all examples have the same label, {labels[0]!r}")
+            raise DataError(f"all examples have the same label, {labels[0]!r}")
     number_of = {label: i for i, label in enumerate(labels)}
     examples = []
     for record in records:
         label = str(record.fields["label"])
         if label not in number_of:
             known = ", ".join(labels)
-            raise UserError(f"{record.place}: label {label!r} is not one of the data's: {known}")
+            raise DataError(f"{record.place}: label {label!r} is not one of the data's: {known}")
         try:
             token_ids = tokenizer.encode(_text(record.fields, "text"), add_special_tokens=True)
         except ValueError as error:
-            raise UserError(f"{record.place}: {error}") from None
+            raise DataError(f"{record.place}: {error}") from None
         example = Example(token_ids=array("i", token_ids), label=number_of[label])
         kept = limit.apply(example, record.place)
         if kept is not None:
@@ -357,12 +357,12 @@ def describe_examples(
     """Report what was read.
 
     Raises:
-        UserError: nothing is left.
+        DataError: nothing is left.
     """
     left_out = f", {limit.skipped} left out as too long" if limit.skipped else ""
     cut = f", {limit.truncated} cut to {limit.max_tokens} tokens" if limit.truncated else ""
     if not examples:
-        raise UserError(f"{name}: no examples are left{left_out}")
+        raise DataError(f"{name}: no examples are left{left_out}")
     tokens = sum(len(example.token_ids) for example in examples)
     targets = sum(example.num_targets for example in examples)
     report(f"{name}: {len(examples)} examples, {tokens} tokens, {targets} targets{cut}{left_out}")

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from serve.text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}"

@@ -9,11 +9,11 @@ import httpx
 import pytest
 
 from models.checkpoints import load_checkpoint, quantize_checkpoint
+from serve.attachments.variants import describe_variant
 from serve.backends.protocol import AdapterInfo
 from serve.config import ServeConfig
 from serve.options import ConfigError
 from serve.server import build_service, close_service, describe_start
-from serve.variants import describe_variant
 
 ADMIN = {"Authorization": "Bearer sk-admin"}
 QUESTION = {"prompt": "abcdefgh" * 4, "max_tokens": 12, "seed": 3, "ignore_eos": True}

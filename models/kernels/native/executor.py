@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from models.batch import PackedBatch
-from models.kernels.memory import lazy_zeros
-from models.kernels.native_lowering import Lowering
-from models.kernels.native_program import OP_KINDS, NativeOp, NativeStep, load_library
-from models.kernels.native_side import SideEntries, lower_side
-from models.kernels.panels import PANEL, float_format
-from models.kernels.reference import apply_prologue
+from models.kernels.native.lowering import Lowering
+from models.kernels.native.memory import lazy_zeros
+from models.kernels.native.panels import PANEL, float_format
+from models.kernels.native.side import SideEntries, lower_side
+from models.kernels.native.structs import OP_KINDS, NativeOp, NativeStep, load_library
+from models.kernels.reference.operations import apply_prologue
 from models.kv_cache import KVCache
 from models.program import AttentionOp, Program
 from models.side import AttachedSide, SideProgram

@@ -1,4 +1,4 @@
-"""The native executor's structures, field by field as in models/kernels/native/program.h."""
+"""The native executor's structures, field by field as in models/kernels/native/cpp/program.h."""
 
 import ctypes
 from typing import ClassVar

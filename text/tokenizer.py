@@ -10,10 +10,10 @@ from typing import Any
 
 import tokenizers
 
-from serve.text.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
-from serve.text.detokenizer import Detokenizer, build_token_texts
-from serve.text.fim import FIM_SPELLINGS, find_fim_tokens
-from serve.text.token_bytes import TokenizerError, build_token_bytes
+from text.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
+from text.detokenizer import Detokenizer, build_token_texts
+from text.fim import FIM_SPELLINGS, find_fim_tokens
+from text.token_bytes import TokenizerError, build_token_bytes
 
 _CONTROL_SHAPE = re.compile(r"<[|\uff5c].*[|\uff5c]>")
 _LONG_TEXT_CHARS = 20_000

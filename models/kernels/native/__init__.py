@@ -1,0 +1,1 @@
+"""The native executor: a C++ library without torch, and what hands it programs and batches."""

@@ -1,0 +1,1 @@
+"""What is attached to the base by name: variants and side networks."""

@@ -1,0 +1,1 @@
+"""Chat templates, tokenizers, training texts: the only place that knows text."""
