@@ -49,9 +49,10 @@ $(STAMP): $(BIN)/python pyproject.toml setup.py serve/version.py $(NATIVE)
 serve: $(STAMP)
 	@exec $(BIN)/proa serve $(if $(MODEL),"$(MODEL)",--adapter roleplay=examples/roleplay/adapter) $(if $(PORT),--port "$(PORT)") $(ARGS)
 
-# All tests: also those that the plain `pytest` leaves out because they load the demo model.
+# All tests: also those that the plain `pytest` leaves out because they load the demo model. Most keep
+# one core busy, so each of up to four cores runs its own share.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "" --durations=5 $(ARGS)
+	$(BIN)/python -m pytest -q -m "" -n logical --maxprocesses 4 --dist worksteal --durations=5 $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,12 +4,18 @@ Tests that need a GPU or a browser are left out, loudly, where there is none.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.browser import NAMES, find_chromium
+
+# Before torch is imported, here and in the processes that tests start. The models are tiny: a second
+# thread would only wait for the first, and torch's threads spin while they wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 LEFT_OUT = pytest.StashKey[list[str]]()
 
