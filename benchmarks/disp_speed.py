@@ -34,10 +34,11 @@ from models.checkpoints import Checkpoint, load_pruned  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
 from serve.backends.native import NativeBackend  # noqa: E402
 from serve.base_model import load_base, load_tokenizer, load_variant  # noqa: E402
-from serve.cli.bench_engine import EngineStreams  # noqa: E402
-from serve.cli.bench_measure import random_prompts  # noqa: E402
-from serve.cli.bench_timing import Decoding, decode_rate, prefill_rate  # noqa: E402
+from serve.bench.engine import EngineStreams  # noqa: E402
+from serve.bench.streams import Decoding, random_prompts  # noqa: E402
 from serve.event_loop import run_on_loop  # noqa: E402
+from stats.summary import median_ratio  # noqa: E402
+from stats.timings import decode_rate, prefill_rate  # noqa: E402
 
 BASE = "base"
 _BLOCK_TOKENS = 16
@@ -85,7 +86,7 @@ def ratios(raw: dict[str, dict[str, list[float]]], name: str, what: str) -> dict
     ours, base = raw[name][what], raw[BASE][what]
     return {
         "tokens_per_s": median(ours),
-        "ratio": median(x / y for x, y in zip(ours, base, strict=True)),
+        "ratio": median_ratio(ours, base),
     }
 
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from serve.cli.bench import cpu_name
+from serve.machine import describe_processor
 from serve.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,7 +137,7 @@ def describe_run() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": version("torch"),
         },
-        "cpu": cpu_name(),
+        "cpu": describe_processor(),
         "kernel": platform.release(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         # Paths say where something lay on one machine; their last part is what counts.

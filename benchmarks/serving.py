@@ -11,8 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,10 +31,14 @@ from benchmarks.report import (
     target_table,
     warn_if_busy,
 )
-from serve.cli.bench_measure import random_prompts
-from serve.cli.bench_timing import Decoding, decode_rate
+from client.api import ApiClient
+from client.blocking import BlockingClient
+from client.errors import RequestError
+from serve.bench.streams import Decoding, random_prompts
 from serve.config import build_config
 from serve.event_loop import run_on_loop
+from stats.summary import median_ratio
+from stats.timings import decode_rate
 
 HTTP_STREAMS = 8
 MEMORY_STREAMS = 32
@@ -77,9 +79,10 @@ def running_server(model: Sequence[str]) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
     started = time.perf_counter()
     command = [*PROA, "serve", *model, "--port", str(port)]
+    client = BlockingClient(ApiClient(url))
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
-        while not _is_ready(url):
+        while not _is_ready(client):
             if process.poll() is not None:
                 raise BenchmarkFailed(f"the server ended with status {process.returncode}")
             if time.perf_counter() - started > START_TIMEOUT_S:
@@ -87,6 +90,7 @@ def running_server(model: Sequence[str]) -> Iterator[Server]:
             time.sleep(POLL_S)
         yield Server(url=url, pid=process.pid, ready_s=time.perf_counter() - started)
     finally:
+        client.close()
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(STOP_TIMEOUT_S)
@@ -181,8 +185,7 @@ def measure_adapt(model: Sequence[str], options: argparse.Namespace) -> tuple[Ta
     """Compare decode speed with AdapT and at a plain temperature, in turn on one engine."""
     rates = run_on_loop(_alternate(model, options))
     plain, adapt = (median(rates[name]) for name in ("plain", "adapt"))
-    # Turn by turn: the machine's speed wanders less from one run to the next than over them all.
-    share = median(hot / even for hot, even in zip(rates["adapt"], rates["plain"], strict=True))
+    share = median_ratio(rates["adapt"], rates["plain"])
     target = Target(
         name=f"AdapT against plain temperature, {HTTP_STREAMS} streams",
         required=REQUIRED_ADAPT_SHARE,
@@ -194,7 +197,7 @@ def measure_adapt(model: Sequence[str], options: argparse.Namespace) -> tuple[Ta
 
 async def _alternate(model: Sequence[str], options: argparse.Namespace) -> dict[str, list[float]]:
     # Loads torch, which the other measurements leave to processes of their own.
-    from serve.cli.bench_engine import EngineStreams
+    from serve.bench.engine import EngineStreams
     from serve.server import build_service, close_service
 
     given = {"model": model[0]} if model else {}
@@ -218,12 +221,12 @@ async def _alternate(model: Sequence[str], options: argparse.Namespace) -> dict[
     return rates
 
 
-def _is_ready(url: str) -> bool:
+def _is_ready(client: BlockingClient) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as reply:
-            return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
+        client.text("/readyz")
+    except RequestError:
         return False
+    return True
 
 
 def _load_arguments(options: argparse.Namespace) -> list[str]:

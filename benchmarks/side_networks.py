@@ -41,9 +41,9 @@ from serve.attachments.registry import AdapterRegistry
 from serve.backends.native import NativeBackend
 from serve.backends.protocol import Arm, GenerationRequest
 from serve.base_model import load_tokenizer
-from serve.cli.bench_measure import random_prompts
-from serve.cli.bench_timing import StreamTiming, decode_rate
+from serve.bench.streams import random_prompts
 from serve.event_loop import run_on_loop
+from stats.timings import StreamTiming, decode_rate
 
 STREAMS = 8
 CONTEXT_TOKENS = 49_152

@@ -37,7 +37,7 @@ from benchmarks.report import (
 )
 from models.checkpoints import DEFAULT_CACHE_DIR
 from models.demo import fetch_demo_model
-from serve.cli.bench import parse_streams
+from serve.bench.measure import parse_streams
 from serve.config import build_config
 from serve.machine import count_processors
 

@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import platform
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,17 @@ def count_processors(cgroup: Path = _CGROUP) -> int:
     if quota.isdigit() and period.isdigit() and int(period):
         count = min(count, max(1, round(int(quota) / int(period))))
     return count
+
+
+def describe_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the processor's name and how many of its cores this process may use."""
+    name = platform.processor() or platform.machine()
+    for line in _read(cpuinfo).splitlines():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name} ({cores} cores)"
 
 
 def free_memory_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int:

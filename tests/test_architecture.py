@@ -13,7 +13,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = [
     name
-    for name in ("models", "decoding", "adapters", "text", "serve", "evaluation")
+    for name in (
+        "client",
+        "stats",
+        "models",
+        "decoding",
+        "adapters",
+        "text",
+        "serve",
+        "evaluation",
+    )
     if (ROOT / name).is_dir()
 ]
 FILES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
@@ -22,13 +31,15 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 
 # Package or subpackage: what of ours it may import. The longest matching entry counts.
 MAY_IMPORT = {
+    "client": ("client",),
+    "stats": ("stats",),
     "decoding": ("decoding",),
     "models": ("models",),
     "adapters": ("adapters", "models"),
-    "evaluation": ("evaluation",),
+    "evaluation": ("evaluation", "client", "stats"),
     "text": ("text",),
     "text.training_data": ("text", "adapters.qst.examples"),
-    "serve": ("serve", "models", "decoding", "adapters", "text"),
+    "serve": ("serve", "models", "decoding", "adapters", "text", "client", "stats"),
     "serve.attachments": (
         "serve.attachments",
         "serve.backends.protocol",
@@ -57,13 +68,17 @@ MAY_IMPORT = {
         "serve.experiments",
         "serve.version",
         "decoding",
+        "stats",
     ),
-    "serve.experiments": ("serve.experiments",),
-    "serve.ui": ("serve.ui",),
+    "serve.bench": ("serve.bench", "serve.backends.protocol", "decoding", "client", "stats"),
+    "serve.experiments": ("serve.experiments", "stats"),
+    "serve.ui": ("serve.ui", "client"),
 }
 
 # Third-party modules of the packages that keep their own short list.
 THIRD_PARTY = {
+    "client": {"httpx"},
+    "stats": set(),
     "decoding": {"torch"},
     "adapters": {"torch", "safetensors", "tqdm", "matplotlib"},
     "models": {
@@ -72,16 +87,17 @@ THIRD_PARTY = {
     },
     "serve.engine": {"torch"},
     "serve.engine.scheduler": set(),
+    "serve.bench": set(),
     "serve.experiments": set(),
-    "evaluation": {"openai", "httpx"},
-    "serve.ui": {"gradio", "httpx", "fastapi", "starlette", "markdown_it", "pygments"},
+    "evaluation": {"openai"},
+    "serve.ui": {"gradio", "fastapi", "starlette", "markdown_it", "pygments"},
 }  # fmt: skip
 
 # What may be imported inside a function: optional, or too slow for the paths that do not need it.
 SLOW_OR_OPTIONAL = {
     "transformers", "bitsandbytes", "gguf", "huggingface_hub", "numpy", "triton", "readline",
     "models.checkpoints", "models.checkpoints.conversion", "models.kernels.cuda.executor",
-    "serve.server",    "serve.cli.bench_engine", "serve.cli.adapter_folders", "serve.cli.train_run",
+    "serve.server", "serve.bench.engine", "serve.cli.adapter_folders", "serve.cli.train_run",
     "serve.cli.prune_run", "matplotlib", "gradio", "gradio.routes", "serve.ui.app",
     "serve.cli.ui_run",
 }  # fmt: skip

@@ -18,7 +18,8 @@ from serve.api.openapi import describe_body
 from serve.api.schema import VoteBody
 from serve.experiments.comparison import Comparison, Vote
 from serve.experiments.store import VoteStore, VoteStoreError
-from serve.experiments.tally import CONFIDENCE, PairTally, pairs_of, tally_pairs
+from serve.experiments.tally import PairTally, pairs_of, tally_pairs
+from stats.proportions import CONFIDENCE
 
 _LOG = logging.getLogger("proa.api")
 

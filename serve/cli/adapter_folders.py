@@ -22,8 +22,7 @@ from adapters.qst.config import QstConfig, from_fields
 from models.checkpoints import Checkpoint, CheckpointError
 from models.pruning import MODULES, prune_spec
 from serve.base_model import load_base
-from serve.cli.adapters import printable
-from serve.cli.arguments import CommandError, UserError, say
+from serve.cli.arguments import CommandError, UserError, printable, say
 from serve.config import ServeConfig
 
 _SHOWN_DIGITS = 12

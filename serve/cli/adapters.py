@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.cli.arguments import UserError, add_options, given_options
-from serve.cli.client import Client
+from serve.cli.arguments import UserError, add_options, given_options, printable
+from serve.cli.connection import connect
 from serve.config import OPTIONS, build_config
 from serve.environment import client_settings
 
@@ -66,9 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.action == "list" and not arguments.folders:
         url, key = client_settings(os.environ)
-        client = Client(arguments.url or url, api_key=arguments.api_key or key)
+        client = connect(arguments.url or url, key=arguments.api_key or key)
         try:
-            print(table(client.get("/v1/adapters")["data"]))
+            print(table(client.entries("/v1/adapters")))
         finally:
             client.close()
         return 0
@@ -111,8 +111,3 @@ def _describe_place(entry: dict[str, Any]) -> str:
     if entry.get("removed") is not None:
         place = f", {entry['removed']:.0%} removed"
     return place + (f", {entry['speed']:.2f}x the base" if entry.get("speed") else "")
-
-
-def printable(text: object) -> str:
-    """Return text of an adapter without what a terminal would obey."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from client.errors import RequestError
 from serve.environment import environment_name
 from serve.options import FLAG, Option
 
@@ -141,6 +142,17 @@ def parse_decoding(text: str) -> dict[str, Any]:
         raise UserError('--decoding: the object needs a "strategy", for example "adapt"')
     assert isinstance(content, dict)
     return content
+
+
+def explain(error: RequestError) -> str:
+    """Return what a server's refusal means to somebody in a terminal."""
+    hint = " (give --api-key or set PROA_API_KEY)" if error.status == 401 else ""
+    return f"{error}{hint}" + ("" if error.status is None else f" [status {error.status}]")
+
+
+def printable(text: object) -> str:
+    """Return text of a file or a server without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 def say(message: str) -> None:

@@ -14,15 +14,25 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
-from serve.cli.arguments import UserError, add_options, given_options, parse_decoding, say
-from serve.cli.bench_http import HttpStreams
-from serve.cli.bench_measure import Plan, measure, summarise
-from serve.cli.bench_timing import Decoding
+from client.api import ApiClient
+from serve.bench.http import HttpStreams
+from serve.bench.measure import Plan, measure, parse_streams, summarise
+from serve.bench.streams import BenchmarkError, Decoding, PlanError
+from serve.cli.arguments import (
+    CommandError,
+    UserError,
+    add_options,
+    given_options,
+    parse_decoding,
+    say,
+)
 from serve.config import CAPACITY, COMPUTE, MODEL, OPTIONS, ServeConfig, build_config
 from serve.environment import client_settings
 from serve.event_loop import run_on_loop
+from serve.machine import describe_processor
 from serve.resolve import TOKENS_PER_SEQUENCE
 from serve.version import VERSION
+from stats.timings import TimingError
 
 DESCRIPTION = """\
 Measure how fast the engine decodes and prefills: in this process, with the scheduling and sampling
@@ -115,35 +125,24 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         UserError: options contradict each other or do not suit the model.
-        BenchmarkError: a stream failed.
+        CommandError: a stream failed.
+        RequestError: the server cannot be reached, or refuses.
     """
     plan = Plan(**{name: getattr(arguments, name) for name in asdict(DEFAULTS) if name != "seed"})
     decoding = _decoding(arguments)
-    given = given_options(arguments, BENCH_OPTIONS)
-    if arguments.url is None:
-        if arguments.api_key is not None:
-            raise UserError("--api-key: only a server wants one; add --url")
-        figures = _run_engine(plan, decoding, given, arguments.variant)
-    elif arguments.variant is not None:
-        raise UserError("--variant: is for an engine in this process; the server has its own")
-    else:
-        model = given.pop("model", None)
-        if given:
-            raise UserError(
-                f"{BENCH_OPTIONS[next(iter(given))].flag}: is for an engine in this process; the "
-                "server at --url has its own"
-            )
-        key = arguments.api_key or client_settings(os.environ)[1]
-        figures = asyncio.run(
-            _run_server(HttpStreams(arguments.url, decoding, model=model, api_key=key), plan)
-        )
+    try:
+        figures = _measure(arguments, plan, decoding)
+    except PlanError as error:
+        raise UserError(str(error)) from error
+    except (BenchmarkError, TimingError) as error:
+        raise CommandError(str(error)) from error
     figures |= {
         "versions": {
             "proa": VERSION,
             "python": platform.python_version(),
             "torch": version("torch"),
         },
-        "cpu": cpu_name(),
+        "cpu": describe_processor(),
         "command": shlex.join(["proa", *sys.argv[1:]]),
     }
     figures["config"] |= asdict(plan) | decoding.request_fields()
@@ -154,21 +153,28 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def parse_streams(text: str) -> tuple[int, ...]:
-    """Parse the argument of --streams.
-
-    Raises:
-        ArgumentTypeError: not a list of positive whole numbers, each given once.
-    """
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of different whole numbers above 0, such as 1,8,32"
+def _measure(arguments: argparse.Namespace, plan: Plan, decoding: Decoding) -> dict[str, Any]:
+    given = given_options(arguments, BENCH_OPTIONS)
+    if arguments.url is None:
+        if arguments.api_key is not None:
+            raise UserError("--api-key: only a server wants one; add --url")
+        return _run_engine(plan, decoding, given, arguments.variant)
+    if arguments.variant is not None:
+        raise UserError("--variant: is for an engine in this process; the server has its own")
+    model = given.pop("model", None)
+    if given:
+        raise UserError(
+            f"{BENCH_OPTIONS[next(iter(given))].flag}: is for an engine in this process; the "
+            "server at --url has its own"
         )
-    return numbers
+    try:
+        client = ApiClient(arguments.url)
+    except ValueError as error:
+        raise UserError(f"--url: {error}") from None
+    key = arguments.api_key or client_settings(os.environ)[1] or ""
+    return asyncio.run(
+        _run_server(client, HttpStreams(client, decoding, model=model, key=key), plan)
+    )
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -207,18 +213,6 @@ def _table_of(figures: dict[str, Any], base: dict[str, Any] | None = None) -> li
     return [*lines, prefill]
 
 
-def cpu_name() -> str:
-    """Give the processor's name and how many of its cores this process may use."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            name = next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name} ({cores} cores)"
-
-
 def _run_engine(
     plan: Plan, decoding: Decoding, given: dict[str, Any], variant: str | None
 ) -> dict[str, Any]:
@@ -226,7 +220,7 @@ def _run_engine(
     given |= {"adapter": [], "variant": [] if variant is None else [f"{_VARIANT}={variant}"]}
     config = fit_cache(build_config(given, environ=os.environ), plan)
     # Loads torch, which takes seconds: wrong arguments are refused first.
-    from serve.cli.bench_engine import EngineStreams, stream_params
+    from serve.bench.engine import EngineStreams, stream_params
     from serve.server import ServerError, build_service, close_service
 
     stream_params(decoding, num_tokens=plan.new_tokens, seed=0)
@@ -289,14 +283,14 @@ def fit_cache(config: ServeConfig, plan: Plan) -> ServeConfig:
     return replace(config, kv_cache_tokens=blocks * config.block_size)
 
 
-async def _run_server(runner: HttpStreams, plan: Plan) -> dict[str, Any]:
+async def _run_server(client: ApiClient, runner: HttpStreams, plan: Plan) -> dict[str, Any]:
     figures = summarise((await measure({"": runner}, plan, report=say))[""], plan)
     resident = await runner.resident_bytes()
     return figures | {
         "max_rss_mb": None if resident is None else round(resident / 1e6, 1),
         "model": await runner.model(),
         "kernels": None,
-        "config": {"url": runner.url},
+        "config": {"url": client.url},
     }
 
 

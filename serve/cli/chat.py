@@ -7,8 +7,16 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
-from serve.cli.arguments import UserError, add_request_arguments, parse_decoding, request_fields
-from serve.cli.client import Client, RequestError
+from client.blocking import BlockingClient
+from client.errors import RequestError
+from serve.cli.arguments import (
+    UserError,
+    add_request_arguments,
+    explain,
+    parse_decoding,
+    request_fields,
+)
+from serve.cli.connection import connect, list_models
 from serve.environment import client_settings
 
 DESCRIPTION = """\
@@ -77,7 +85,7 @@ class Conversation:
 
     def __init__(
         self,
-        client: Client,
+        client: BlockingClient,
         *,
         model: str,
         fields: dict[str, Any],
@@ -107,7 +115,7 @@ class Conversation:
         }
         pieces: list[str] = []
         trace: list[dict[str, Any]] = []
-        chunks = self.client.stream_chat(body)
+        chunks = self.client.stream("/v1/chat/completions", body)
         try:
             for chunk in chunks:
                 for choice in chunk["choices"]:
@@ -119,7 +127,7 @@ class Conversation:
         except KeyboardInterrupt:
             self.output.write(" [stopped]")
         finally:
-            chunks.close()  # type: ignore[attr-defined]
+            chunks.close()
             if pieces:
                 self.output.write("\n")
                 self.output.flush()
@@ -156,7 +164,7 @@ class Conversation:
             return f"decoding: {json.dumps(self.fields['decoding'])}"
         if name == "model":
             if not argument:
-                return "\n".join(self.client.models())
+                return "\n".join(list_models(self.client))
             self.model = argument
             return f"model: {argument}"
         if name == "help":
@@ -182,9 +190,9 @@ def run(arguments: argparse.Namespace) -> int:
     fields = request_fields(arguments)
     if arguments.trace:
         fields["return_decoding_trace"] = True
-    client = Client(arguments.url, api_key=arguments.api_key)
+    client = connect(arguments.url, key=arguments.api_key)
     try:
-        model = arguments.model or client.models()[0]
+        model = arguments.model or list_models(client)[0]
         conversation = Conversation(
             client, model=model, fields=fields, system=arguments.system, output=sys.stdout
         )
@@ -203,6 +211,10 @@ def _turn(conversation: Conversation, line: str, *, is_quiet: bool) -> None:
             print(reply)
     elif line.strip():
         conversation.say(line)
+
+
+def _describe(error: Exception) -> str:
+    return explain(error) if isinstance(error, RequestError) else str(error)
 
 
 def _interact(conversation: Conversation) -> int:
@@ -224,7 +236,7 @@ def _interact(conversation: Conversation) -> int:
         try:
             _turn(conversation, line, is_quiet=False)
         except (RequestError, UserError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_describe(error)}", file=sys.stderr)
         except KeyboardInterrupt:
             print()
 
@@ -243,6 +255,6 @@ def _answer_lines(conversation: Conversation, lines: TextIO) -> int:
         try:
             _turn(conversation, line, is_quiet=True)
         except (RequestError, UserError) as error:
-            print(f"proa: error: {error}", file=sys.stderr)
+            print(f"proa: error: {_describe(error)}", file=sys.stderr)
             status = 1
     return status

@@ -6,6 +6,9 @@ import os
 import sys
 from typing import Any
 
+from client.api import ApiClient
+from client.errors import RequestError
+from client.in_process import ADDRESS, AsgiTransport
 from serve.cli.arguments import (
     UserError,
     add_options,
@@ -14,7 +17,6 @@ from serve.cli.arguments import (
     request_fields,
     say,
 )
-from serve.cli.in_process import stream_completion
 from serve.config import COMPUTE, MODEL, OPTIONS, build_config
 from serve.event_loop import run_on_loop
 
@@ -76,8 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         0.
 
     Raises:
-        UserError: no prompt, or a request the API would refuse.
-        CommandError: the generation failed.
+        UserError: no prompt, or a request that the API refuses.
+        RequestError: the generation failed.
     """
     if arguments.system is not None and not arguments.chat:
         raise UserError("--system: only a chat has a system prompt; add --chat")
@@ -103,8 +105,14 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             model = (service.model_id, *service.adapters)[-1]
             path, body = _request(prompt, arguments, model)
-            chunks = stream_completion(service.app, path, {**body, **fields})
+            client = ApiClient(ADDRESS, transport=AsgiTransport(service.app))
+            key = next(iter(service.config.api_key), "")
+            chunks = client.stream(path, {**body, **fields, "stream": True}, key=key)
             await _print_answer(chunks, is_json=arguments.json)
+        except RequestError as error:
+            if error.status is not None and 400 <= error.status < 500:
+                raise UserError(str(error)) from None
+            raise
         finally:
             await close_service(service)
 

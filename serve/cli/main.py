@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from serve.cli.arguments import CommandError, Parser, UserError
+from client.errors import RequestError
+from serve.cli.arguments import CommandError, Parser, UserError, explain
 from serve.options import ConfigError
 from serve.version import VERSION
 from text.errors import DataError
@@ -95,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except CommandError as error:
         print(f"proa: error: {error}", file=sys.stderr)
+        return 1
+    except RequestError as error:
+        print(f"proa: error: {explain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("proa: interrupted", file=sys.stderr)

@@ -12,9 +12,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import RedirectResponse
 from starlette.routing import Mount, Route
 
+from client.api import ApiClient
 from serve.cli.arguments import CommandError, UserError
 from serve.server import ServerError, bind, local_url
-from serve.ui.client import ApiClient
 from serve.ui.mount import PATH, UserInterface
 
 ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]"]

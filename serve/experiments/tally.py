@@ -1,14 +1,11 @@
 """From votes to win rates of pairs of arms, with their confidence intervals."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import NormalDist
 
 from serve.experiments.comparison import BOTH_BAD, TIE, ArmIdentity, Ballots, Vote
-
-CONFIDENCE = 0.95
+from stats.proportions import wilson_interval
 
 Pair = tuple[ArmIdentity, ArmIdentity]
 
@@ -52,32 +49,6 @@ class PairTally:
         if not self.num_rated:
             return None
         return wilson_interval(self.wins[0] + self.ties / 2, self.num_rated)
-
-
-def wilson_interval(
-    successes: float, trials: int, *, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion.
-
-    Args:
-        successes: 0 to `trials`. A tie may count as half of one: halves vary less than the
-            successes and failures that the formula is about, so the interval errs on the wide side.
-        trials: at least 1.
-        confidence: between 0 and 1.
-
-    Returns:
-        Its two ends, from 0 to 1; `successes / trials` is between them.
-
-    Source: Wilson, Probable inference, the law of succession, and statistical inference (1927).
-    """
-    assert trials > 0
-    rate = successes / trials
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    scale = 1 + z * z / trials
-    centre = (rate + z * z / (2 * trials)) / scale
-    half = z / scale * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
-    # At a rate of 0 or 1 an end is that rate, which rounding would miss.
-    return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
 def tally_pairs(ballots: Iterable[Ballots]) -> list[PairTally]:

@@ -5,9 +5,10 @@ from typing import Any
 
 import gradio as gr
 
+from client.api import ApiClient
+from client.errors import RequestError
 from serve.ui.catalog import EMPTY, Catalog, load_catalog
 from serve.ui.chat import ChatTab
-from serve.ui.client import ApiClient, RequestError
 from serve.ui.compare import CompareTab
 from serve.ui.inside import InsideTab
 from serve.ui.markdown import code_css

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from serve.ui.client import ApiClient
+from client.api import ApiClient
 
 # JSON values, because they are kept in a browser session's state:
 # {"models": {id: [adapter ids]}, "strategies": {name: JSON Schema}, "default": name}
@@ -18,8 +18,8 @@ async def load_catalog(client: ApiClient, key: str) -> Catalog:
     Raises:
         RequestError: it does not answer or refuses.
     """
-    models = (await client.request("GET", "/v1/models", key=key))["data"]
-    strategies = (await client.request("GET", "/v1/decoding_strategies", key=key))["data"]
+    models = await client.entries("/v1/models", key=key)
+    strategies = await client.entries("/v1/decoding_strategies", key=key)
     found: dict[str, list[str]] = {
         entry["id"]: [] for entry in models if entry["x_kind"] in ("base", "variant")
     }

@@ -7,8 +7,9 @@ from typing import Any
 
 import gradio as gr
 
+from client.api import ApiClient
+from client.errors import RequestError
 from serve.ui.answers import SEPARATOR, Answer, paint_at_times
-from serve.ui.client import ApiClient, RequestError
 from serve.ui.controls import MAX_NEW_TOKENS, PRIVATE, ArmControls, describe_arm, read_arm
 from serve.ui.conversation import (
     Turn,
@@ -154,7 +155,7 @@ class ChatTab:
 
         try:
             stream = self._client.stream("/v1/chat/completions", body, key=key)
-            async with aclosing(stream):  # type: ignore[type-var]
+            async with aclosing(stream):
                 async for _ in paint_at_times(stream, take):
                     yield _running([*turns, _turn(answer, name)])
         except RequestError as error:

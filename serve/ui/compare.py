@@ -8,8 +8,9 @@ from typing import Any
 
 import gradio as gr
 
+from client.api import ApiClient
+from client.errors import RequestError
 from serve.ui.answers import Answer, paint_at_times
-from serve.ui.client import ApiClient, RequestError
 from serve.ui.controls import MAX_NEW_TOKENS, PRIVATE, ArmControls, describe_arm, read_arm
 from serve.ui.conversation import COPY_JS, with_copy_buttons
 from serve.ui.markdown import render_markdown
@@ -123,7 +124,7 @@ class CompareTab:
 
     async def _load_tally(self, key: str) -> str:
         try:
-            rows = (await self._client.request("GET", "/v1/compare/votes", key=key))["data"]
+            rows = await self._client.entries("/v1/compare/votes", key=key)
         except RequestError as error:
             return render_problem(f"The tally cannot be had: {error}")
         return render_tally(rows)
@@ -164,7 +165,7 @@ class CompareTab:
                 answer.num_tokens = usage["completion_tokens"]
 
         try:
-            async with aclosing(self._client.stream("/v1/compare", body, key=key)) as stream:  # type: ignore[type-var]
+            async with aclosing(self._client.stream("/v1/compare", body, key=key)) as stream:
                 async for _ in paint_at_times(stream, take):
                     yield _state(answers, found, is_running=True)
         except RequestError as error:

@@ -9,8 +9,9 @@ from typing import Any
 
 import gradio as gr
 
+from client.api import ApiClient
+from client.errors import RequestError
 from serve.ui.answers import SEPARATOR, Answer, paint_at_times
-from serve.ui.client import ApiClient, RequestError
 from serve.ui.controls import MAX_NEW_TOKENS, PRIVATE, ArmControls, describe_arm, read_arm
 from serve.ui.messages import render_problem
 from serve.ui.tokens import (
@@ -309,7 +310,7 @@ class InsideTab:
         painted_s = 0.0
         try:
             stream = self._client.stream("/v1/chat/completions", body, key=key)
-            async with aclosing(stream):  # type: ignore[type-var]
+            async with aclosing(stream):
                 async for _ in paint_at_times(stream, take):
                     pause_s = PAINT_INTERVAL_PER_TOKEN_S * len(tokens)
                     if time.monotonic() - painted_s >= pause_s:

@@ -9,7 +9,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.ui.client import ApiClient
+from client.api import ApiClient
 
 if TYPE_CHECKING:
     from gradio.routes import App

@@ -6,8 +6,9 @@ from urllib.parse import quote
 
 import gradio as gr
 
+from client.api import ApiClient
+from client.errors import RequestError
 from serve.ui.catalog import Catalog, load_catalog
-from serve.ui.client import ApiClient, RequestError
 from serve.ui.controls import PRIVATE
 from serve.ui.messages import render_message
 from serve.ui.metrics import Sample, keep_recent, parse_metrics
@@ -149,10 +150,7 @@ class ServerTab:
         return render_adapters(entries), gr.Dropdown(choices=found, value=None), found, catalog
 
     async def _load_adapters(self, key: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = (
-            await self._client.request("GET", "/v1/adapters", key=key)
-        )["data"]  # fmt: skip
-        return found
+        return await self._client.entries("/v1/adapters", key=key)
 
 
 def _html(elem_id: str, value: str) -> gr.HTML:

@@ -15,10 +15,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from client.api import ApiClient
+from client.errors import RequestError
+from client.in_process import ADDRESS, AsgiTransport
 from models.kernels.native.executor import is_native_available
 from serve import server as server_module
-from serve.cli.arguments import UserError
-from serve.cli.in_process import stream_completion
 from serve.config import ServeConfig
 from serve.options import ConfigError
 from serve.server import (
@@ -44,7 +45,8 @@ def complete(config: ServeConfig, body: dict[str, Any]) -> tuple[Service, list[d
     async def run() -> tuple[Service, list[dict[str, Any]]]:
         service = build_service(config, report=ignore)
         try:
-            chunks = stream_completion(service.app, "/v1/completions", body)
+            client = ApiClient(ADDRESS, transport=AsgiTransport(service.app))
+            chunks = client.stream("/v1/completions", {**body, "stream": True})
             return service, [chunk async for chunk in chunks]
         finally:
             await close_service(service)
@@ -85,7 +87,7 @@ def test_service_quantises_once_into_the_cache(tiny_llama_folder: Path, tmp_path
 
 def test_max_context_is_the_longest_sequence(tiny_llama_folder: Path) -> None:
     config = ServeConfig(model=str(tiny_llama_folder), quantization="none", max_context=8)
-    with pytest.raises(UserError, match="context is 8 tokens"):
+    with pytest.raises(RequestError, match="context is 8 tokens"):
         complete(config, {"prompt": "abcdef", "max_tokens": 5})
 
 
@@ -95,7 +97,7 @@ def test_served_model_name_is_the_id(tiny_llama_folder: Path) -> None:
     )
     body = {"model": "mine@adapt", "prompt": "ab", "max_tokens": 1}
     assert complete(config, body)[1][0]["model"] == "mine@adapt"
-    with pytest.raises(UserError, match="no such model"):
+    with pytest.raises(RequestError, match="no such model"):
         complete(config, {**body, "model": "tiny-llama"})
 
 

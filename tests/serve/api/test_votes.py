@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from serve.api import ApiSettings, create_app
 from serve.experiments.comparison import Comparison
 from serve.experiments.store import MAX_ARMS_CHARS, VoteStore
-from serve.experiments.tally import wilson_interval
+from stats.proportions import wilson_interval
 from text.tokenizer import Tokenizer
 
 from .conftest import END, Client, FakeBackend, check_error, make_adapter, read_events

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from serve.cli.arguments import UserError, parse_decoding
+from client.errors import RequestError
+from serve.cli.arguments import UserError, explain, parse_decoding
 from serve.cli.chat import Conversation
-from serve.cli.client import Client, RequestError
+from serve.cli.connection import connect
 from serve.cli.main import main
 
 ROOT = Path(__file__).parents[3]
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def conversation(server):
-    client = Client(server.url)
+    client = connect(server.url, key=None)
     yield Conversation(client, model="tiny", fields={}, system=None, output=io.StringIO())
     client.close()
 
@@ -82,22 +83,24 @@ def test_error_within_the_stream_is_reported(server, conversation) -> None:
 
 def test_wrong_key_says_how_to_give_one(server, conversation) -> None:
     server.failure = (401, "no such key")
-    with pytest.raises(RequestError, match=r"no such key \(give --api-key or set PROA_API_KEY\)"):
+    with pytest.raises(RequestError, match="no such key") as caught:
         conversation.say("Hi")
+    hint = " (give --api-key or set PROA_API_KEY) [status 401]"
+    assert explain(caught.value) == "no such key" + hint
 
 
 @pytest.mark.parametrize(
-    ("url", "match"),
+    ("url", "status", "match"),
     [
-        ("http://127.0.0.1:1", "no server answers at http://127.0.0.1:1; start one with"),
-        ("ftp://127.0.0.1", "'ftp://127.0.0.1' is not an address"),
-        ("http://a:b", "cannot use 'http://a:b' as an address: Invalid port"),
+        ("http://127.0.0.1:1", 1, "no server answers at http://127.0.0.1:1; start one with"),
+        ("ftp://127.0.0.1", 2, "--url: 'ftp://127.0.0.1' is not an address"),
+        ("http://a:b", 2, "--url: 'http://a:b' is not an address"),
     ],
 )
-def test_unreachable_server_is_one_line_and_status_1(
-    url: str, match: str, capsys: pytest.CaptureFixture[str]
+def test_unreachable_server_is_one_line(
+    url: str, status: int, match: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["chat", "--url", url]) == 1
+    assert main(["chat", "--url", url]) == status
     errors = capsys.readouterr().err
     assert errors.startswith("proa: error: ")
     assert match in errors

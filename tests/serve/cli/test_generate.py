@@ -33,6 +33,11 @@ def test_generate_json_has_text_usage_and_trace(call_proa, words, mode: list[str
     assert all(entry.keys() == FIELDS for entry in trace)
 
 
+def test_generate_works_where_the_servers_key_is_set(run_proa, words) -> None:
+    done = run_proa("generate", "ab", *words, variables={"PROA_API_KEY": "secret"})
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("extra", "match"),
     [

@@ -1,49 +1,20 @@
-"""Wins, ties and win rates of pairs; the interval against published values and a search."""
+"""Wins, ties and win rates of pairs, and their intervals."""
 
-import math
 from itertools import permutations, product
-from statistics import NormalDist
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.experiments.comparison import ArmIdentity, Ballots, Vote
-from serve.experiments.tally import PairTally, pairs_of, tally_pairs, wilson_interval
+from serve.experiments.tally import PairTally, pairs_of, tally_pairs
+from stats.proportions import wilson_interval
 
 A, B, C, D = (ArmIdentity(label=label, model="m") for label in "ABCD")
 
 
 def ballots(arms: tuple[ArmIdentity, ...], vote: Vote, count: int = 1) -> Ballots:
     return Ballots(arms=arms, vote=vote, count=count)
-
-
-# Newcombe, Two-sided confidence intervals for the single proportion (1998), table I, method 3.
-PUBLISHED = [
-    (81, 263, 0.2553, 0.3662),
-    (15, 148, 0.0624, 0.1605),
-    (0, 20, 0.0, 0.1611),
-    (1, 29, 0.0061, 0.1718),
-]
-
-
-@pytest.mark.parametrize(("successes", "trials", "low", "high"), PUBLISHED)
-def test_interval_has_the_published_ends(
-    successes: int, trials: int, low: float, high: float
-) -> None:
-    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(3, 10), (4.5, 9), (0, 5), (7, 7), (40, 100)])
-def test_interval_holds_the_rates_that_the_votes_do_not_contradict(
-    successes: float, trials: int
-) -> None:
-    z = NormalDist().inv_cdf(0.975)
-    rate = successes / trials
-    steps = [i / 100_000 for i in range(100_001)]
-    fitting = [p for p in steps if abs(rate - p) <= z * math.sqrt(p * (1 - p) / trials) + 1e-12]
-    expected = (min(fitting), max(fitting))
-    assert wilson_interval(successes, trials) == pytest.approx(expected, abs=2e-5)
 
 
 COUNTS = st.integers(0, 10_000)
@@ -81,12 +52,6 @@ def test_interval_shrinks_with_more_votes_of_the_same_rate(row: PairTally, facto
     assert row.interval is not None
     assert more.interval is not None
     assert more.interval[1] - more.interval[0] < row.interval[1] - row.interval[0]
-
-
-@pytest.mark.parametrize(("confidence", "z"), [(0.9, 1.644854), (0.95, 1.959964), (0.99, 2.575829)])
-def test_interval_has_the_confidence_asked_for(confidence: float, z: float) -> None:
-    half = z / (2 * math.sqrt(10 + z * z))  # what the formula becomes at a rate of 1/2
-    assert wilson_interval(5, 10, confidence=confidence) == pytest.approx((0.5 - half, 0.5 + half))
 
 
 @pytest.mark.parametrize("both_bad", [0, 3])

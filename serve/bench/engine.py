@@ -14,8 +14,8 @@ from serve.backends.protocol import (
     GenerationRequest,
     QueueFullError,
 )
-from serve.cli.arguments import UserError
-from serve.cli.bench_timing import BenchmarkError, Decoding, StreamTiming
+from serve.bench.streams import BenchmarkError, Decoding, PlanError
+from stats.timings import StreamTiming
 
 
 class EngineStreams:
@@ -77,7 +77,7 @@ def stream_params(decoding: Decoding, *, num_tokens: int, seed: int) -> Sampling
     """Build the parameters of a stream that ends at `num_tokens` and nowhere else.
 
     Raises:
-        UserError: the decoding has a strategy or a value that does not exist.
+        PlanError: the decoding has a strategy or a value that does not exist.
     """
     chosen: dict[str, Any] = {}
     try:
@@ -87,4 +87,4 @@ def stream_params(decoding: Decoding, *, num_tokens: int, seed: int) -> Sampling
             chosen["strategy"] = parse_strategy(decoding.strategy)
         return SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=seed, **chosen)
     except ParameterError as error:
-        raise UserError(str(error)) from error
+        raise PlanError(str(error)) from error

@@ -1,32 +1,11 @@
 """When the tokens of streams arrived, and the speeds that follow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from serve.cli.arguments import CommandError
 
 
-class BenchmarkError(CommandError):
-    """A measurement failed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decoding:
-    """How the streams choose their tokens.
-
-    Attributes:
-        temperature: sampling temperature, 0 for greedy; None: the default of the parameters.
-        strategy: a request's `decoding` object; None: the default strategy.
-    """
-
-    temperature: float | None = 0.0
-    strategy: Mapping[str, Any] | None = None
-
-    def request_fields(self) -> dict[str, Any]:
-        """Give the fields of a request to the API that ask for this."""
-        fields = {"temperature": self.temperature, "decoding": self.strategy}
-        return {name: value for name, value in fields.items() if value is not None}
+class TimingError(ValueError):
+    """The times say nothing about a speed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +25,7 @@ class StreamTiming:
 
     def __post_init__(self) -> None:
         if not self.arrivals_s:
-            raise BenchmarkError("a stream ended without a token")
+            raise TimingError("a stream ended without a token")
 
     @property
     def ttft_s(self) -> float:
@@ -81,7 +60,7 @@ def decode_rate(timings: Sequence[StreamTiming]) -> float:
     window is the whole time from the last stream's first token to the end.
 
     Raises:
-        BenchmarkError: all tokens of a stream arrived at once.
+        TimingError: all tokens of a stream arrived at once.
     """
     start = max(timing.arrivals_s[0] for timing in timings)
     end = min(timing.arrivals_s[-1] for timing in timings)
@@ -90,7 +69,7 @@ def decode_rate(timings: Sequence[StreamTiming]) -> float:
         return sum(rates)
     end = max(timing.arrivals_s[-1] for timing in timings)
     if end <= start:
-        raise BenchmarkError("the tokens of a stream arrived all at once: it does not stream")
+        raise TimingError("the tokens of a stream arrived all at once: it does not stream")
     tokens = sum(timing.token_counts[-1] - _count_until(timing, start) for timing in timings)
     return tokens / (end - start)
 
@@ -111,13 +90,3 @@ def output_rate(timings: Sequence[StreamTiming]) -> float:
 def _count_until(timing: StreamTiming, at_s: float) -> float:
     pairs = zip(timing.arrivals_s, timing.token_counts, strict=True)
     return max((tokens for at, tokens in pairs if at <= at_s), default=0.0)
-
-
-class StreamRunner(Protocol):
-    """What runs a set of streams: an engine in this process, or a server."""
-
-    async def token_pool(self) -> Sequence[int]:
-        """Give the token ids that prompts may be drawn from."""
-
-    async def run(self, prompts: Sequence[list[int]], num_tokens: int) -> list[StreamTiming]:
-        """Run one stream for each prompt, all at once, of exactly `num_tokens` tokens each."""

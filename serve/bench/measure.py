@@ -1,18 +1,15 @@
 """Measure a set of loads on a stream runner and sum up the repeats."""
 
+import argparse
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
-from serve.cli.bench_timing import (
-    StreamRunner,
-    StreamTiming,
-    decode_rate,
-    output_rate,
-    prefill_rate,
-)
+from serve.bench.streams import StreamRunner, random_prompts
+from stats.summary import latency, spread
+from stats.timings import StreamTiming, decode_rate, output_rate, prefill_rate
 
 WARM_UP_TOKENS = 8
 PREFILLS_PER_REPEAT = 3
@@ -48,6 +45,23 @@ class Measurement:
 
     prefill_rates: list[float] = field(default_factory=list)
     rounds: dict[int, list[list[StreamTiming]]] = field(default_factory=dict)
+
+
+def parse_streams(text: str) -> tuple[int, ...]:
+    """Parse the argument of --streams.
+
+    Raises:
+        ArgumentTypeError: not a list of positive whole numbers, each given once.
+    """
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of different whole numbers above 0, such as 1,8,32"
+        )
+    return numbers
 
 
 async def measure(
@@ -121,22 +135,3 @@ def summarise(measured: Measurement, plan: Plan) -> dict[str, Any]:
         )
         figures["spread"]["decode_tokens_per_s"][key] = spread(decode)
     return figures
-
-
-def random_prompts(
-    pool: Sequence[int], num_prompts: int, num_tokens: int, rng: random.Random
-) -> list[list[int]]:
-    """Draw prompts that share no prefix but by chance, so that no prefix cache helps."""
-    return [rng.choices(pool, k=num_tokens) for _ in range(num_prompts)]
-
-
-def latency(values_ms: Sequence[float]) -> dict[str, float]:
-    """Give the median and the 90th percentile."""
-    values = list(values_ms)
-    ninety = quantiles(values, n=10, method="inclusive")[-1] if len(values) > 1 else values[0]
-    return {"median": round(median(values), 2), "p90": round(ninety, 2)}
-
-
-def spread(values: Sequence[float]) -> list[float]:
-    """Give the smallest and the largest value."""
-    return [round(min(values), 1), round(max(values), 1)]

@@ -1,0 +1,1 @@
+"""A client of the HTTP API: requests, streams of events, errors. It knows nothing of the server."""

@@ -1,0 +1,1 @@
+"""Measuring how fast tokens come, of an engine in this process or of a server."""

@@ -1,0 +1,77 @@
+"""The client for code without an event loop."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from client.api import ApiClient
+from client.blocking import BlockingClient
+from client.errors import RequestError
+
+
+class Stream(httpx.AsyncByteStream):
+    """Sends events, then nothing for ever; `closed` is set once nobody listens."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b'data: {"a": 1}\n\ndata: {"a": 2}\n\n'
+        # A process that waits takes its signals.
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        await asyncio.Event().wait()
+
+    async def aclose(self) -> None:
+        self.closed.set()
+
+
+def client_of(response: httpx.Response) -> BlockingClient:
+    transport = httpx.MockTransport(lambda _: response)
+    return BlockingClient(ApiClient("h", transport=transport), key="k")
+
+
+def test_entries_text_and_chunks_are_the_servers() -> None:
+    client = client_of(httpx.Response(200, json={"data": [{"id": "m"}]}))
+    assert client.entries("/v1/models") == [{"id": "m"}]
+    assert client.text("/metrics") == '{"data":[{"id":"m"}]}'
+    client.close()
+    client = client_of(httpx.Response(200, text='data: {"a": 1}\n\ndata: [DONE]\n\n'))
+    assert list(client.stream("/v1/completions", {})) == [{"a": 1}]
+    client.close()
+
+
+def test_refusal_is_raised() -> None:
+    client = client_of(httpx.Response(401, json={"error": {"message": "no such key"}}))
+    with pytest.raises(RequestError, match="no such key"):
+        list(client.stream("/v1/completions", {}))
+    client.close()
+
+
+def test_closing_a_stream_closes_its_connection() -> None:
+    source = Stream()
+    client = client_of(httpx.Response(200, stream=source))
+    chunks = client.stream("/v1/completions", {})
+    assert next(chunks) == {"a": 1}
+    assert not source.closed.is_set()
+    chunks.close()
+    assert source.closed.is_set()
+    client.close()
+
+
+def test_ctrl_c_ends_a_stream_and_the_client_goes_on() -> None:
+    source = Stream()
+    answers = iter([httpx.Response(200, stream=source), httpx.Response(200, json={"data": []})])
+    transport = httpx.MockTransport(lambda _: next(answers))
+    client = BlockingClient(ApiClient("h", transport=transport))
+    chunks = client.stream("/v1/completions", {})
+    assert [next(chunks), next(chunks)] == [{"a": 1}, {"a": 2}]
+    with pytest.raises(KeyboardInterrupt):
+        next(chunks)
+    assert source.closed.is_set()
+    assert client.entries("/v1/models") == []
+    client.close()
