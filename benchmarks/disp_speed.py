@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from adapters.format import digest  # noqa: E402
 from adapters.qst.memory import weight_bytes  # noqa: E402
 from benchmarks.disp_baselines import random_selections  # noqa: E402
-from benchmarks.perplexity import add_model_arguments, model_config  # noqa: E402
+from benchmarks.perplexity import add_model_arguments, model_options  # noqa: E402
 from benchmarks.report import say  # noqa: E402
 from decoding import Sampler  # noqa: E402
 from models.checkpoints import Checkpoint, load_pruned  # noqa: E402
@@ -112,8 +112,8 @@ def load_as_wide(
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Load base and variants, and measure what the command line asks for."""
     parts = [text.partition("=") for text in options.variant]
-    config = model_config(options)
-    base = load_base(config, report=say)
+    about = model_options(options)
+    base = load_base(about, report=say)
     _, tables = load_tokenizer(base)
     found: dict[str, dict[str, Any]] = {
         BASE: {
@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     variants: dict[str, Checkpoint] = {}
     for name, _, text in parts:
         folder = Path(text)
-        _, variants[name] = load_variant(config, base, folder, report=say)
+        _, variants[name] = load_variant(about, base, folder, report=say)
         found[name] = {
             "variant": digest(folder),
             "folder_bytes": sum(path.stat().st_size for path in folder.glob("adapter_*")),

@@ -31,7 +31,7 @@ from benchmarks.report import say  # noqa: E402
 from models.checkpoints import Checkpoint  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
 from serve.base_model import load_base, load_variant  # noqa: E402
-from serve.config import ServeConfig  # noqa: E402
+from serve.model_options import ModelOptions  # noqa: E402
 from text.text_file import read_text  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
@@ -107,18 +107,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", type=Path, default=None)
 
 
-def model_config(options: argparse.Namespace, quantization: str = "nf4") -> ServeConfig:
-    """Return what the options say of the base, as a server is told it."""
+def model_options(options: argparse.Namespace, quantization: str = "nf4") -> ModelOptions:
+    """Return what the command line says of the base."""
     cache_dir = None if options.cache_dir is None else str(options.cache_dir)
-    return ServeConfig(model=options.model, quantization=quantization, cache_dir=cache_dir)
+    return ModelOptions(model=options.model, quantization=quantization, cache_dir=cache_dir)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Compute what the command line asks for."""
-    config = model_config(options, options.quantization)
-    checkpoint = load_base(config, report=say)
+    about = model_options(options, options.quantization)
+    checkpoint = load_base(about, report=say)
     if options.variant is not None:
-        _, checkpoint = load_variant(config, checkpoint, options.variant, report=say)
+        _, checkpoint = load_variant(about, checkpoint, options.variant, report=say)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     token_ids = tokenizer.encode(read_text(options.text), add_special_tokens=False)
     windows = cut_windows(token_ids, options.length, options.windows)

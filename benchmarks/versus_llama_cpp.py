@@ -38,8 +38,8 @@ from benchmarks.report import (
 from models.checkpoints import DEFAULT_CACHE_DIR
 from models.demo import fetch_demo_model
 from serve.bench.measure import parse_streams
-from serve.config import build_config
 from serve.machine import count_processors
+from serve.model_options import build_model_options
 
 FORMATS = ("Q4_0", "Q4_1", "Q4_K_M")
 REQUIRED_DECODE = {1: 1.7, 8: 2.5, 32: 3.0}
@@ -67,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def cache_folder() -> Path:
     """Give the folder in which `proa` keeps downloaded models."""
-    given = build_config({}, environ=os.environ).cache_dir
-    return DEFAULT_CACHE_DIR if given is None else Path(given)
+    return build_model_options({}, environ=os.environ).cache_folder or DEFAULT_CACHE_DIR
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,33 +10,33 @@ from decoding import TokenTables, build_token_tables
 from models.checkpoints import Checkpoint, load_checkpoint
 from models.checkpoints.pruned import load_pruned
 from models.decoder import Decoder, HeadPrecision, KernelChoice
-from serve.config import ServeConfig
 from serve.machine import release_mapped_pages, trim_heap
+from serve.model_options import ModelOptions
 from serve.options import ConfigError
 from text.tokenizer import Tokenizer
 
 
-def load_base(config: ServeConfig, *, report: Callable[[str], None]) -> Checkpoint:
+def load_base(options: ModelOptions, *, report: Callable[[str], None]) -> Checkpoint:
     """Load the checkpoint that the options name.
 
     Raises:
         CheckpointError: it cannot be found or read.
     """
     return load_checkpoint(
-        config.model,
-        quantization=config.quantization,
-        cache_dir=_cache_dir(config),
+        options.model,
+        quantization=options.quantization,
+        cache_dir=options.cache_folder,
         report=report,
     )
 
 
 def load_variant(
-    config: ServeConfig, base: Checkpoint, folder: Path, *, report: Callable[[str], None]
+    options: ModelOptions, base: Checkpoint, folder: Path, *, report: Callable[[str], None]
 ) -> tuple[DispVariant, Checkpoint]:
     """Load a pruned variant of the base, and the weights that it leaves.
 
     Args:
-        config: what `base` was loaded with.
+        options: what `base` was loaded with.
         base: not pruned.
         folder: of the variant.
         report: called with one line at a time about what is being done.
@@ -50,14 +50,10 @@ def load_variant(
         model_id=base.name,
     )  # fmt: skip
     pruned = load_pruned(
-        config.model, base, variant.selections, digest=variant.digest,
-        cache_dir=_cache_dir(config), dequantize=config.dequantize, report=report,
+        options.model, base, variant.selections, digest=variant.digest,
+        cache_dir=options.cache_folder, dequantize=options.dequantize, report=report,
     )  # fmt: skip
     return variant, pruned
-
-
-def _cache_dir(config: ServeConfig) -> Path | None:
-    return None if config.cache_dir is None else Path(config.cache_dir)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, TokenTables]:
@@ -70,12 +66,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, TokenTables]:
 
 
 def build_decoder(
-    config: ServeConfig, checkpoint: Checkpoint, base: Decoder | None = None
+    options: ModelOptions, checkpoint: Checkpoint, base: Decoder | None = None
 ) -> Decoder:
     """Build the decoder.
 
     Args:
-        config: with device and threads resolved.
+        options: with device and threads resolved.
         checkpoint: its weights.
         base: the decoder of the base that `checkpoint` is a variant of; the two share what is
             equal. None: nothing is shared.
@@ -87,10 +83,10 @@ def build_decoder(
         return Decoder(
             checkpoint.spec,
             checkpoint.weights,
-            kernels=cast(KernelChoice, config.kernels),
-            device=config.device,
-            head=cast(HeadPrecision, config.head),
-            num_threads=int(config.threads),
+            kernels=cast(KernelChoice, options.kernels),
+            device=options.device,
+            head=cast(HeadPrecision, options.head),
+            num_threads=int(options.threads),
             base=base,
         )
     except ValueError as error:

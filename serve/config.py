@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from serve import environment
+from serve.model_options import ADAPTERS, COMPUTE, MODEL, MODEL_OPTIONS, ModelOptions
 from serve.options import (
     BYTES,
     FLAG,
@@ -24,18 +24,15 @@ from serve.options import (
     TEXT,
     ConfigError,
     option,
+    option_of,
     options_of,
+    read_given,
 )
 
-MODEL = "Model"
-ADAPTERS = "Adapters"
 NETWORK = "Network and access"
-COMPUTE = "Where and how it computes"
 CAPACITY = "Capacity"
 LIMITS = "Requests"
 PROCESS = "Process"
-
-CPU_KERNELS = ("native", "avx2", "avx512")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,14 +43,7 @@ class ServeConfig:
         ConfigError: a value is out of range, or two options contradict each other.
     """
 
-    model: str | None = option(
-        None,
-        "A Hugging Face folder, a hub id, or a .gguf file. Without it: the demo model, "
-        "SmolLM2-135M-Instruct.",
-        kind=PATH,
-        group=MODEL,
-        is_positional=True,
-    )
+    model: str | None = option_of(ModelOptions, "model")
     served_model_name: str | None = option(
         None,
         "The model id clients use. Without it: the last part of the folder or hub id; smollm2 for "
@@ -61,27 +51,9 @@ class ServeConfig:
         kind=TEXT,
         group=MODEL,
     )
-    quantization: str = option(
-        "nf4",
-        "How weights that are not in 4 bits yet are held; nf4 quantises once and keeps the result "
-        "in the cache folder.",
-        kind=TEXT,
-        group=MODEL,
-        choices=("nf4", "none"),
-    )
-    head: str = option(
-        "int8",
-        "Precision of the output layer, a large part of a small model's bytes.",
-        kind=TEXT,
-        group=MODEL,
-        choices=("int8", "nf4", "dense"),
-    )
-    cache_dir: str | None = option(
-        None,
-        "Where downloaded and quantised models are kept. Without it: ~/.cache/proa.",
-        kind=PATH,
-        group=MODEL,
-    )
+    quantization: str = option_of(ModelOptions, "quantization")
+    head: str = option_of(ModelOptions, "head")
+    cache_dir: str | None = option_of(ModelOptions, "cache_dir")
     adapter: tuple[str, ...] = option(
         (),
         "An adapter to attach at start; its model id is the base's, a colon and NAME. May be given "
@@ -98,13 +70,7 @@ class ServeConfig:
         group=ADAPTERS,
         is_repeatable=True,
     )
-    dequantize: bool = option(
-        False,
-        "Make variants of a model that is on disk in 4 bits only. That rounds their weights twice, "
-        "which costs quality; the original weights do better.",
-        kind=FLAG,
-        group=ADAPTERS,
-    )
+    dequantize: bool = option_of(ModelOptions, "dequantize")
     adapter_root: str | None = option(
         None,
         "The folder below which /v1/adapters may attach adapters at run time. Without it: nowhere.",
@@ -167,29 +133,9 @@ class ServeConfig:
         group=NETWORK,
         is_repeatable=True,
     )
-    device: str = option(
-        "auto",
-        "auto takes the GPU if there is one.",
-        kind=TEXT,
-        group=COMPUTE,
-        choices=("auto", "cpu", "cuda"),
-    )
-    kernels: str = option(
-        "auto",
-        "auto takes cuda on a GPU, the native kernels on a processor that has AVX2, else reference "
-        "(plain torch). native takes the better of avx512 and avx2.",
-        kind=TEXT,
-        group=COMPUTE,
-        choices=("auto", "native", "avx2", "avx512", "reference", "cuda"),
-    )
-    threads: int | str = option(
-        "auto",
-        "Threads that compute; auto is one for each processor this process may use.",
-        kind=INTEGER_OR_AUTO,
-        group=COMPUTE,
-        minimum=1,
-        maximum=1024,
-    )
+    device: str = option_of(ModelOptions, "device")
+    kernels: str = option_of(ModelOptions, "kernels")
+    threads: int | str = option_of(ModelOptions, "threads")
     kv_cache_dtype: str = option(
         "auto",
         "Number format of the KV cache; auto is what suits the kernels.",
@@ -325,15 +271,17 @@ class ServeConfig:
                 raise ConfigError(
                     f"adapter, variant: two are called {name!r}; a name is given once"
                 )
-        if self.kernels == "cuda" and self.device == "cpu":
-            raise ConfigError("kernels: 'cuda' needs device 'cuda' or 'auto', got 'cpu'")
-        if self.kernels in CPU_KERNELS and self.device == "cuda":
-            raise ConfigError(f"kernels: {self.kernels!r} computes on the CPU, got device 'cuda'")
+        _ = self.model_options  # refuses what contradicts itself
         if self.max_batch_tokens < self.max_running_sequences:
             raise ConfigError(
                 f"max_batch_tokens: {self.max_batch_tokens} is less than max_running_sequences "
                 f"{self.max_running_sequences}; every running sequence computes a token a step"
             )
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """What is said of the model."""
+        return ModelOptions(**{name: getattr(self, name) for name in MODEL_OPTIONS})
 
     @property
     def adapters(self) -> list[tuple[str, str]]:
@@ -381,13 +329,7 @@ def build_config(
         ConfigError: names the flag, variable or file and key at fault.
     """
     values: dict[str, Any] = {} if file is None else read_file(file)
-    for name, text in environment.read_options(environ, OPTIONS).items():
-        value: object = text.split(",") if OPTIONS[name].is_repeatable else text
-        values[name] = OPTIONS[name].parse(value, environment.environment_name(name))
-    for name, text in arguments.items():
-        declared = OPTIONS[name]
-        spelled = name.upper() if declared.is_positional else declared.flag
-        values[name] = declared.parse(text, spelled)
+    values |= read_given(OPTIONS, arguments, environ)
     return ServeConfig(**values)
 
 

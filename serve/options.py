@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
+from serve import environment
+
 _SIZE_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
@@ -223,6 +225,12 @@ def option(
     return field(default=default, repr=not is_secret, metadata={"option": facts})
 
 
+def option_of(config_class: type, name: str) -> Any:
+    """Declare a dataclass field that is the option of another class, in all that it says."""
+    (declared,) = (item for item in fields(config_class) if item.name == name)
+    return field(default=declared.default, repr=declared.repr, metadata=declared.metadata)
+
+
 def _to_option(item: Field[Any]) -> Option:
     assert item.default is not MISSING
     return Option(name=item.name, default=item.default, **item.metadata["option"])
@@ -231,3 +239,27 @@ def _to_option(item: Field[Any]) -> Option:
 def options_of(config_class: type) -> Mapping[str, Option]:
     """Return the options a dataclass declares, by name, in order."""
     return {f.name: _to_option(f) for f in fields(config_class) if "option" in f.metadata}
+
+
+def read_given(
+    options: Mapping[str, Option], arguments: Mapping[str, Any], environ: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the values that environment and command line give; the command line wins.
+
+    Args:
+        options: those that there are, by name.
+        arguments: text (or a list of texts) of the options given on the command line, by name.
+        environ: the process environment.
+
+    Raises:
+        ConfigError: names the variable or flag at fault.
+    """
+    values: dict[str, Any] = {}
+    for name, text in environment.read_options(environ, options).items():
+        value: object = text.split(",") if options[name].is_repeatable else text
+        values[name] = options[name].parse(value, environment.environment_name(name))
+    for name, text in arguments.items():
+        declared = options[name]
+        spelled = name.upper() if declared.is_positional else declared.flag
+        values[name] = declared.parse(text, spelled)
+    return values

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from serve.config import CPU_KERNELS, ServeConfig
+from serve.config import ServeConfig
 from serve.options import ConfigError
 
 TOKENS_PER_SEQUENCE = 192
@@ -78,27 +78,6 @@ def resolve_votes(config: ServeConfig, *, data_folder: Path) -> ServeConfig:
         return replace(config, votes=str(path.expanduser().absolute()))
     except RuntimeError:
         raise ConfigError(f"votes: {path} is in an unknown home folder") from None
-
-
-def resolve_device(config: ServeConfig, *, has_cuda: bool) -> ServeConfig:
-    """Replace the device "auto" by "cuda" or "cpu".
-
-    Raises:
-        ConfigError: a GPU is asked for and there is none.
-    """
-    if config.device == "auto":
-        wants_cpu = config.kernels in CPU_KERNELS or not has_cuda
-        config = replace(config, device="cpu" if wants_cpu and config.kernels != "cuda" else "cuda")
-    if config.device == "cuda" and not has_cuda:
-        raise ConfigError("device: 'cuda' is asked for, but torch finds no CUDA device")
-    return config
-
-
-def resolve_threads(config: ServeConfig, *, num_processors: int) -> ServeConfig:
-    """Replace the thread count "auto" by the number of processors this process may use."""
-    if config.threads != "auto":
-        return config
-    return replace(config, threads=max(1, num_processors))
 
 
 def resolve_capacity(

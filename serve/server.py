@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,13 +39,12 @@ from serve.machine import (
     count_processors,
     free_memory_bytes,
 )
+from serve.model_options import resolve_model_options
 from serve.options import ConfigError
 from serve.resolve import (
     resolve_access,
     resolve_adapters,
     resolve_capacity,
-    resolve_device,
-    resolve_threads,
     resolve_votes,
 )
 from serve.ui.mount import PATH, UserInterface
@@ -102,14 +101,18 @@ def build_service(
             adapter cannot be loaded.
     """
     config = resolve_adapters(resolve_access(config))
-    config = resolve_device(config, has_cuda=torch.cuda.is_available())
-    config = resolve_threads(config, num_processors=count_processors())
+    options = resolve_model_options(
+        config.model_options,
+        has_cuda=torch.cuda.is_available(),
+        num_processors=count_processors(),
+    )
+    config = replace(config, **asdict(options))
     try:
-        checkpoint = load_base(config, report=report)
+        checkpoint = load_base(options, report=report)
         # The tokenizer loads while the decoder packs its weights: both leave Python's lock alone.
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(load_tokenizer, checkpoint)
-            decoder = build_decoder(config, checkpoint)
+            decoder = build_decoder(options, checkpoint)
             # The native kernels have their own threads; torch's would only get in their way.
             is_torch = decoder.kernels == "reference"
             torch.set_num_threads(int(config.threads) if is_torch else 1)

@@ -40,6 +40,20 @@ MAY_IMPORT = {
     "text": ("text",),
     "text.training_data": ("text", "adapters.qst.examples"),
     "serve": ("serve", "models", "decoding", "adapters", "text", "client", "stats"),
+    "serve.environment": (),
+    "serve.machine": (),
+    "serve.options": ("serve.environment",),
+    "serve.model_options": ("serve.options",),
+    # Training, checks and benchmarks load models without the server's options.
+    "serve.base_model": (
+        "serve.machine",
+        "serve.model_options",
+        "serve.options",
+        "models",
+        "decoding",
+        "adapters",
+        "text",
+    ),
     "serve.attachments": (
         "serve.attachments",
         "serve.backends.protocol",
@@ -124,7 +138,8 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, int]]:
             assert node.module is not None
             yield node.module, node.lineno
             for alias in node.names:
-                if (ROOT / node.module.replace(".", "/") / f"{alias.name}.py").exists():
+                path = ROOT / node.module.replace(".", "/") / alias.name
+                if path.with_suffix(".py").exists() or (path / "__init__.py").exists():
                     yield f"{node.module}.{alias.name}", node.lineno
 
 
@@ -149,6 +164,47 @@ def test_packages_import_only_what_they_may() -> None:
                 is_fine = any(is_within(name, a) or is_within(a, name) for a in allowed)
             if not is_fine:
                 breaches.append(f"{path}:{line} imports {name}")
+    assert breaches == []
+
+
+def find_circles(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """Return the groups of modules that import each other, directly or by way of others."""
+    reach = {start: set(found) for start, found in arrows.items()}
+    for middle in reach:
+        for found in reach.values():
+            if middle in found:
+                found |= reach[middle]
+    groups = {
+        frozenset(other for other in found if start in reach[other])
+        for start, found in reach.items()
+        if start in found
+    }
+    return sorted(map(set, groups), key=min)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = {module_name(path): tree for path, tree in TREES.items()}
+    arrows = {
+        name: {found for found, _ in imported(tree) if found in modules and found != name}
+        for name, tree in modules.items()
+    }
+    assert find_circles(arrows) == []
+
+
+def test_circles_are_found() -> None:
+    arrows = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"f"}, "f": {"e", "a"}}
+    assert find_circles(arrows) == [{"b", "c"}, {"e", "f"}]
+
+
+def test_benchmarks_use_no_command() -> None:
+    files = sorted((ROOT / "benchmarks").glob("*.py"))
+    assert files
+    breaches = [
+        f"{path.name}:{line} imports {name}"
+        for path in files
+        for name, line in imported(ast.parse(path.read_text(encoding="utf-8")))
+        if is_within(name, "serve.cli")
+    ]
     assert breaches == []
 
 
@@ -254,6 +310,10 @@ def test_every_requirement_is_imported_and_every_import_required() -> None:
     [
         ("decoding", {"transformers", "bitsandbytes", "vllm", "fastapi", "uvicorn", "models"}),
         ("models.decoder", {"transformers", "bitsandbytes", "vllm", "fastapi", "serve"}),
+        ("client.api", {"torch", "fastapi", "serve"}),
+        ("stats.timings", {"torch", "numpy", "serve"}),
+        ("text.training_data", {"transformers", "fastapi", "serve"}),
+        ("serve.base_model", {"transformers", "fastapi", "starlette", "uvicorn", "yaml", "httpx"}),
         ("serve.api", {"transformers", "bitsandbytes", "models", "vllm"}),
         ("serve.server", {"transformers", "bitsandbytes", "gguf", "vllm", "huggingface_hub"}),
         ("serve.cli.main", {"torch", "numpy", "fastapi", "httpx", "yaml"}),

@@ -70,8 +70,8 @@ def _load(
     folder: Path,
     report: Callable[[str], None],
 ) -> LoadedVariant:
-    variant, pruned = load_variant(config, base, folder, report=report)
-    decoder = build_decoder(config, pruned, base_decoder)
+    variant, pruned = load_variant(config.model_options, base, folder, report=report)
+    decoder = build_decoder(config.model_options, pruned, base_decoder)
     kept = count_linears(base.spec, variant.disp.widths)
     return LoadedVariant(
         decoder=decoder,

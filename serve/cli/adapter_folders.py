@@ -23,7 +23,7 @@ from models.checkpoints import Checkpoint, CheckpointError
 from models.pruning import MODULES, prune_spec
 from serve.base_model import load_base
 from serve.cli.arguments import CommandError, UserError, printable, say
-from serve.config import ServeConfig
+from serve.model_options import ModelOptions
 
 _SHOWN_DIGITS = 12
 
@@ -107,12 +107,12 @@ def _disp_rows(stored: StoredAdapter) -> list[tuple[str, str]]:
     return rows
 
 
-def verify_folder(folder: Path, config: ServeConfig, *, on: Path | None = None) -> str:
+def verify_folder(folder: Path, options: ModelOptions, *, on: Path | None = None) -> str:
     """Hold an adapter against a base model, or against a variant of one.
 
     Args:
         folder: the adapter.
-        config: names the base.
+        options: name the base.
         on: the variant, or None.
 
     Returns:
@@ -135,7 +135,7 @@ def verify_folder(folder: Path, config: ServeConfig, *, on: Path | None = None) 
             "with --on"
         )
     try:
-        base = load_base(config, report=say)
+        base = load_base(options, report=say)
     except CheckpointError as error:
         raise UserError(str(error)) from None
     if about.method == "disp":

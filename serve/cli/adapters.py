@@ -8,8 +8,8 @@ from typing import Any
 
 from serve.cli.arguments import UserError, add_options, given_options, printable
 from serve.cli.connection import connect
-from serve.config import OPTIONS, build_config
 from serve.environment import client_settings
+from serve.model_options import MODEL_OPTIONS, build_model_options
 
 DESCRIPTION = """\
 Adapters are folders with an adapter_config.json and an adapter_model.safetensors: side networks
@@ -29,7 +29,9 @@ Attach one when a server starts with 'proa serve --adapter NAME=DIR', or --varia
 a pruned variant, and talk to it by the model id BASE:NAME.
 """
 
-VERIFY_OPTIONS = {name: OPTIONS[name].as_flag() for name in ("model", "quantization", "cache_dir")}
+VERIFY_OPTIONS = {
+    name: MODEL_OPTIONS[name].as_flag() for name in ("model", "quantization", "cache_dir")
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,8 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.action == "inspect":
         print(inspect_folder(arguments.folder))
     else:
-        config = build_config(given_options(arguments, VERIFY_OPTIONS), environ=os.environ)
-        print(verify_folder(arguments.folder, config, on=arguments.on))
+        options = build_model_options(given_options(arguments, VERIFY_OPTIONS), environ=os.environ)
+        print(verify_folder(arguments.folder, options, on=arguments.on))
     return 0
 
 

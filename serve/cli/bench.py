@@ -26,10 +26,11 @@ from serve.cli.arguments import (
     parse_decoding,
     say,
 )
-from serve.config import CAPACITY, COMPUTE, MODEL, OPTIONS, ServeConfig, build_config
+from serve.config import CAPACITY, OPTIONS, ServeConfig, build_config
 from serve.environment import client_settings
 from serve.event_loop import run_on_loop
 from serve.machine import describe_processor
+from serve.model_options import MODEL_OPTIONS
 from serve.resolve import TOKENS_PER_SEQUENCE
 from serve.version import VERSION
 from stats.timings import TimingError
@@ -61,8 +62,7 @@ _VARIANT = "variant"
 BENCH_OPTIONS = {
     name: declared
     for name, declared in OPTIONS.items()
-    if (declared.group in (MODEL, COMPUTE, CAPACITY) and name != "served_model_name")
-    or name == "dequantize"
+    if declared.group == CAPACITY or name in MODEL_OPTIONS or name == "kv_cache_dtype"
 }
 
 

@@ -17,8 +17,9 @@ from serve.cli.arguments import (
     request_fields,
     say,
 )
-from serve.config import COMPUTE, MODEL, OPTIONS, build_config
+from serve.config import OPTIONS, build_config
 from serve.event_loop import run_on_loop
+from serve.model_options import MODEL_OPTIONS
 
 DESCRIPTION = """\
 Continue a prompt in this process, without a server. The text goes to the standard output as it is
@@ -33,6 +34,12 @@ examples:
   proa generate "Once upon a time" --variant small=./small
   cat prompt.txt | proa generate --model ./Llama-3.2-1B --max-tokens 200 --json
 """
+
+ENGINE_OPTIONS = {
+    name: declared.as_flag()
+    for name, declared in OPTIONS.items()
+    if name in MODEL_OPTIONS or name == "kv_cache_dtype"
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,14 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_request_arguments(parser, max_tokens=256)
     add_options(parser, ENGINE_OPTIONS)
-
-
-def _engine_options() -> dict[str, Any]:
-    chosen = {n: o for n, o in OPTIONS.items() if o.group in (MODEL, COMPUTE) or n == "dequantize"}
-    return {n: o.as_flag() for n, o in chosen.items() if n != "served_model_name"}
-
-
-ENGINE_OPTIONS = _engine_options()
 
 
 def run(arguments: argparse.Namespace) -> int:

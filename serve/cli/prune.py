@@ -9,8 +9,8 @@ from typing import Any
 
 from adapters.disp.search_config import CHOICES, SearchConfig
 from serve.cli.arguments import UserError, add_options, given_options
-from serve.config import MODEL, OPTIONS, build_config
 from serve.environment import let_threads_sleep
+from serve.model_options import MODEL, MODEL_OPTIONS, build_model_options
 
 DESCRIPTION = """\
 Search for a pruned variant of a model (DISP-LLM) and write it as an attachment: the channels that
@@ -40,9 +40,9 @@ examples:
 """
 
 METHODS = ("disp",)
-MODEL_OPTIONS = {
-    name: OPTIONS[name].as_flag() for name in ("model", "cache_dir", "device", "threads")
-} | {"dequantize": replace(OPTIONS["dequantize"], group=MODEL)}
+MODEL_FLAGS = {
+    name: MODEL_OPTIONS[name].as_flag() for name in ("model", "cache_dir", "device", "threads")
+} | {"dequantize": replace(MODEL_OPTIONS["dequantize"], group=MODEL)}
 # Field of SearchConfig, placeholder, help.
 SEARCH_FLAGS = (
     ("steps", "N", "optimiser steps for the least share"),
@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_group.add_argument(
         "--description", metavar="TEXT", default="", help="a line about the variant, kept in it"
     )
-    add_options(parser, MODEL_OPTIONS)
+    add_options(parser, MODEL_FLAGS)
 
 
 def _shares(text: str) -> tuple[float, ...]:
@@ -167,10 +167,10 @@ def run(arguments: argparse.Namespace) -> int:
     config = read_search_config(arguments)
     if not arguments.data.is_file():
         raise UserError(f"--data: {arguments.data} is not a file")
-    given = given_options(arguments, MODEL_OPTIONS)
-    server_config = build_config(given, environ=os.environ)
+    given = given_options(arguments, MODEL_FLAGS)
+    options = build_model_options(given, environ=os.environ)
     let_threads_sleep(os.environ)
     # Loads torch, which takes seconds: wrong arguments are refused first.
     from serve.cli.prune_run import run_search
 
-    return run_search(arguments, config, server_config)
+    return run_search(arguments, config, options)

@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -11,15 +10,14 @@ from adapters.disp.search import SearchResult, search
 from adapters.disp.search_config import SearchConfig
 from adapters.format import AdapterError
 from adapters.training_state import TrainingError, TrainingInterrupted
-from models.checkpoints import Checkpoint, CheckpointError, load_checkpoint
+from models.checkpoints import Checkpoint, CheckpointError
 from models.spec import DecoderSpec
 from models.weights import Weight, dense
 from serve.base_model import load_base, settle_memory
 from serve.cli.arguments import CommandError, UserError, say
 from serve.cli.stop_signals import INTERRUPTED, stop_signals
-from serve.config import ServeConfig
 from serve.machine import count_processors
-from serve.resolve import resolve_device, resolve_threads
+from serve.model_options import ModelOptions, resolve_model_options
 from text.chat_template import ChatTemplateError
 from text.text_file import read_text
 from text.token_bytes import TokenizerError
@@ -28,17 +26,16 @@ from text.tokenizer import Tokenizer
 _SERVED_QUANTIZATION = "nf4"
 
 
-def run_search(
-    arguments: argparse.Namespace, config: SearchConfig, server_config: ServeConfig
-) -> int:
+def run_search(arguments: argparse.Namespace, config: SearchConfig, options: ModelOptions) -> int:
     """Search as `serve.cli.prune` was told; see its `run`."""
-    server_config = resolve_device(server_config, has_cuda=torch.cuda.is_available())
-    server_config = resolve_threads(server_config, num_processors=count_processors())
+    options = resolve_model_options(
+        options, has_cuda=torch.cuda.is_available(), num_processors=count_processors()
+    )
     text = read_text(arguments.data)
     if not text.strip():
         raise UserError(f"{arguments.data}: the file is empty")
     try:
-        original, served = load_originals(server_config)
+        original, served = load_originals(options)
         tokenizer = Tokenizer.from_folder(original.folder)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
     except (CheckpointError, TokenizerError, ChatTemplateError) as error:
@@ -52,9 +49,9 @@ def run_search(
             f"{config.length} takes {config.length + 1}, give more text or a smaller --length"
         )
     config = resolve_shares(config, original.spec, is_total=arguments.remove_total is not None)
-    torch.set_num_threads(int(server_config.threads))
+    torch.set_num_threads(int(options.threads))
     settle_memory(original.folder.resolve())
-    say(f"{arguments.data}: {len(token_ids)} tokens; {server_config.threads} threads")
+    say(f"{arguments.data}: {len(token_ids)} tokens; {options.threads} threads")
     with stop_signals() as requested:
         try:
             results = search(
@@ -64,7 +61,7 @@ def run_search(
                 base_fingerprint=served.fingerprint,
                 base_quantization=served.quantization,
                 config=config,
-                device=server_config.device,
+                device=options.device,
                 resume=arguments.resume,
                 description=arguments.description,
                 should_stop=lambda: bool(requested),
@@ -83,21 +80,20 @@ def run_search(
     return 0
 
 
-def load_originals(config: ServeConfig) -> tuple[Checkpoint, Checkpoint]:
+def load_originals(options: ModelOptions) -> tuple[Checkpoint, Checkpoint]:
     """Load a model twice: its original weights, and as it is served by default.
 
     Args:
-        config: names the model; `dequantize` takes 4-bit weights where there are no others.
+        options: name the model; `dequantize` takes 4-bit weights where there are no others.
 
     Raises:
         CheckpointError: the model cannot be found or read.
         UserError: it has only 4-bit weights.
     """
-    served = load_base(replace(config, quantization=_SERVED_QUANTIZATION), report=say)
-    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-    original = load_checkpoint(config.model, quantization="none", cache_dir=cache_dir, report=say)
+    served = load_base(replace(options, quantization=_SERVED_QUANTIZATION), report=say)
+    original = load_base(replace(options, quantization="none"), report=say)
     if original.quantization != "none":
-        if not config.dequantize:
+        if not options.dequantize:
             raise UserError(
                 f"--model: the weights of {original.name} are in 4 bits "
                 f"({original.quantization}); a search, and slicing after it, need the original "

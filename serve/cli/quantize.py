@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from serve.cli.arguments import UserError, add_options, given_options, say
-from serve.config import OPTIONS, build_config
+from serve.model_options import MODEL_OPTIONS, build_model_options
 
 DESCRIPTION = """\
 Quantise a model to 4 bits and write it as a Hugging Face folder in bitsandbytes' format:
@@ -18,7 +18,7 @@ examples:
   proa quantize Qwen/Qwen2.5-0.5B-Instruct ./qwen-nf4 --double-quant
 """
 
-CACHE_OPTION = {"cache_dir": OPTIONS["cache_dir"]}
+CACHE_OPTION = {"cache_dir": MODEL_OPTIONS["cache_dir"]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"OUT: {output} exists already; name a new folder")
     given = given_options(arguments, CACHE_OPTION)
-    cache_dir = build_config(given, environ=os.environ).cache_dir
+    options = build_model_options(given, environ=os.environ)
     # Loads torch, which takes seconds: wrong arguments are refused first.
     from models.checkpoints import CheckpointError, quantize_checkpoint
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             output,
             double_quant=arguments.double_quant,
             quant_type=arguments.quant_type,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
+            cache_dir=options.cache_folder,
             report=say,
         )
     except CheckpointError as error:

@@ -7,8 +7,8 @@ from typing import Any
 
 from adapters.training_config import CHOICES, TrainingConfig
 from serve.cli.arguments import UserError, add_options, given_options
-from serve.config import COMPUTE, MODEL, OPTIONS, build_config
 from serve.environment import let_threads_sleep
+from serve.model_options import MODEL_OPTIONS, build_model_options
 
 DESCRIPTION = """\
 Train a side network (Quantized Side Tuning) for a model and write it as an adapter. The model stays
@@ -46,12 +46,7 @@ METHODS = ("qst",)
 TASKS = ("causal-lm", "classification")
 DOWNSAMPLES = ("linear", "lora", "adapter", "maxpool", "avgpool")
 LONG_POLICIES = ("error", "truncate", "skip")
-MODEL_OPTIONS = {
-    name: declared.as_flag()
-    for name, declared in OPTIONS.items()
-    if (declared.group in (MODEL, COMPUTE) or name == "dequantize")
-    and name not in ("served_model_name", "kv_cache_dtype", "kv_cache_tokens")
-}
+MODEL_FLAGS = {name: declared.as_flag() for name, declared in MODEL_OPTIONS.items()}
 # Flag, type, placeholder, help. What is not given keeps the default of `QstConfig`, whose module
 # loads torch; a test compares the numbers here with it.
 SIDE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
@@ -131,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_group.add_argument(
         "--description", metavar="TEXT", default="", help="a line about the adapter, kept in it"
     )
-    add_options(parser, MODEL_OPTIONS)
+    add_options(parser, MODEL_FLAGS)
 
 
 def _add_training(group: Any, name: str, metavar: str, text: str) -> None:
@@ -180,10 +175,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--on: {arguments.on} is not a folder")
     if arguments.max_length is not None and arguments.max_length < 2:
         raise UserError(f"--max-length must be at least 2, got {arguments.max_length}")
-    given = given_options(arguments, MODEL_OPTIONS)
-    server_config = build_config(given, environ=os.environ)
+    given = given_options(arguments, MODEL_FLAGS)
+    options = build_model_options(given, environ=os.environ)
     let_threads_sleep(os.environ)
     # Loads torch, which takes seconds: wrong arguments are refused first.
     from serve.cli.train_run import run_training
 
-    return run_training(arguments, config, server_config)
+    return run_training(arguments, config, options)

@@ -16,9 +16,8 @@ from models.checkpoints import Checkpoint, CheckpointError
 from serve.base_model import build_decoder, load_base, load_variant, settle_memory
 from serve.cli.arguments import CommandError, UserError, say
 from serve.cli.stop_signals import INTERRUPTED, stop_signals
-from serve.config import ServeConfig
 from serve.machine import count_processors
-from serve.resolve import resolve_device, resolve_threads
+from serve.model_options import ModelOptions, resolve_model_options
 from text.chat_template import ChatTemplateError
 from text.token_bytes import TokenizerError
 from text.tokenizer import Tokenizer
@@ -37,19 +36,20 @@ QST_FIELDS = (
 
 
 def run_training(
-    arguments: argparse.Namespace, config: TrainingConfig, server_config: ServeConfig
+    arguments: argparse.Namespace, config: TrainingConfig, options: ModelOptions
 ) -> int:
     """Train as `serve.cli.train` was told; see its `run`."""
-    server_config = resolve_device(server_config, has_cuda=torch.cuda.is_available())
-    server_config = resolve_threads(server_config, num_processors=count_processors())
+    options = resolve_model_options(
+        options, has_cuda=torch.cuda.is_available(), num_processors=count_processors()
+    )
     try:
-        checkpoint = load_base(server_config, report=say)
+        checkpoint = load_base(options, report=say)
         tokenizer = Tokenizer.from_folder(checkpoint.folder)
     except (CheckpointError, TokenizerError, ChatTemplateError) as error:
         raise UserError(str(error)) from error
     if arguments.on is not None:
         try:
-            _, checkpoint = load_variant(server_config, checkpoint, arguments.on, report=say)
+            _, checkpoint = load_variant(options, checkpoint, arguments.on, report=say)
         except (AdapterError, CheckpointError) as error:
             raise UserError(f"--on: {error}") from error
     examples, eval_examples, labels = read_data(arguments, checkpoint, tokenizer)
@@ -64,10 +64,10 @@ def run_training(
         qst.side_spec(checkpoint.spec)
     except AdapterError as error:
         raise UserError(str(error)) from None
-    decoder = build_decoder(server_config, checkpoint)
-    torch.set_num_threads(int(server_config.threads))
+    decoder = build_decoder(options, checkpoint)
+    torch.set_num_threads(int(options.threads))
     settle_memory(checkpoint.folder.resolve())
-    say(f"{decoder.kernels} kernels, {server_config.threads} threads")
+    say(f"{decoder.kernels} kernels, {options.threads} threads")
     with stop_signals() as requested:
         try:
             result = train(
@@ -78,7 +78,7 @@ def run_training(
                 qst=qst,
                 config=config,
                 eval_examples=eval_examples,
-                device=server_config.device,
+                device=options.device,
                 resume=arguments.resume,
                 description=arguments.description,
                 should_stop=lambda: bool(requested),

@@ -18,7 +18,7 @@ from benchmarks.perplexity import (
     load_network,
     losses_with_adapter,
     mean_loss,
-    model_config,
+    model_options,
 )
 from models.checkpoints import Checkpoint, load_checkpoint
 from models.decoder import Decoder
@@ -45,7 +45,7 @@ def variant(base: Checkpoint, tmp_path: Path) -> Path:
 
 def load(folder: Path, base: Checkpoint, variant: Path, tmp_path: Path) -> Checkpoint:
     options = Namespace(model=str(folder), cache_dir=tmp_path / "cache")
-    config = model_config(options, "none")
+    config = model_options(options, "none")
     return load_variant(config, base, variant, report=lambda _: None)[1]
 
 

@@ -15,8 +15,6 @@ from serve.resolve import (
     resolve_access,
     resolve_adapters,
     resolve_capacity,
-    resolve_device,
-    resolve_threads,
     resolve_votes,
 )
 
@@ -247,31 +245,6 @@ def test_adapters_are_names_and_folders(tmp_path: Path) -> None:
 def test_missing_adapter_folder_is_refused(fields: dict, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         resolve_adapters(ServeConfig(**fields))
-
-
-@pytest.mark.parametrize(
-    ("device", "kernels", "has_cuda", "expected"),
-    [
-        ("auto", "auto", True, "cuda"),
-        ("auto", "auto", False, "cpu"),
-        ("auto", "native", True, "cpu"),
-        ("cpu", "auto", True, "cpu"),
-    ],
-)
-def test_device_auto(device: str, kernels: str, has_cuda: bool, expected: str) -> None:
-    config = ServeConfig(device=device, kernels=kernels)
-    assert resolve_device(config, has_cuda=has_cuda).device == expected
-
-
-@pytest.mark.parametrize(("device", "kernels"), [("cuda", "auto"), ("auto", "cuda")])
-def test_missing_gpu_is_refused(device: str, kernels: str) -> None:
-    with pytest.raises(ConfigError, match="torch finds no CUDA device"):
-        resolve_device(ServeConfig(device=device, kernels=kernels), has_cuda=False)
-
-
-def test_threads_auto_is_the_number_of_processors() -> None:
-    assert resolve_threads(ServeConfig(), num_processors=6).threads == 6
-    assert resolve_threads(ServeConfig(threads=2), num_processors=6).threads == 2
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from adapters.disp.search_config import SearchConfig
 from adapters.format import read_config
 from models.weights import dense
 from serve.cli.main import build_parser
-from serve.cli.prune import MODEL_OPTIONS, read_search_config
+from serve.cli.prune import MODEL_FLAGS, read_search_config
 from serve.cli.prune_run import as_served, load_originals
-from serve.config import ServeConfig
+from serve.model_options import ModelOptions
 
 ROOT = Path(__file__).parents[3]
 TEXT = "A text of a few words that says the same again and again. " * 40
@@ -58,7 +58,7 @@ def test_help_has_every_option_with_the_default_that_holds() -> None:
         }  # fmt: skip
         shown = others.get(item.name, item.default)
         assert f"[default: {shown}]" in text
-    for name in MODEL_OPTIONS:
+    for name in MODEL_FLAGS:
         assert f"--{name.replace('_', '-')}" in text
 
 
@@ -215,8 +215,8 @@ def test_interrupted_run_goes_on_where_it_stopped(
 def test_search_computes_with_the_weights_that_are_served(
     tiny_llama_folder: Path, cache: Path
 ) -> None:
-    config = ServeConfig(model=str(tiny_llama_folder), cache_dir=str(cache))
-    original, served = load_originals(config)
+    options = ModelOptions(model=str(tiny_llama_folder), cache_dir=str(cache))
+    original, served = load_originals(options)
     found = as_served(original, served)
     name = "layers.0.down.weight"
     assert torch.equal(found.weights[name], dense(served.weights[name]))

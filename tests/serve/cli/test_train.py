@@ -16,7 +16,7 @@ from adapters.format import digest, read_config
 from adapters.qst import QstConfig
 from adapters.training_config import TrainingConfig
 from serve.cli.main import build_parser
-from serve.cli.train import DOWNSAMPLES, MODEL_OPTIONS, SIDE_FLAGS, read_training_config
+from serve.cli.train import DOWNSAMPLES, MODEL_FLAGS, SIDE_FLAGS, read_training_config
 from serve.cli.train_run import QST_FIELDS
 
 ROOT = Path(__file__).parents[3]
@@ -52,7 +52,7 @@ def test_help_has_every_option_with_the_default_that_holds() -> None:
         assert f"--{item.name.replace('_', '-')} " in text
         if item.default is not None:
             assert f"[default: {item.default}]" in text
-    for name in MODEL_OPTIONS:
+    for name in MODEL_FLAGS:
         assert re.search(rf"--{name.replace('_', '-')}[ ,]", text)
     assert "--on DIR" in text
     defaults = QstConfig()
