@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "adapters": ("adapters", "models"),
     "evaluation": ("evaluation", "client", "stats"),
     "text": ("text",),
+    # Records become the examples that adapters are trained on; adapters know no text.
     "text.training_data": ("text", "adapters.qst.examples"),
     "serve": ("serve", "models", "decoding", "adapters", "text", "client", "stats"),
     "serve.environment": (),
