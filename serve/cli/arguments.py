@@ -145,9 +145,11 @@ def parse_decoding(text: str) -> dict[str, Any]:
 
 
 def explain(error: RequestError) -> str:
-    """Return what a server's refusal means to somebody in a terminal."""
+    """Return what a server's refusal means to somebody in a terminal, on one line."""
     hint = " (give --api-key or set PROA_API_KEY)" if error.status == 401 else ""
-    return f"{error}{hint}" + ("" if error.status is None else f" [status {error.status}]")
+    return f"{printable(error)}{hint}" + (
+        "" if error.status is None else f" [status {error.status}]"
+    )
 
 
 def printable(text: object) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -113,6 +114,25 @@ def test_server_that_never_answers_is_told() -> None:
     client, listener = silent_client(answer_timeout_s=0.05)
     with listener, pytest.raises(RequestError, match="does not answer in time"):
         asyncio.run(client.request("GET", "/v1/models"))
+
+
+def test_server_that_dribbles_is_told() -> None:
+    async def dribble(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        with suppress(OSError):
+            while True:
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.01)
+
+    async def ask() -> None:
+        async with await asyncio.start_server(dribble, "127.0.0.1", 0) as server:
+            url = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            client = ApiClient(url, answer_timeout_s=0.1, silence_timeout_s=60)
+            await client.request("GET", "/v1/models")
+
+    with pytest.raises(RequestError, match="does not answer in time"):
+        asyncio.run(ask())
 
 
 def test_stream_that_falls_silent_is_told() -> None:

@@ -74,6 +74,12 @@ def test_refused_turn_is_reported_and_forgotten(server, run_proa) -> None:
     assert [len(body["messages"]) for body in server.bodies] == [1, 1]
 
 
+def test_refusal_cannot_command_the_terminal(server, run_proa) -> None:
+    server.failure = (400, "\x1b[2Jgone\nproa: all is well")
+    done = run_proa("chat", "--url", server.url, stdin="one\n")
+    assert done.stderr == "proa: error: ?[2Jgone?proa: all is well [status 400]\n"
+
+
 def test_error_within_the_stream_is_reported(server, conversation) -> None:
     server.stream_error = "the engine broke"
     with pytest.raises(RequestError, match="the engine broke"):
