@@ -7,8 +7,9 @@ import torch
 
 from adapters.qst.examples import Example
 from models.checkpoints import Checkpoint
+from text.records import read_records
 from text.tokenizer import Tokenizer
-from text.training_data import Limit, build_examples, read_records
+from text.training_data import Limit, build_examples
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -314,6 +314,7 @@ def test_every_requirement_is_imported_and_every_import_required() -> None:
         ("client.api", {"torch", "fastapi", "serve"}),
         ("stats.timings", {"torch", "numpy", "serve"}),
         ("text.training_data", {"transformers", "fastapi", "serve"}),
+        ("text.records", {"torch", "tokenizers", "adapters", "serve"}),
         ("serve.base_model", {"transformers", "fastapi", "starlette", "uvicorn", "yaml", "httpx"}),
         ("serve.api", {"transformers", "bitsandbytes", "models", "vllm"}),
         ("serve.server", {"transformers", "bitsandbytes", "gguf", "vllm", "huggingface_hub"}),

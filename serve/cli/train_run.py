@@ -19,15 +19,10 @@ from serve.cli.stop_signals import INTERRUPTED, stop_signals
 from serve.machine import count_processors
 from serve.model_options import ModelOptions, resolve_model_options
 from text.chat_template import ChatTemplateError
+from text.records import read_records
 from text.token_bytes import TokenizerError
 from text.tokenizer import Tokenizer
-from text.training_data import (
-    Limit,
-    build_examples,
-    build_labelled,
-    describe_examples,
-    read_records,
-)
+from text.training_data import Limit, build_examples, build_labelled, describe_examples
 
 QST_FIELDS = (
     "reduction", "rank", "downsample", "side_heads", "side_kv_heads", "side_head_dim",

@@ -8,6 +8,7 @@ import pytest
 from adapters.qst.examples import Example
 from text.chat_template import ChatTemplate
 from text.errors import DataError
+from text.records import read_records
 from text.tokenizer import Tokenizer
 from text.training_data import (
     Limit,
@@ -15,7 +16,6 @@ from text.training_data import (
     build_examples,
     build_labelled,
     describe_examples,
-    read_records,
 )
 
 
@@ -165,14 +165,6 @@ def test_malformed_line_is_named(
 ) -> None:
     with pytest.raises(DataError, match=message):
         build(text, tokenizer, tmp_path)
-
-
-def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot read .*none.jsonl: No such file"):
-        read_records(tmp_path / "none.jsonl")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}')
-    with pytest.raises(DataError, match="line 2: not UTF-8 text"):
-        read_records(tmp_path / "latin.jsonl")
 
 
 LONG = [{"text": "ab"}, {"text": "x" * 20}, {"prompt": "y" * 20, "completion": "z"}]
