@@ -140,7 +140,9 @@ class ApiClient:
         except (httpx.TimeoutException, TimeoutError):
             raise RequestError(f"the server at {self.url} does not answer in time") from None
         except httpx.HTTPError:
-            raise broken_off(self.url) from None
+            raise RequestError(
+                f"the connection to {self.url} broke; the server may have stopped or restarted"
+            ) from None
 
 
 def unreachable(url: str, error: Exception) -> RequestError:
@@ -149,11 +151,6 @@ def unreachable(url: str, error: Exception) -> RequestError:
     return RequestError(
         f"no server answers at {url}{reason}; start one with 'proa serve' or give another address"
     )
-
-
-def broken_off(url: str) -> RequestError:
-    """Return the error for a connection that ended."""
-    return RequestError(f"the connection to {url} broke; the server may have stopped or restarted")
 
 
 def make_headers(key: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ import platform
 import resource
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
             "torch": version("torch"),
         },
         "cpu": describe_processor(),
-        "command": shlex.join(["proa", *sys.argv[1:]]),
+        "command": describe_command(["proa", *sys.argv[1:]]),
     }
     figures["config"] |= asdict(plan) | decoding.request_fields()
     if not arguments.json:
@@ -175,6 +175,16 @@ def _measure(arguments: argparse.Namespace, plan: Plan, decoding: Decoding) -> d
     return asyncio.run(
         _run_server(client, HttpStreams(client, decoding, model=model, key=key), plan)
     )
+
+
+def describe_command(words: Sequence[str]) -> str:
+    """Return a command line without the key that may be in it: results are kept and shown."""
+    shown: list[str] = []
+    for word in words:
+        if shown and shown[-1] == "--api-key":
+            word = "KEY"
+        shown.append("--api-key=KEY" if word.startswith("--api-key=") else word)
+    return shlex.join(shown)
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import struct
 from typing import Any
 
 import pytest
@@ -95,6 +96,20 @@ def test_stream_is_recorded_with_increasing_times() -> None:
     assert times == sorted(times)
     assert head.startswith(b"POST /v1/completions HTTP/1.1\r\n")
     assert b"Bearer k\r\n" in head
+
+
+def test_answer_is_whole_even_if_the_connection_breaks_after_it() -> None:
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(WHOLE)
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
+        writer.transport.abort()
+
+    recording, _ = asyncio.run(record(answer))
+    assert [chunk for _, chunk in recording.chunks] == CHUNKS
 
 
 def test_server_that_falls_silent_is_told() -> None:

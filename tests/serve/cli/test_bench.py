@@ -18,7 +18,7 @@ from models.spec import DecoderSpec, LayerSpec, canonical_weights
 from serve.backends.native import NativeBackend
 from serve.bench.measure import Plan, parse_streams
 from serve.cli.arguments import Parser, UserError
-from serve.cli.bench import add_arguments, fit_cache, run
+from serve.cli.bench import add_arguments, describe_command, fit_cache, run
 from serve.config import ServeConfig
 
 VOCAB_SIZE = 64
@@ -184,6 +184,13 @@ def test_bench_refuses_what_the_model_cannot_do(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run(parse(*words, "--streams", "1"))
+
+
+@pytest.mark.parametrize("given", [["--api-key", "hush"], ["--api-key=hush"]])
+def test_result_names_the_command_without_its_key(given: list[str]) -> None:
+    shown = describe_command(["proa", "bench", *given, "--url", "http://a b"])
+    assert "hush" not in shown
+    assert shown.endswith("--url 'http://a b'")
 
 
 def test_fit_cache_makes_room_for_long_prompts_only() -> None:
