@@ -12,8 +12,8 @@ import pytest
 
 from tests.browser import NAMES, find_chromium
 
-# Before torch is imported, here and in the processes that tests start. The models are tiny: a second
-# thread would only wait for the first, and torch's threads spin while they wait.
+# Before torch is imported, here and in the processes that tests start. The models are tiny: a
+# second thread would only wait for the first, and torch's threads spin while they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
