@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -17,15 +18,15 @@ class Barrier {
   explicit Barrier(int count) : count_(count) {}
   void wait() {
     if (count_ == 1) return;
-    const int phase = phase_.load(std::memory_order_acquire);
+    const uint32_t phase = phase_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
       arrived_.store(0, std::memory_order_relaxed);
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) {
       if (spins < 1000)
-        _mm_pause();
+        ++spins, _mm_pause();
       else
         std::this_thread::yield();
     }
@@ -34,7 +35,7 @@ class Barrier {
  private:
   const int count_;
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> phase_{0};
+  alignas(64) std::atomic<uint32_t> phase_{0};  // wraps around
 };
 
 class Pool {
@@ -72,7 +73,7 @@ class Pool {
 
  private:
   void work(int thread) {
-    for (int seen = 0;; ++seen) {
+    for (uint32_t seen = 0;; ++seen) {
       for (int spins = 0; spins < 4000 && generation_.load(std::memory_order_acquire) == seen; ++spins) _mm_pause();
       if (generation_.load(std::memory_order_acquire) == seen) {
         std::unique_lock<std::mutex> lock(mutex_);
@@ -92,7 +93,7 @@ class Pool {
   std::vector<std::thread> workers_;
   std::mutex turn_, mutex_;
   std::condition_variable wake_;
-  std::atomic<int> generation_{0};
+  std::atomic<uint32_t> generation_{0};  // wraps around
   const std::function<void(int)>* job_ = nullptr;
 };
 
