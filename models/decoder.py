@@ -197,12 +197,6 @@ class Decoder:
         dtype = dtype or self._default_cache_dtype
         return self._executor.make_cache(side.spec, num_blocks, block_size, dtype)
 
-    def side_cache_bytes_per_block(
-        self, side: AttachedSide, *, block_size: int = 16, dtype: torch.dtype | None = None
-    ) -> int:
-        """Return the bytes that one block of a side network's cache takes over all layers."""
-        return cache_bytes_per_block(side.spec, block_size, dtype or self._default_cache_dtype)
-
 
 def resolve_kernels(kernels: KernelChoice, device: str) -> KernelChoice:
     """Choose kernels for "auto" and refuse what cannot run.

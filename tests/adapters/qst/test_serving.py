@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.decoder import Decoder
+from models.kv_cache import cache_bytes_per_block
 from models.side import AttachedSide
 from tests.adapters.side_decoders import (
     DOWNSAMPLES,
@@ -96,7 +97,7 @@ def test_side_cache_takes_the_base_cache_over_the_reduction() -> None:
     decoder = make_decoder("paper", "reference")
     side = attach(decoder)
     base_bytes = decoder.cache_bytes_per_block(dtype=torch.float16)
-    assert decoder.side_cache_bytes_per_block(side, dtype=torch.float16) * 4 == base_bytes
+    assert cache_bytes_per_block(side.spec, 16, torch.float16) * 4 == base_bytes
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,9 @@ def test_side_cache_takes_its_share_of_the_bases_bytes() -> None:
     spec, weights = make_decoder_parts("llama")
     decoder = Decoder(spec, weights, kernels="reference")
     side = decoder.attach(make_side(spec, heads=4, kv_heads=2, head_dim=4))
-    assert 4 * decoder.side_cache_bytes_per_block(side) == decoder.cache_bytes_per_block()
+    cache = decoder.make_side_cache(side, num_blocks=1)
+    held = sum(t.nbytes for t in (*cache.keys, *cache.values))
+    assert 4 * held == decoder.cache_bytes_per_block()
 
 
 def test_side_network_is_freed_with_its_last_reference(kernels: str) -> None:
