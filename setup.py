@@ -1,12 +1,14 @@
 """Build the native kernels into `models/kernels/native/_native.so`, a shared library ctypes loads.
 
 The library needs neither torch nor Python headers. Files named `*_avx2.cpp` and `*_avx512.cpp` are
-compiled for their instruction set; which one runs is decided when the library is loaded. Processors
-that are not x86-64 get no library and compute with torch.
+compiled for their instruction set; which one runs is decided when the library is loaded. The digest
+of the sources is compiled in, so that a library of other ones is refused. Processors that are not
+x86-64 get no library and compute with torch.
 """
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 SOURCES = Path("models/kernels/native/cpp")
 BASE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-pthread")
+digest_sources = runpy.run_path(str(ROOT / SOURCES.parent / "sources.py"))["digest_sources"]
 ISA_FLAGS = {
     "_avx2": ("-mavx2", "-mfma", "-mf16c"),
     "_avx512": (
@@ -60,9 +63,11 @@ class BuildNative(build_ext):
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
 
+        digest = f'-DPROA_SOURCES="{digest_sources(ROOT / SOURCES)}"'
+
         def compile_one(name: str) -> str:
             target = str(objects / (Path(name).stem + ".o"))
-            self.call([compiler, *BASE_FLAGS, *isa_flags(name), "-c", name, "-o", target])
+            self.call([compiler, *BASE_FLAGS, *isa_flags(name), digest, "-c", name, "-o", target])
             return target
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -77,13 +82,9 @@ class BuildNative(build_ext):
             raise SystemExit(f"error: {' '.join(command)} failed\n{done.stderr}")
 
 
-def list_files(pattern: str) -> list[str]:
-    """Return the matching native sources, relative to the project."""
-    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / SOURCES).glob(pattern))
-
-
 NATIVE = Extension(
-    "models.kernels.native._native", sources=list_files("*.cpp"), depends=list_files("*.h")
+    "models.kernels.native._native",
+    sources=sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / SOURCES).glob("*.cpp")),
 )
 
 setup(

@@ -202,7 +202,8 @@ def resolve_kernels(kernels: KernelChoice, device: str) -> KernelChoice:
     """Choose kernels for "auto" and refuse what cannot run.
 
     Raises:
-        ValueError: names the choice and what would work.
+        ValueError: names the choice and what would work, or how to rebuild a native library that
+            does not fit this code.
     """
     is_cuda = device.startswith("cuda")
     if kernels == "auto":
@@ -213,7 +214,7 @@ def resolve_kernels(kernels: KernelChoice, device: str) -> KernelChoice:
         wanted = "auto" if kernels == "native" else kernels
         if not is_native_available(wanted):
             raise ValueError(
-                f"kernels {kernels!r} need a processor with "
+                f"kernels {kernels!r} need the native library and an x86-64 processor with "
                 f"{'AVX-512 VNNI' if kernels == 'avx512' else 'AVX2, FMA and F16C'}; "
                 "use 'auto' or 'reference'"
             )

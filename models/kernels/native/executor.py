@@ -7,40 +7,37 @@ bits as its rows alone, and a prompt in chunks the same bits as the prompt whole
 
 import ctypes
 import dataclasses
-import functools
 import os
 import weakref
 from collections.abc import Iterator
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.batch import PackedBatch
+from models.kernels.native.library import native_library
 from models.kernels.native.lowering import Lowering
 from models.kernels.native.memory import lazy_zeros
 from models.kernels.native.panels import PANEL, float_format
 from models.kernels.native.side import SideEntries, lower_side
-from models.kernels.native.structs import OP_KINDS, NativeOp, NativeStep, load_library
+from models.kernels.native.structs import OP_KINDS, NativeOp, NativeStep
 from models.kernels.reference.operations import apply_prologue
 from models.kv_cache import KVCache
 from models.program import AttentionOp, Program
 from models.side import AttachedSide, SideProgram
 from models.spec import DecoderSpec
 
-_LIBRARY_PATH = Path(__file__).with_name("_native.so")
 BLOCK_SIZE = 16
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    return load_library(str(_LIBRARY_PATH)) if _LIBRARY_PATH.exists() else None
-
-
 def is_native_available(kernels: str) -> bool:
-    """Whether the extension is built and this processor runs "auto", "avx2" or "avx512"."""
-    library = _library()
+    """Whether the library is built and this processor runs "auto", "avx2" or "avx512".
+
+    Raises:
+        NativeLibraryError: the library was not built for this code.
+    """
+    library = native_library()
     return library is not None and library.proa_kernels_name(kernels.encode()) != b""
 
 
@@ -74,7 +71,7 @@ class NativeExecutor:
         num_threads: int | None = None,
         base: "NativeExecutor | None" = None,
     ) -> None:
-        library = _library()
+        library = native_library()
         if library is None or not is_native_available(kernels):
             raise ValueError(f"native kernels {kernels!r} are not available on this machine")
         self.name = f"native-{library.proa_kernels_name(kernels.encode()).decode()}"

@@ -17,7 +17,7 @@ from models.weights import Matrix, Quantized4Bit, Quantized8Bit, code_group
 
 PANEL = 16
 MAX_CODE = 4095
-_FORMATS = {"codes4": 0, "codes8": 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+FORMATS = {"codes4": 0, "codes8": 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,9 +45,9 @@ def float_format(dtype: torch.dtype) -> int:
     Raises:
         ValueError: not float32, bfloat16 or float16.
     """
-    if dtype not in _FORMATS:
+    if dtype not in FORMATS:
         raise ValueError(f"native kernels read float32, bfloat16 and float16, not {dtype}")
-    return _FORMATS[dtype]
+    return FORMATS[dtype]
 
 
 def kernel_group(weight: Matrix) -> int:
@@ -97,7 +97,7 @@ def _pack_codes4(weight: Quantized4Bit, group: int, library: ctypes.CDLL) -> Pan
         packed.data_ptr(), by_group.data_ptr(), outputs, inputs, group, data.data_ptr()
     )
     return Panels(
-        data=data, codebook=codebook, format=_FORMATS["codes4"], group=group, outputs=outputs
+        data=data, codebook=codebook, format=FORMATS["codes4"], group=group, outputs=outputs
     )
 
 
@@ -108,4 +108,4 @@ def _pack_codes8(weight: Quantized8Bit, group: int) -> Panels:
     codes = codes.permute(0, 2, 3, 1, 4).reshape(-1, groups, group * PANEL)
     scales = _pad_rows(weight.scales).view(-1, PANEL, groups).transpose(1, 2).contiguous()
     data = torch.cat((codes, scales.view(torch.int8)), dim=2).contiguous()
-    return Panels(data=data, codebook=None, format=_FORMATS["codes8"], group=group, outputs=outputs)
+    return Panels(data=data, codebook=None, format=FORMATS["codes8"], group=group, outputs=outputs)

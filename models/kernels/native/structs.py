@@ -1,4 +1,4 @@
-"""The native executor's structures, field by field as in models/kernels/native/cpp/program.h."""
+"""The native executor's structures, field by field as in `cpp/program.h`."""
 
 import ctypes
 from typing import ClassVar
@@ -69,27 +69,5 @@ class NativeStep(ctypes.Structure):
     ]  # fmt: skip
 
 
-def load_library(path: str) -> ctypes.CDLL:
-    """Load the extension and declare its functions.
-
-    Raises:
-        OSError: the file is missing or was built for another machine.
-    """
-    library = ctypes.CDLL(path)
-    library.proa_kernels_name.argtypes = [ctypes.c_char_p]
-    library.proa_kernels_name.restype = ctypes.c_char_p
-    library.proa_pool_create.argtypes = [ctypes.c_int]
-    library.proa_pool_create.restype = _P
-    library.proa_pool_destroy.argtypes = [_P]
-    library.proa_pool_destroy.restype = None
-    library.proa_program_create.argtypes = [
-        ctypes.POINTER(NativeOp), ctypes.c_int, _P, ctypes.c_int, _P, ctypes.c_char_p,
-    ]  # fmt: skip
-    library.proa_program_create.restype = _P
-    library.proa_program_destroy.argtypes = [_P]
-    library.proa_program_destroy.restype = None
-    library.proa_program_run.argtypes = [_P, ctypes.POINTER(NativeStep)]
-    library.proa_program_run.restype = None
-    library.proa_pack_codes4.argtypes = [_P, _P, ctypes.c_int, ctypes.c_int, ctypes.c_int, _P]
-    library.proa_pack_codes4.restype = None
-    return library
+# In the order in which the library tells their layout.
+STRUCTURES = (NativePiece, NativeOp, NativeSide, NativeSideEntry, NativeStep)

@@ -1,4 +1,4 @@
-// The program of a decoder as the native executor reads it. Mirrored field by field in models/kernels/native/structs.py.
+// The program of a decoder as the native executor reads it. Mirrored field by field in structs.py, one folder up.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,7 +12,7 @@ constexpr int kMaxActivation = 8191;  // 64 products of a 13-bit activation and 
 enum OpKind : int32_t { kEmbed = 0, kLinear = 1, kAttention = 2, kTap = 3 };
 enum Prologue : int32_t { kPlain = 0, kRmsNorm = 1, kLayerNorm = 2, kActivation = 3, kGatedActivation = 4 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
-enum PoolKind : int32_t { kNoPool = 0, kMaxPool = 1, kAveragePool = 2 };
+enum PoolKind : int32_t { kNoPool = 0, kMaxPool = 1, kAvgPool = 2 };
 enum Format : int32_t { kCodes4 = 0, kCodes8 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4 };
 
 // One matrix of a linear; several share an input. `data` holds panels of 16 outputs, the last one padded:

@@ -308,6 +308,19 @@ class Program {
 
 extern "C" {
 
+// The layout that structs.py mirrors: of the structures of its STRUCTURES, size and offset of the last field; 0 after them.
+int proa_layout(int i) {
+  using namespace proa;
+  static const int layout[] = {
+      sizeof(Piece),     offsetof(Piece, reserved),    sizeof(Op),   offsetof(Op, reserved),   sizeof(Side), offsetof(Side, rotary_scale),
+      sizeof(SideEntry), offsetof(SideEntry, v_cache), sizeof(Step), offsetof(Step, reserved),
+  };
+  return i < int(sizeof(layout) / sizeof(int)) ? layout[i] : 0;
+}
+
+// Digest of the sources that this was built of; setup.py defines it.
+const char* proa_sources() { return PROA_SOURCES; }
+
 const char* proa_kernels_name(const char* wanted) {
   const proa::Kernels* kernels = proa::find_kernels(wanted);
   return kernels ? kernels->name : "";
