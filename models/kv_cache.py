@@ -11,9 +11,9 @@ from torch import Tensor
 from models.spec import DecoderSpec
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class KVCache:
-    """Blocks of keys and values, one pair of tensors for each layer.
+    """Blocks of keys and values, one pair of tensors for each layer; equal only to itself.
 
     Attributes:
         keys, values: per layer; the layout is the executor's that made them, the block index first.

@@ -21,7 +21,7 @@ from models.kernels.native.structs import (
     NativeSideEntry,
     NativeStep,
 )
-from models.kernels.reference.executor import map_tensors
+from models.kernels.tensors import map_tensors
 from models.kv_cache import KVCache
 from models.program import Activate, LinearOp, Norm, Piece
 from models.side import AttachedSide, Downsample, SideProgram

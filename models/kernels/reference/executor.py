@@ -1,7 +1,6 @@
-"""Run steps with the torch operations beside this file, over plain caches."""
+"""Run whole steps with the torch operations beside this file, over plain caches."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.batch import PackedBatch
+from models.kernels.plain_cache import attend_sequences, make_plain_cache
 from models.kernels.reference.operations import (
     Linear,
     apply_head,
@@ -19,6 +19,7 @@ from models.kernels.reference.operations import (
     run_side,
     walk_layers,
 )
+from models.kernels.tensors import count_bytes, map_tensors
 from models.kv_cache import KVCache
 from models.program import AttentionOp, Program
 from models.side import AttachedSide, SideProgram
@@ -168,99 +169,3 @@ def attach_plain(program: SideProgram, device: torch.device) -> AttachedSide:
     assert isinstance(moved, SideProgram)
     size = sum(tensor.nbytes for tensor in copies)
     return AttachedSide(moved.network.spec, size, moved)
-
-
-def map_tensors(
-    item: object,
-    change: Callable[[Tensor], Tensor],
-    rebuild: Callable[[object], object | None] = lambda _: None,
-) -> object:
-    """Rebuild nested dataclasses, tuples and mappings with every tensor changed, each one once.
-
-    Args:
-        item: what to rebuild.
-        change: gives the new tensor.
-        rebuild: gives an item's replacement as a whole, or None to look into it.
-    """
-    changed: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def visit(item: object) -> object:
-        if isinstance(item, Tensor):
-            if id(item) not in changed:
-                changed[id(item)] = (item, change(item))
-            return changed[id(item)][1]
-        whole = rebuild(item)
-        if whole is not None:
-            return whole
-        if isinstance(item, tuple):
-            return tuple(visit(part) for part in item)
-        if isinstance(item, Mapping):
-            return {key: visit(part) for key, part in item.items()}
-        if dataclasses.is_dataclass(item) and not isinstance(item, type):
-            fields = {f.name: visit(getattr(item, f.name)) for f in dataclasses.fields(item)}
-            return dataclasses.replace(item, **fields)
-        return item
-
-    return visit(item)
-
-
-def count_bytes(program: Program, base: Program | None = None) -> int:
-    """Count the bytes of what a program computes with, without what another one has too."""
-
-    def tensors_of(program: Program) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
-        map_tensors(program.ops, lambda tensor: found.setdefault(id(tensor), tensor))
-        return found
-
-    shared = set() if base is None else tensors_of(base).keys()
-    return sum(tensor.nbytes for key, tensor in tensors_of(program).items() if key not in shared)
-
-
-def make_plain_cache(
-    spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-) -> KVCache:
-    """Return an empty cache of (num_blocks, block_size, K, E) tensors."""
-    shapes = [
-        (num_blocks, block_size, layer.num_key_value_heads, layer.head_dim) for layer in spec.layers
-    ]
-    keys, values = (
-        [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for _ in range(2)
-    )
-    return KVCache(keys=keys, values=values, num_blocks=num_blocks, block_size=block_size)
-
-
-def attend_sequences(
-    op: AttentionOp, q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, cache: KVCache
-) -> Tensor:
-    """Store a step's keys and values in a plain cache and attend, sequence by sequence.
-
-    Args:
-        op: the attention.
-        q: (T, H, E); k, v: (T, K, E).
-        batch: where each token belongs.
-        cache: from `make_plain_cache`.
-
-    Returns:
-        (T, H * E).
-    """
-    keys, values = cache.keys[op.layer], cache.values[op.layer]
-    out, starts = [], batch.query_starts.tolist()
-    for b, context in enumerate(batch.context_lens.tolist()):
-        tokens = slice(starts[b], starts[b + 1])
-        positions = batch.positions[tokens].to(q.device).long()
-        table = batch.block_tables[b].to(q.device).long()
-        first = 0 if batch.write_starts is None else int(batch.write_starts[b])
-        new = positions >= first
-        where = (table[positions // cache.block_size][new], positions[new] % cache.block_size)
-        keys[where] = k[tokens][new].detach().to(keys.dtype)
-        values[where] = v[tokens][new].detach().to(values.dtype)
-        blocks = table[: -(-context // cache.block_size)]
-        seen_k = keys[blocks].flatten(0, 1)[:context].to(q.dtype)
-        seen_v = values[blocks].flatten(0, 1)[:context].to(q.dtype)
-        mask = torch.arange(context, device=q.device) <= positions[:, None]
-        attended = F.scaled_dot_product_attention(
-            q[tokens].transpose(0, 1)[None], seen_k.transpose(0, 1)[None],
-            seen_v.transpose(0, 1)[None], attn_mask=mask, scale=op.scale, enable_gqa=True,
-        )  # fmt: skip
-        out.append(attended[0].transpose(0, 1).reshape(-1, op.num_heads * op.head_dim))
-    return torch.cat(out)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from models.decoder import Decoder
 from models.kernels.cuda.executor import CudaExecutor, attend_decode, place_program
-from models.kernels.reference.executor import make_plain_cache
+from models.kernels.plain_cache import make_plain_cache
 from models.kernels.reference.operations import run_program
 from models.program import AttentionOp, LinearOp, build_program
 from models.weights import Quantized4Bit, quantize_8bit
