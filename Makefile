@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
-NATIVE := $(wildcard models/kernels/native/cpp/*)
+NATIVE := $(wildcard models/kernels/native/cpp/*) models/kernels/native/sources.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
 help:

@@ -1,11 +1,12 @@
-"""The CUDA executor: on a CUDA device against the reference, and its parts on the CPU."""
+"""The parts of the CUDA executor that need no GPU; see also test_cuda_decoder.py."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from models.decoder import Decoder
-from models.kernels.cuda.executor import CudaExecutor, attend_decode, place_program
+from models.kernels.cuda.executor import CudaExecutor, place_program
+from models.kernels.cuda.graphs import attend_decode
 from models.kernels.plain_cache import make_plain_cache
 from models.kernels.reference.operations import run_program
 from models.program import AttentionOp, LinearOp, build_program
@@ -14,33 +15,6 @@ from tests.models.kernels.random_decoders import KINDS, make_decoder_parts, pack
 
 SEQUENCES = [[(7 * i + 3 * s) % 100 for i in range(n)] for s, n in enumerate((37, 5, 64))]
 TABLES = [[3, 1, 5, 7], [0, 9, 9, 9], [2, 4, 6, 8]]
-STEPS = [[(0, 30), (0, 3), (0, 62)], [(30, 31), (3, 4), (62, 63)], [(31, 32), (4, 5), (63, 64)]]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("is_quantized", [False, True], ids=["dense", "nf4"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_cuda_decoder_equals_reference(kind: str, is_quantized: bool) -> None:
-    spec, weights = make_decoder_parts(kind, is_quantized=is_quantized)
-    results = []
-    for kernels, device in (("cuda", "cuda"), ("reference", "cpu")):
-        decoder = Decoder(spec, weights, kernels=kernels, device=device, head="dense")  # type: ignore[arg-type]
-        cache = decoder.make_cache(num_blocks=12, dtype=torch.float32)
-        logits = [decoder.forward(pack_batch(SEQUENCES, TABLES, spans), cache) for spans in STEPS]
-        results.append(torch.cat(logits).cpu())
-    error = (results[0] - results[1]).std() / results[1].std()
-    assert error < 0.02  # bfloat16 operands
-
-
-@pytest.mark.gpu
-def test_cuda_decode_graph_replays_for_other_batches() -> None:
-    spec, weights = make_decoder_parts("llama", is_quantized=True)
-    decoder = Decoder(spec, weights, kernels="cuda", device="cuda")
-    cache = decoder.make_cache(num_blocks=12, dtype=torch.float32)
-    decoder.forward(pack_batch(SEQUENCES, TABLES, STEPS[0]), cache)
-    three = decoder.forward(pack_batch(SEQUENCES, TABLES, STEPS[1]), cache)
-    two = decoder.forward(pack_batch(SEQUENCES[:2], TABLES[:2], STEPS[1][:2]), cache)
-    torch.testing.assert_close(two, three[:2], rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("kind", KINDS)
