@@ -1,4 +1,7 @@
-"""The instruction sets that kernel tests run on."""
+"""The instruction sets that kernel tests run on, and the compiler."""
+
+import os
+import shutil
 
 import pytest
 
@@ -19,3 +22,9 @@ def kernels(request: pytest.FixtureRequest) -> str:
     if request.param != "reference" and not is_native_available(request.param):
         pytest.skip(f"this processor does not run {request.param}")
     return request.param
+
+
+@pytest.fixture
+def compiler() -> str:
+    """The C++ compiler, as `setup.py` finds it."""
+    return os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")))

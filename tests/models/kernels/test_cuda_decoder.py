@@ -88,6 +88,19 @@ def test_decoder_equals_reference(make: Make, kind: str) -> None:
     assert_near(*results)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_and_their_logits_equal_reference(make: Make, kind: str) -> None:
+    parts = make_decoder_parts(kind)
+    batch = pack_batch(SEQUENCES, TABLES, PROMPTS)
+    results = []
+    for decoder in (make(parts), reference(parts)):
+        states = list(decoder.hidden_states(batch))
+        logits = decoder.logits(decoder.apply_final_norm(states[-1]))
+        results.append([*states, logits])
+    for found, expected in zip(*results, strict=True):
+        assert_near(found, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_4_bit_decoder_equals_reference_on_a_gpu(kind: str) -> None:

@@ -1,9 +1,7 @@
 """The native library is checked when it is loaded: one built for other code is refused."""
 
 import ctypes
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +31,7 @@ Build = Callable[..., Path]
 
 
 @pytest.fixture
-def build(tmp_path: Path) -> Build:
+def build(tmp_path: Path, compiler: str) -> Build:
     """Return a function that builds a library that does nothing but tell what it is."""
 
     def build(
@@ -59,7 +57,6 @@ def build(tmp_path: Path) -> Build:
         }
         code = tmp_path / "library.cpp"
         code.write_text('extern "C" {\n' + "\n".join(bodies.values()) + "\n}\n")
-        compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
         library = folder / "_native.so"
         command = [*compiler.split(), "-shared", "-fPIC", "-o", str(library), str(code)]
         subprocess.run(command, check=True)
