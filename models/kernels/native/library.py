@@ -8,6 +8,7 @@ installed copy has no sources beside it; its library and its Python files come i
 
 import ctypes
 import functools
+import platform
 import sys
 from pathlib import Path
 
@@ -37,12 +38,13 @@ class NativeLibraryError(ValueError):
 
 @functools.cache
 def native_library() -> ctypes.CDLL | None:
-    """Return the library beside this file, or None where none was built.
+    """Return the library beside this file, or None on a processor that has none.
 
     Raises:
-        NativeLibraryError: it was built for other code or for another machine.
+        NativeLibraryError: it is missing, or was built for other code or another machine.
     """
-    return load_library(_PATH) if _PATH.exists() else None
+    has_kernels = platform.machine().lower() in ("x86_64", "amd64")
+    return load_library(_PATH) if has_kernels or _PATH.exists() else None
 
 
 def load_library(path: Path) -> ctypes.CDLL:
@@ -52,7 +54,7 @@ def load_library(path: Path) -> ctypes.CDLL:
         path: of the library; `cpp` beside it holds its sources, or is missing.
 
     Raises:
-        NativeLibraryError: it was built for other code or for another machine.
+        NativeLibraryError: it is missing, or was built for other code or another machine.
     """
     try:
         library = ctypes.CDLL(str(path))

@@ -4,7 +4,7 @@ import ctypes
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -122,16 +122,40 @@ def test_file_that_is_no_library_is_refused(tmp_path: Path, content: bytes) -> N
     refusal(path)
 
 
-def test_refused_library_stops_kernels_from_being_chosen(
-    build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(native, "_PATH", build(sources="other"))
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Return a function that has another library taken for ours."""
     native.native_library.cache_clear()
-    try:
-        with pytest.raises(NativeLibraryError, match="was not built for this code"):
-            resolve_kernels("auto", "cpu")
-    finally:
-        native.native_library.cache_clear()
+    yield lambda path: monkeypatch.setattr(native, "_PATH", path)
+    native.native_library.cache_clear()
+
+
+def test_refused_library_stops_kernels_from_being_chosen(
+    build: Build, place: Callable[[Path], None]
+) -> None:
+    place(build(sources="other"))
+    with pytest.raises(NativeLibraryError, match="was not built for this code"):
+        resolve_kernels("auto", "cpu")
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "AMD64"])
+def test_missing_library_is_refused_where_there_are_kernels(
+    place: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: str
+) -> None:
+    place(tmp_path / "models" / "kernels" / "native" / "_native.so")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    with pytest.raises(NativeLibraryError, match="No such file or directory"):
+        resolve_kernels("auto", "cpu")
+
+
+def test_missing_library_leaves_torch_to_other_processors(
+    place: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    place(tmp_path / "_native.so")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert resolve_kernels("auto", "cpu") == "reference"
+    with pytest.raises(ValueError, match="'native' need the native library and an x86-64"):
+        resolve_kernels("native", "cpu")
 
 
 def test_digest_of_sources_tells_names_and_contents(tmp_path: Path) -> None:
