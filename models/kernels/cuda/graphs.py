@@ -41,11 +41,11 @@ class Recording:
 class Recorder:
     """Captures steps on one device, into memory that all of them share.
 
-    Adapters and variants attach on threads of their own while the engine's thread captures. An
-    allocation there calls cudaMalloc, which ends a capture in CUDA's default ("global") mode; and
-    one that finds no memory makes the allocator wait for the device, which no mode allows while a
-    capture runs. So captures are in mode "thread_local", for what other threads of the process do,
-    and whoever allocates through an executor holds `lock`, which a capture takes.
+    Adapters and variants attach on threads of their own while the engine's thread captures. In
+    CUDA's default mode ("global") a cudaMalloc there fails, and the capture with it; and one that
+    finds no memory makes the allocator wait for the device, which no mode allows while a capture
+    runs. So captures are in mode "thread_local", for whatever else the process does, and what
+    allocates through an executor holds `lock`, which a capture takes.
 
     Attributes:
         lock: held while a step is captured; hold it to allocate or copy on the device.
