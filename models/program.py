@@ -7,6 +7,7 @@ architecture.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -71,6 +72,8 @@ class LinearOp:
         accumulate: add to dst.
         scatter: (outputs,) int32: which column of dst each output is added to.
         selects_rows: compute the batch's output rows only; dst is the logits.
+        names: canonical, of the matrices, such as "layers.3.q"; factors of a low-rank one are
+            "layers.3.q.right" and "layers.3.q.left". Nothing is computed by them.
     """
 
     src: str
@@ -81,6 +84,7 @@ class LinearOp:
     accumulate: bool = False
     scatter: Tensor | None = None
     selects_rows: bool = False
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +139,19 @@ class Program:
     rotary_scale: float
     num_layers: int
     vocab_size: int
+
+    @property
+    def embed(self) -> EmbedOp:
+        """The first operation."""
+        embed = self.ops[0]
+        assert isinstance(embed, EmbedOp)
+        return embed
+
+    @property
+    def layers(self) -> tuple[tuple[Op, ...], ...]:
+        """The operations of each layer, without its tap; their stream is the buffer "x"."""
+        taps = [i for i, op in enumerate(self.ops) if isinstance(op, TapOp)]
+        return tuple(self.ops[i + 1 : j] for i, j in pairwise(taps))
 
     @property
     def head(self) -> LinearOp:
@@ -207,32 +224,34 @@ class _Builder:
     ) -> None:
         """Emit one operation for the full matrices and two for each low-rank one."""
         scatter = None if kept is None else torch.tensor(kept, dtype=torch.int32)
-        pieces, products, offset = [], [], 0
+        pieces, products, full, offset = [], [], [], 0
         for name in names:
             weight = self.weights[f"{name}.weight"]
             bias = self.vector(f"{name}.bias")
             if isinstance(weight, LowRank):
-                products.append((weight, bias, offset))
+                products.append((name, weight, bias, offset))
             else:
+                full.append(name)
                 pieces.append(Piece(weight=weight, bias=bias, offset=offset))
             offset += weight.shape[0]
         if pieces:
             op = LinearOp(
                 src=src, dst=dst, prologue=prologue, in_features=pieces[0].weight.shape[1],
                 pieces=tuple(pieces), accumulate=accumulate, scatter=scatter,
-                selects_rows=selects_rows,
+                selects_rows=selects_rows, names=tuple(full),
             )  # fmt: skip
             self.ops.append(op)
-        for weight, bias, start in products:
+        for name, weight, bias, start in products:
             rank = weight.right.shape[0]
             thin = self.buffer("rank", rank)
             right = Piece(weight=weight.right, bias=None, offset=0)
             left = Piece(weight=weight.left, bias=bias, offset=start)
             self.ops += [
                 LinearOp(src=src, dst=thin, prologue=prologue,
-                         in_features=weight.right.shape[1], pieces=(right,)),
+                         in_features=weight.right.shape[1], pieces=(right,),
+                         names=(f"{name}.right",)),
                 LinearOp(src=thin, dst=dst, prologue=None, in_features=rank, pieces=(left,),
-                         accumulate=accumulate, scatter=scatter),
+                         accumulate=accumulate, scatter=scatter, names=(f"{name}.left",)),
             ]  # fmt: skip
 
     def layer(self, i: int, layer: LayerSpec) -> None:

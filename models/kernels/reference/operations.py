@@ -1,9 +1,12 @@
 """Compute a program and a side network with plain torch operations, on any device.
 
-This is what every other executor is held against.
+This is what every other executor is held against. It is also what trains: every function is
+differentiable in the tensors of a side network (`adapters.qst.network`), and a `Hook` lets a search
+for channels (`adapters.disp.masked`) and calibration (`adapters.calibration`) into the same walk.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,29 @@ from models.weights import Matrix, dense
 
 Attend = Callable[[AttentionOp, Tensor, Tensor, Tensor], Tensor]
 Linear = Callable[[Tensor, Matrix], Tensor]
+
+
+class Hook(Protocol):
+    """Sees, and may change, what goes into linears and what comes out.
+
+    That is all that a selection of channels needs: what a block reads, what it adds to the
+    residual stream, and the middle of the MLP all are the input or the output of a linear.
+    """
+
+    def before(self, op: LinearOp, x: Tensor) -> Tensor:
+        """Return what `op` multiplies in place of x.
+
+        Args:
+            op: about to be computed; `op.names` says which linears it is.
+            x: (T, in_features), after the norm or activation.
+        """
+        ...
+
+    def after(self, op: LinearOp, out: Tensor) -> Tensor:
+        """Return what `op` stores or adds in place of `out`, (T, outputs) side by side."""
+        ...
+
+
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -93,6 +119,7 @@ def run_ops(
     *,
     attend: Attend,
     linear: Linear = apply_linear,
+    hook: Hook | None = None,
 ) -> None:
     """Compute operations of layers over named buffers of (T, width) rows, in place of the old rows.
 
@@ -103,12 +130,21 @@ def run_ops(
         angles: cos and sin of the rows' positions.
         attend: stores keys and values and returns what the queries attend to.
         linear: multiplies rows with a weight.
+        hook: called around each linear.
     """
     for op in ops:
         if isinstance(op, LinearOp):
-            _run_linear(op, buffers, widths, linear)
+            _run_linear(op, buffers, widths, linear, hook)
         elif isinstance(op, AttentionOp):
             buffers[op.dst] = attend(op, *_split_heads(op, buffers[op.src], *angles))
+
+
+def apply_embed(op: EmbedOp, token_ids: Tensor, positions: Tensor) -> Tensor:
+    """Return the (T, D) float32 embedding of (T,) tokens at (T,) positions."""
+    x = op.table[token_ids].float()
+    if op.positions_table is None:
+        return x
+    return x + op.positions_table[positions + op.positions_offset].float()
 
 
 def walk_layers(
@@ -118,6 +154,7 @@ def walk_layers(
     *,
     attend: Attend,
     linear: Linear = apply_linear,
+    hook: Hook | None = None,
     buffers: dict[str, Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the (T, D) embedding, then what each layer leaves of the residual stream.
@@ -125,21 +162,21 @@ def walk_layers(
     Args:
         program: on the device of the other tensors.
         token_ids, positions: (T,) int64.
-        attend, linear: as for `run_ops`.
-        buffers: receives the rows, by name.
+        attend, linear, hook: as for `run_ops`.
+        buffers: receives the rows, by name; from one layer to the next only the stream is kept.
     """
     angles = rotary_angles(program.inv_freq, program.rotary_scale, positions)
     buffers = {} if buffers is None else buffers
     for op in program.ops:
         if isinstance(op, EmbedOp):
-            x = op.table[token_ids].float()
-            if op.positions_table is not None:
-                x = x + op.positions_table[positions + op.positions_offset].float()
-            buffers[op.dst] = x
+            buffers[op.dst] = apply_embed(op, token_ids, positions)
         elif isinstance(op, TapOp):
-            yield buffers[op.src]
+            stream = buffers[op.src]
+            buffers.clear()
+            buffers[op.src] = stream
+            yield stream
         elif op is not program.head:
-            run_ops((op,), buffers, program.widths, angles, attend=attend, linear=linear)
+            run_ops((op,), buffers, program.widths, angles, attend=attend, linear=linear, hook=hook)
 
 
 def apply_prologue(op: LinearOp, x: Tensor) -> Tensor:
@@ -196,24 +233,32 @@ def _apply_piece(x: Tensor, piece: Piece, linear: Linear) -> Tensor:
 
 
 def _run_linear(
-    op: LinearOp, buffers: dict[str, Tensor], widths: Mapping[str, int], linear: Linear
+    op: LinearOp,
+    buffers: dict[str, Tensor],
+    widths: Mapping[str, int],
+    linear: Linear,
+    hook: Hook | None,
 ) -> None:
     x = apply_prologue(op, buffers[op.src])
+    if hook is not None:
+        x = hook.before(op, x)
     outs = [_apply_piece(x, piece, linear) for piece in op.pieces]
-    width = sum(out.shape[1] for out in outs)
-    is_whole = op.scatter is None and width == widths[op.dst]
-    if is_whole:
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    if hook is not None:
+        out = hook.after(op, out)
+    if op.scatter is None and out.shape[1] == widths[op.dst]:
         buffers[op.dst] = buffers[op.dst] + out if op.accumulate else out
         return
     if op.dst not in buffers:
-        buffers[op.dst] = x.new_zeros(len(x), widths[op.dst])
-    for piece, out in zip(op.pieces, outs, strict=True):
-        columns = torch.arange(out.shape[1], device=x.device) + piece.offset
-        if op.scatter is not None:
-            columns = op.scatter.long()[columns]
-        add = buffers[op.dst].index_add if op.accumulate else buffers[op.dst].index_copy
-        buffers[op.dst] = add(1, columns, out)
+        buffers[op.dst] = out.new_zeros(len(out), widths[op.dst])
+    places = zip(op.pieces, outs, strict=True)
+    columns = torch.cat(
+        [torch.arange(part.shape[1], device=out.device) + piece.offset for piece, part in places]
+    )
+    if op.scatter is not None:
+        columns = op.scatter.long()[columns]
+    add = buffers[op.dst].index_add if op.accumulate else buffers[op.dst].index_copy
+    buffers[op.dst] = add(1, columns, out)
 
 
 def apply_downsample(states: Tensor, down: Downsample, width: int) -> Tensor:
@@ -233,7 +278,7 @@ def apply_downsample(states: Tensor, down: Downsample, width: int) -> Tensor:
 def run_side(
     program: SideProgram, hidden: Iterable[Tensor], positions: Tensor, *, attend: Attend
 ) -> Tensor:
-    """Compute a side network; differentiable in its tensors.
+    """Compute a side network, as it is trained and as every kernel must; differentiable.
 
     Args:
         program: on the device of the other tensors.
