@@ -2,7 +2,7 @@
 
 import torch
 
-from adapters.training_config import ComputeDtype
+from adapters.options import ComputeDtype
 
 
 def resolve_dtype(choice: ComputeDtype, device: torch.device) -> torch.dtype:

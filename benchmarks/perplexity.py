@@ -21,12 +21,12 @@ let_threads_sleep(os.environ)  # before torch is imported
 import torch  # noqa: E402
 
 from adapters.format import read_tensors  # noqa: E402
+from adapters.frozen_head import FrozenHead, head_loss, head_weight, perplexity  # noqa: E402
 from adapters.qst.adapter import load_qst  # noqa: E402
 from adapters.qst.examples import Example, pack_examples  # noqa: E402
-from adapters.qst.loss import FrozenHead, head_loss, head_weight  # noqa: E402
 from adapters.qst.network import QstNetwork  # noqa: E402
-from adapters.qst.trainer import Trainer, perplexity  # noqa: E402
-from adapters.training_config import TrainingConfig  # noqa: E402
+from adapters.qst.trainer import Trainer  # noqa: E402
+from adapters.qst.training_config import TrainingConfig  # noqa: E402
 from benchmarks.report import say  # noqa: E402
 from models.checkpoints import Checkpoint  # noqa: E402
 from models.decoder import Decoder  # noqa: E402

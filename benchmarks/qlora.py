@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from adapters.qst.examples import DataOrder, Example
 from adapters.qst.memory import PeakMemory
-from adapters.training_config import TrainingConfig
+from adapters.qst.training_config import TrainingConfig
 from benchmarks.training_data import add_data_arguments, load_examples
 from models.checkpoints import load_checkpoint
 

@@ -12,12 +12,13 @@ let_threads_sleep(os.environ)  # before torch is imported
 
 import torch  # noqa: E402
 
-from adapters.qst import QstConfig, QstNetwork  # noqa: E402
+from adapters.frozen_head import FrozenHead, head_weight  # noqa: E402
+from adapters.qst.config import QstConfig  # noqa: E402
 from adapters.qst.examples import DataOrder  # noqa: E402
-from adapters.qst.loss import FrozenHead, head_weight  # noqa: E402
 from adapters.qst.memory import PeakMemory  # noqa: E402
+from adapters.qst.network import QstNetwork  # noqa: E402
 from adapters.qst.trainer import Trainer  # noqa: E402
-from adapters.training_config import TrainingConfig  # noqa: E402
+from adapters.qst.training_config import TrainingConfig  # noqa: E402
 from benchmarks.training_data import add_data_arguments, load_examples  # noqa: E402
 from models.checkpoints import load_checkpoint  # noqa: E402
 from models.decoder import Decoder  # noqa: E402

@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 
-from adapters.qst import QstConfig, QstNetwork, save_qst
+from adapters.qst.adapter import save_qst
+from adapters.qst.config import QstConfig
+from adapters.qst.network import QstNetwork
 from benchmarks.report import (
     Target,
     describe_run,

@@ -1,6 +1,5 @@
 """Search for pruned variants of a base: shares in turn, checkpoints, what is left on the disk."""
 
-import math
 import shutil
 import time
 from bisect import bisect_left
@@ -21,6 +20,7 @@ from adapters.disp.search_plots import plot_widths
 from adapters.disp.searcher import Searcher, StepResult, mean_loss
 from adapters.disp.variant import save_disp
 from adapters.disp.windows import Windows, step_generator
+from adapters.frozen_head import perplexity
 from adapters.precision import resolve_dtype
 from adapters.run_log import RunLog, open_run
 from adapters.training_state import (
@@ -305,7 +305,11 @@ class _Run:
         log.add({"event": "result", "step": progress.step, **facts, "widths": widths})
         log.say(
             f"{folder}: {linears:.1%} of the linears' parameters removed, {total:.1%} of the model"
-            + ("" if loss is None else f"; held-out loss {loss:.4f}, perplexity {_exp(loss):.2f}")
+            + (
+                ""
+                if loss is None
+                else f"; held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}"
+            )
         )
         searcher.free_widths()
         self._advance(progress.step, 0, seconds=0.0, results=[*state["results"], facts])
@@ -313,7 +317,3 @@ class _Run:
     def _save(self, log: RunLog) -> None:
         self._progress = replace(self._progress, metrics_bytes=log.sync())
         save_progress(self._output / FOLDER, self._progress, self._searcher.state_tensors())
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf

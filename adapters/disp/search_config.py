@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from adapters.training_config import ComputeDtype, Limits, check_options
+from adapters.options import COMPUTE_DTYPES, ComputeDtype, Limits, check_options
 
 Estimator = Literal["reinmax", "ste", "gumbel"]
 Residual = Literal["independent", "shared"]
@@ -11,7 +11,7 @@ Residual = Literal["independent", "shared"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "estimator": ("reinmax", "ste", "gumbel"),
     "residual": ("independent", "shared"),
-    "compute_dtype": ("auto", "float32", "bfloat16"),
+    "compute_dtype": COMPUTE_DTYPES,
 }
 _COUNT = "a whole number of at least 1"
 _POSITIVE = "a number above 0"

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters.frozen_head import FrozenHead, head_loss, perplexity
+from adapters.packed_attention import PackedAttention
 from adapters.precision import resolve_dtype
-from adapters.qst.attention import PackedAttention
 from adapters.qst.examples import Example, TrainingBatch, pack_examples
-from adapters.qst.loss import FrozenHead, head_loss
 from adapters.qst.network import FLOAT32_TENSORS, QstNetwork
-from adapters.training_config import TrainingConfig
+from adapters.qst.training_config import TrainingConfig
 from adapters.training_state import TrainingError
 from models.batch import PackedBatch
 from models.decoder import Decoder
@@ -55,11 +55,6 @@ class Evaluation:
     def perplexity(self) -> float:
         """exp(loss)."""
         return perplexity(self.loss)
-
-
-def perplexity(loss: float) -> float:
-    """Return exp(loss), infinite where it is too large."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 class Trainer:

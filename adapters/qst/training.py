@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters.frozen_head import FrozenHead, head_weight, perplexity
 from adapters.qst.adapter import save_qst
 from adapters.qst.config import QstConfig
 from adapters.qst.examples import DataOrder, Example, digest_examples, hold_out
-from adapters.qst.loss import FrozenHead, head_weight
 from adapters.qst.memory import MemoryBreakdown, PeakMemory, measure
 from adapters.qst.network import QstNetwork
-from adapters.qst.trainer import Evaluation, StepResult, Trainer, perplexity
+from adapters.qst.trainer import Evaluation, StepResult, Trainer
+from adapters.qst.training_config import TrainingConfig
 from adapters.qst.training_plot import plot_losses
 from adapters.run_log import RunLog, open_run
-from adapters.training_config import TrainingConfig
 from adapters.training_state import (
     FOLDER,
     Progress,

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from adapters.training_config import CHOICES, TrainingConfig
+from adapters.qst.training_config import CHOICES, TrainingConfig
 from serve.cli.arguments import UserError, add_options, given_options
 from serve.environment import let_threads_sleep
 from serve.model_options import MODEL_OPTIONS, build_model_options

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from adapters.format import AdapterError
+from adapters.frozen_head import perplexity
 from adapters.qst.config import QstConfig
 from adapters.qst.examples import Example
-from adapters.qst.trainer import perplexity
 from adapters.qst.training import TrainingResult, train
-from adapters.training_config import TrainingConfig
+from adapters.qst.training_config import TrainingConfig
 from adapters.training_state import TrainingError, TrainingInterrupted
 from models.checkpoints import Checkpoint, CheckpointError
 from serve.base_model import build_decoder, load_base, load_variant, settle_memory

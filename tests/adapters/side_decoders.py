@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.qst import QstConfig, QstNetwork
+from adapters.qst.config import QstConfig
+from adapters.qst.network import QstNetwork
 from models.batch import PackedBatch, SideBatch
 from models.decoder import Decoder
 from models.kernels.reference.operations import Attend

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 
 from adapters.disp.variant import save_disp
 from adapters.format import AdapterError, digest
-from adapters.qst import QstConfig, QstNetwork, save_qst
+from adapters.frozen_head import FrozenHead, head_weight
+from adapters.qst.adapter import save_qst
+from adapters.qst.config import QstConfig
 from adapters.qst.examples import Example, pack_examples
-from adapters.qst.loss import FrozenHead, head_weight
+from adapters.qst.network import QstNetwork
 from benchmarks.disp_baselines import random_selections
 from benchmarks.perplexity import (
     cut_windows,

@@ -334,8 +334,8 @@ def _split_heads(
         [op.num_heads, op.num_kv_heads, op.num_kv_heads], dim=1
     )
     if op.q_norm is not None and op.k_norm is not None:
-        q = F.rms_norm(q, (op.head_dim,), op.q_norm, op.eps)
-        k = F.rms_norm(k, (op.head_dim,), op.k_norm, op.eps)
+        q = F.rms_norm(q.float(), (op.head_dim,), op.q_norm, op.eps)
+        k = F.rms_norm(k.float(), (op.head_dim,), op.k_norm, op.eps)
     if op.rotary_dim:
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
     return q, k, v

@@ -7,7 +7,7 @@ import torch
 
 from adapters.disp.variant import load_disp, save_disp
 from adapters.format import AdapterError, read_config
-from adapters.qst import load_qst
+from adapters.qst.adapter import load_qst
 from adapters.training_state import TrainingError, TrainingInterrupted
 from models.checkpoints import Checkpoint, load_pruned
 from models.decoder import Decoder

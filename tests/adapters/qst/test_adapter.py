@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.format import CONFIG_FILE, TENSOR_FILE, AdapterError, digest, read_config
-from adapters.qst import QstAdapter, load_qst, save_qst
+from adapters.qst.adapter import QstAdapter, load_qst, save_qst
 from models.checkpoints.checkpoint import fingerprint_weights
 from models.decoder import Decoder
 from models.spec import DecoderSpec

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from adapters.format import AdapterError
-from adapters.qst import QstConfig, QstNetwork
-from adapters.qst.config import from_fields, side_rotary
+from adapters.qst.config import QstConfig, from_fields, side_rotary
+from adapters.qst.network import QstNetwork
 from models.families.rotary import llama3_frequencies
 from models.spec import DecoderSpec, LayerSpec, RotarySpec
 from tests.adapters.side_decoders import make_base

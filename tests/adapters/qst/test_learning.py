@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.qst import QstNetwork
+from adapters.qst.network import QstNetwork
 from models.checkpoints.checkpoint import fingerprint_weights
 from models.decoder import Decoder
 from models.spec import DecoderSpec

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.qst import QstConfig, QstNetwork
+from adapters.qst.config import QstConfig
+from adapters.qst.network import QstNetwork
 from models.kernels.reference.operations import apply_downsample
 from tests.adapters.side_decoders import DOWNSAMPLES, make_base, make_network, paper_base
 

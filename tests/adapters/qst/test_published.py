@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from adapters.format import AdapterError
-from adapters.qst import load_qst
+from adapters.qst.adapter import load_qst
 from adapters.qst.convert import convert_published, read_published
 from models.kernels.reference.operations import blend_side, run_side
 from models.side import build_side_program

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from adapters.format import digest, read_config
-from adapters.qst import QstConfig
-from adapters.training_config import TrainingConfig
+from adapters.qst.config import QstConfig
+from adapters.qst.training_config import TrainingConfig
 from serve.cli.main import build_parser
 from serve.cli.train import DOWNSAMPLES, MODEL_FLAGS, SIDE_FLAGS, read_training_config
 from serve.cli.train_run import QST_FIELDS

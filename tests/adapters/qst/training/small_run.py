@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from adapters.qst import QstConfig
+from adapters.qst.config import QstConfig
 from adapters.qst.examples import Example
 from adapters.qst.training import TrainingResult, train
-from adapters.training_config import TrainingConfig
+from adapters.qst.training_config import TrainingConfig
 from models.checkpoints import Checkpoint, load_checkpoint
 from models.decoder import Decoder
 

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters.frozen_head import FrozenHead, head_weight, perplexity
+from adapters.packed_attention import PackedAttention
 from adapters.precision import resolve_dtype
-from adapters.qst import QstConfig, QstNetwork
-from adapters.qst.attention import PackedAttention
+from adapters.qst.config import QstConfig
 from adapters.qst.examples import Example, pack_examples
-from adapters.qst.loss import FrozenHead, head_weight
-from adapters.qst.trainer import Trainer, perplexity
-from adapters.training_config import TrainingConfig
+from adapters.qst.network import QstNetwork
+from adapters.qst.trainer import Trainer
+from adapters.qst.training_config import TrainingConfig
 from adapters.training_state import TrainingError
 from models.checkpoints import Checkpoint
 from models.decoder import Decoder

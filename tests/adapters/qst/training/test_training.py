@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from adapters.format import CONFIG_FILE, TENSOR_FILE, AdapterError, read_adapter
-from adapters.qst import QstConfig, load_qst
 from adapters.qst import training as module
+from adapters.qst.adapter import load_qst
+from adapters.qst.config import QstConfig
 from adapters.qst.examples import Example
 from adapters.qst.training_plot import PLOT_FILE
 from adapters.run_log import METRICS_FILE, read_metrics

@@ -1,20 +1,19 @@
 """How a side network is trained: every option, with its default and its limits."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
+
+from adapters.options import COMPUTE_DTYPES, ComputeDtype, Limits, check_options
 
 Schedule = Literal["constant", "linear", "cosine"]
-ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Keep = Literal["last", "best"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("constant", "linear", "cosine"),
-    "compute_dtype": ("auto", "float32", "bfloat16"),
+    "compute_dtype": COMPUTE_DTYPES,
     "keep": ("last", "best"),
 }
-Limits: TypeAlias = Mapping[str, tuple[str, Callable[[Any], bool]]]
 _LIMITS: Limits = {
     "steps": ("a whole number of at least 1", lambda x: x >= 1),
     "epochs": ("a number above 0", lambda x: x > 0),
@@ -35,36 +34,6 @@ _FLOATS = {
     "epochs", "learning_rate", "alpha_learning_rate", "warmup", "weight_decay", "clip",
     "eval_fraction",
 }  # fmt: skip
-
-
-def check_options(
-    config: object,
-    limits: Limits,
-    floats: Collection[str],
-    choices: Mapping[str, Collection[str]],
-) -> None:
-    """Hold the options of a run against their limits.
-
-    Args:
-        config: has them as attributes.
-        limits: what is allowed, in words and as a test, of each number.
-        floats: the numbers that need not be whole.
-        choices: what is allowed of each of the others.
-
-    Raises:
-        ValueError: names the first option that is out of range.
-    """
-    for name, (allowed, is_fine) in limits.items():
-        value = getattr(config, name)
-        kinds = (int, float) if name in floats else (int,)
-        is_number = isinstance(value, kinds) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not is_fine(value):
-            raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise ValueError(
-                f"{name} must be one of {', '.join(known)}, got {getattr(config, name)!r}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

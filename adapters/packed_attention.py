@@ -33,12 +33,12 @@ class PackedAttention:
 
         Args:
             op: the attention.
-            q: (T, H, E); k, v: (T, K, E); rotated.
+            q: (T, H, E); k, v: (T, K, E); rotated; computed in the dtype of v.
 
         Returns:
             (T, H * E).
         """
-        q, k, v = (self._pad(x).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (self._pad(x.to(v.dtype)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=op.scale, enable_gqa=op.num_heads != op.num_kv_heads
         )

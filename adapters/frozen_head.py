@@ -1,5 +1,6 @@
 """Cross entropy through the frozen LM head, without logits of the whole batch."""
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -71,6 +72,11 @@ def head_loss(states: Tensor, targets: Tensor, head: FrozenHead) -> Tensor:
         loss: Tensor = _HeadLoss.apply(states, targets, head)
         return loss
     return _sum_cross_entropy(states, targets, head, None)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinite where it is too large."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from adapters.training_config import TrainingConfig
+from adapters.qst.training_config import TrainingConfig
 
 
 @pytest.mark.parametrize(

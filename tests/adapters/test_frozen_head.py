@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.qst import loss as module
-from adapters.qst.loss import FrozenHead, head_loss
+from adapters import frozen_head as module
+from adapters.frozen_head import FrozenHead, head_loss
 from models.quantization import quantize_4bit
 from models.weights import Matrix, dense
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.qst.attention import PackedAttention
+from adapters.packed_attention import PackedAttention
 from models.program import AttentionOp
 
 
