@@ -16,13 +16,15 @@ from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 FOLDER = "checkpoints"
 _VERSION = 2
 _STATE_FILE = "state.json"
 _TENSOR_FILE = "state.safetensors"
 _PART = ".part"
+_OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class TrainingError(ValueError):
@@ -122,6 +124,27 @@ def load_progress(folder: Path) -> tuple[Progress, dict[str, Tensor]] | None:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise TrainingError(f"{path}: the checkpoint is damaged ({error})") from error
+
+
+def optimizer_tensors(optimizer: Optimizer, network: nn.Module) -> dict[str, Tensor]:
+    """Return AdamW's state of a network's parameters, by `exp_avg.NAME` and so on."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in network.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: Optimizer, network: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Take over what `optimizer_tensors` returned; other tensors are left alone."""
+    for name, parameter in network.named_parameters():
+        optimizer.state[parameter] = {
+            key: tensors[f"{key}.{name}"].to(parameter.device)
+            for key in _OPTIMIZER_KEYS
+            if f"{key}.{name}" in tensors
+        }
 
 
 def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

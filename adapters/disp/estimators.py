@@ -14,7 +14,7 @@ from adapters.disp.search_config import Estimator
 TEMPERATURE = 0.4
 
 
-def sample_masks(
+def draw_masks(
     logits: Tensor, count: int, estimator: Estimator, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Draw masks, each channel kept with probability sigmoid(logit).

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapters.disp.budget import linears_total
-from adapters.disp.hypernetwork import Structures, ranking
+from adapters.disp.structures import Structures, ranking
 from models.pruning import MODULES, LayerSelection, Selections, count_linears
 from models.spec import DecoderSpec
 

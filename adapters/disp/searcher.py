@@ -1,4 +1,8 @@
-"""One step of a search, and its evaluation."""
+"""One step of a search, and its evaluation.
+
+Masks are *drawn*, by chance, to learn from, or *chosen*, without it: the channels that would be
+materialised now. What masks *keep* is a share of the parameters of the linears.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,18 +11,18 @@ import torch
 from torch import Tensor
 
 from adapters.disp.budget import kept_share, ratio_penalty
-from adapters.disp.estimators import TEMPERATURE, sample_masks
-from adapters.disp.hypernetwork import Hypernetwork, Structures, head_start
+from adapters.disp.estimators import TEMPERATURE, draw_masks
+from adapters.disp.hypernetwork import Hypernetwork, head_start
 from adapters.disp.masked import MaskedDecoder, Masks
 from adapters.disp.materialize import aligned_widths, choose_channels
 from adapters.disp.search_config import SearchConfig
-from adapters.training_state import TrainingError
+from adapters.disp.structures import Structures
+from adapters.training_state import TrainingError, load_optimizer_tensors, optimizer_tensors
 from models.pruning import MODULES, Selections, widths_of
 
 _BETAS = (0.9, 0.999)
 _LARGEST_SHIFT = 0.1  # a step; larger ones would drop channels before anything is known of them
 _HALVINGS = 12
-_STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +32,8 @@ class StepResult:
     Attributes:
         loss: mean cross entropy of the masked base, in nats.
         penalty: what the distance from the target added to it.
-        sampled: share of the linears' parameters that the step's masks kept, on the average.
-        kept: the same of the masks without chance, which are what is materialised.
+        kept_drawn: what the drawn masks keep, on the average.
+        kept: what the chosen masks keep.
         widths: share of its channels that each of `MODULES` keeps, on the average over layers.
         gradient_norm: before clipping.
         num_tokens: computed.
@@ -37,7 +41,7 @@ class StepResult:
 
     loss: float
     penalty: float
-    sampled: float
+    kept_drawn: float
     kept: float
     widths: tuple[float, ...]
     gradient_norm: float
@@ -47,8 +51,8 @@ class StepResult:
 class Searcher:
     """A hypernetwork, its optimiser, and the base that its masks are tried on.
 
-    The penalty looks at the T of the masks without chance, with the gradient of the drawn ones: the
-    two differ by a few per cent while probabilities are not yet near 0 or 1. No weight of a penalty
+    The penalty looks at the T of the chosen masks, with the gradient of the drawn ones: the two
+    differ by a few per cent while probabilities are not yet near 0 or 1. No weight of a penalty
     suits every share: T lags while channels still have far to go, then overshoots, and channels
     that are surely dropped have no gradient to come back by. So each step also moves the offset of
     all logits to where T meets the target, which is the bias that the penalty would have to learn.
@@ -107,17 +111,17 @@ class Searcher:
         """
         config = self._config
         logits = self.network()
-        masks, counted = sample_masks(
+        drawn, counted = draw_masks(
             logits, len(windows) * config.draws, config.estimator, generator
         )
-        loss = self._base.loss(windows, self.structures.split(masks))
+        loss = self._base.loss(windows, self.structures.split(drawn))
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(f"the loss is {value}")
-        sampled = kept_share(self.spec, self.structures.count(counted))
-        settled = self.structures.count(self._chosen(logits))
-        kept = kept_share(self.spec, settled)
-        pulled = sampled + (kept - sampled).detach()
+        kept_drawn = kept_share(self.spec, self.structures.count(counted))
+        chosen = self.structures.count(self._choose(logits))
+        kept = kept_share(self.spec, chosen)
+        pulled = kept_drawn + (kept - kept_drawn).detach()
         penalty = ratio_penalty(pulled, target, config.penalty).mean()
         self.optimizer.zero_grad()
         (loss + penalty).backward()
@@ -130,12 +134,12 @@ class Searcher:
             self._shift(target)
         else:
             self._hold()
-        counts = torch.stack([torch.stack(layer) for layer in settled]).cpu()
+        counts = torch.stack([torch.stack(layer) for layer in chosen]).cpu()
         shares = (counts / torch.tensor(widths_of(self.spec))).mean(0)
         return StepResult(
-            loss=value, penalty=float(penalty.detach()), sampled=float(sampled.detach().mean()),
-            kept=float(kept), widths=tuple(shares.tolist()), gradient_norm=norm,
-            num_tokens=windows[:, 1:].numel(),
+            loss=value, penalty=float(penalty.detach()),
+            kept_drawn=float(kept_drawn.detach().mean()), kept=float(kept),
+            widths=tuple(shares.tolist()), gradient_norm=norm, num_tokens=windows[:, 1:].numel(),
         )  # fmt: skip
 
     @torch.no_grad()
@@ -180,14 +184,14 @@ class Searcher:
 
     @torch.no_grad()
     def kept(self) -> float:
-        """Return the share of the linears' parameters that masks without chance keep."""
-        return self._kept_by(self._chosen(self.network()))
+        """Return what the chosen masks keep."""
+        return self._kept_by(self._choose(self.network()))
 
     def _kept_by(self, masks: Tensor) -> float:
         return float(kept_share(self.spec, self.structures.count(masks)))
 
-    def _chosen(self, logits: Tensor) -> Tensor:
-        """Return the (N,) masks without chance."""
+    def _choose(self, logits: Tensor) -> Tensor:
+        """Return the (N,) chosen masks."""
         if self.counts is None:
             return self.structures.threshold(logits)
         return self.structures.best(logits.detach(), self.counts)
@@ -198,11 +202,11 @@ class Searcher:
 
         Args:
             windows: of text.
-            selections: channels to keep; None: the masks without chance.
+            selections: channels to keep; None: the chosen masks.
         """
         masks: Masks
         if selections is None:
-            masks = self.structures.split(self._chosen(self.network()))
+            masks = self.structures.split(self._choose(self.network()))
         else:
             masks = selection_masks(selections, widths_of(self.spec), self._base.device)
         return mean_loss(self._base, windows, self._config.batch_size, masks)
@@ -212,10 +216,7 @@ class Searcher:
         tensors = {f"network.{name}": tensor for name, tensor in self.network.named_state()}
         if self.counts is not None:
             tensors["counts"] = torch.tensor(self.counts)
-        for name, parameter in self.network.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}.{name}"] = value
-        return tensors
+        return tensors | optimizer_tensors(self.optimizer, self.network)
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -223,12 +224,7 @@ class Searcher:
         for name, tensor in self.network.named_state():
             tensor.copy_(tensors[f"network.{name}"])
         self.counts = tuple(tensors["counts"].tolist()) if "counts" in tensors else None
-        for name, parameter in self.network.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device)
-                for key in _STATE_KEYS
-                if f"{key}.{name}" in tensors
-            }
+        load_optimizer_tensors(self.optimizer, self.network, tensors)
 
 
 def mean_loss(

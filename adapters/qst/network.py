@@ -1,17 +1,16 @@
 """The trainable tensors of a side network, and the side network that they make.
 
-The mathematics is in `models.kernels.reference.operations`, whose functions are differentiable;
-serving holds its kernels against them.
+What is trained is computed by `run_side` and `blend_side` of `models.kernels.reference.operations`,
+over `QstNetwork.program`: they are differentiable, and serving holds its kernels against them.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from adapters.qst.config import QstConfig
-from models.kernels.reference.operations import Attend, blend_side, run_side
 from models.program import Norm
 from models.side import (
     Downsample,
@@ -100,32 +99,6 @@ class QstNetwork(nn.Module):
             layout = dataclasses.replace(layout, inv_freq=layout.inv_freq.to(device))
         self._layout = layout
         return dataclasses.replace(layout, network=network)
-
-    def forward(self, hidden: Iterable[Tensor], positions: Tensor, *, attend: Attend) -> Tensor:
-        """Compute the side stream; see `models.kernels.reference.run_side`.
-
-        Args:
-            hidden: h[0] .. h[N] of the base, (T, D) float32 each, taken one at a time.
-            positions: (T,) int64.
-            attend: causal attention within each sequence.
-
-        Returns:
-            (T, side width) float32, before the side network's final norm.
-        """
-        return run_side(self.program(), hidden, positions, attend=attend)
-
-    def blend(self, normed: Tensor, side: Tensor, scale: float = 1.0) -> Tensor:
-        """Blend the base's final states with the side stream, for any of their rows.
-
-        Args:
-            normed: (L, D) float32, the base's states after its final norm.
-            side: (L, side width) float32 from `forward`.
-            scale: how much of the side network, 0 .. 1.
-
-        Returns:
-            (L, D) float32, what the LM head or the classification head reads.
-        """
-        return blend_side(self.program(), normed, side, scale)
 
     def classify(self, states: Tensor) -> Tensor:
         """Return (B, num_labels) logits of (B, D) blended states of last tokens."""

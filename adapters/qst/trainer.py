@@ -15,9 +15,10 @@ from adapters.precision import resolve_dtype
 from adapters.qst.examples import Example, TrainingBatch, pack_examples
 from adapters.qst.network import FLOAT32_TENSORS, QstNetwork
 from adapters.qst.training_config import TrainingConfig
-from adapters.training_state import TrainingError
+from adapters.training_state import TrainingError, load_optimizer_tensors, optimizer_tensors
 from models.batch import PackedBatch
 from models.decoder import Decoder
+from models.kernels.reference.operations import blend_side, run_side
 
 _BETAS = (0.9, 0.999)
 
@@ -60,7 +61,8 @@ class Evaluation:
 class Trainer:
     """A side network, its optimiser, and the base that it reads.
 
-    The base runs forward only, one layer at a time, and the side layer right after each; of the
+    The side network's mathematics is `run_side` and `blend_side` of the reference kernels. The base
+    runs forward only, one layer at a time, and the side layer right after each; of the
     base's states nothing is kept but what a downsample's gradient needs.
 
     Args:
@@ -157,10 +159,11 @@ class Trainer:
         last: list[Tensor] = []
         hidden = self._base_states(packed, last)
         attend = PackedAttention(packed.query_starts, device)
+        program, positions = self.network.program(), packed.positions.to(device).long()
         with self._precision():
-            side = self.network(hidden, packed.positions.to(device).long(), attend=attend)
+            side = run_side(program, hidden, positions, attend=attend)
         normed = self._decoder.apply_final_norm(last[0][rows])
-        return self.network.blend(normed, side.float().index_select(0, rows)), normed, targets
+        return blend_side(program, normed, side.float().index_select(0, rows)), normed, targets
 
     def _base_states(self, packed: PackedBatch, last: list[Tensor]) -> Iterator[Tensor]:
         """Yield the base's hidden states, computed in its own precision; `last` gets the last."""
@@ -180,23 +183,15 @@ class Trainer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return parameters and optimiser state by name; both are needed to go on."""
-        tensors = {}
-        for name, parameter in self.network.named_parameters():
-            tensors[f"parameter.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}.{name}"] = value
-        return tensors
+        parameters = {f"parameter.{n}": p.detach() for n, p in self.network.named_parameters()}
+        return parameters | optimizer_tensors(self.optimizer, self.network)
 
+    @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `state_tensors` returned."""
         for name, parameter in self.network.named_parameters():
-            with torch.no_grad():
-                parameter.copy_(tensors[f"parameter.{name}"])
-            self.optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(self.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{key}.{name}" in tensors
-            }
+            parameter.copy_(tensors[f"parameter.{name}"])
+        load_optimizer_tensors(self.optimizer, self.network, tensors)
 
     @property
     def optimizer_bytes(self) -> int:

@@ -1,8 +1,6 @@
-"""Train a side network: data order, checkpoints, evaluation, and what is left on the disk."""
+"""Train a side network: data order, evaluation, and what is left on the disk."""
 
 import math
-import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +15,12 @@ from adapters.qst.config import QstConfig
 from adapters.qst.examples import DataOrder, Example, digest_examples, hold_out
 from adapters.qst.memory import MemoryBreakdown, PeakMemory, measure
 from adapters.qst.network import QstNetwork
-from adapters.qst.trainer import Evaluation, StepResult, Trainer
+from adapters.qst.trainer import Evaluation, Trainer
 from adapters.qst.training_config import TrainingConfig
 from adapters.qst.training_plot import plot_losses
-from adapters.run_log import RunLog, open_run
-from adapters.training_state import (
-    FOLDER,
-    Progress,
-    TrainingError,
-    TrainingInterrupted,
-    check_identity,
-    save_progress,
-)
+from adapters.run_log import RunLog
+from adapters.run_loop import Run, StepRecord
+from adapters.training_state import Progress, TrainingError
 from models.checkpoints import Checkpoint
 from models.decoder import Decoder
 
@@ -108,14 +100,8 @@ def train(
         head = FrozenHead(decoder, head_weight(checkpoint), torch.device(device))
         # Brings weights that are mapped from a file to memory, where they are no activations.
         head.pull_back(torch.zeros(1, decoder.spec.vocab_size, device=device))
-    run = _Run(
-        trainer=Trainer(decoder, network, head, config),
-        checkpoint=checkpoint,
-        config=config,
-        examples=examples,
-        eval_examples=eval_examples,
-        output=output,
-        report=report,
+    run = Run(
+        output,
         identity={
             **config.as_fields(),
             **network.config.to_fields(),
@@ -124,10 +110,17 @@ def train(
             "base": checkpoint.fingerprint,
             "chain": list(checkpoint.chain),
         },
+        num_steps=config.num_steps(len(examples)),
+        checkpoint_every=config.checkpoint_every,
+        report=report,
     )
-    run.prepare(resume)
-    run.steps(should_stop)
-    return run.finish(description)
+    trainer = Trainer(decoder, network, head, config)
+    job = _TrainingJob(run, trainer, checkpoint, config, examples, eval_examples)
+    tensors = run.prepare(resume)
+    if tensors is not None:
+        job.load_state_tensors(tensors)
+    run.take_steps(job, should_stop)
+    return job.finish(description)
 
 
 def check_examples(
@@ -160,115 +153,43 @@ def check_examples(
             raise TrainingError(f"example {number}: {problem}")
 
 
-class _Run:
-    """One run: its place in the data, its log and its checkpoints."""
+class _TrainingJob:
+    """What a run computes: its place in the data, its evaluations, the best weights."""
+
+    rates = "learning_rate or alpha_learning_rate"
 
     def __init__(
         self,
-        *,
+        run: Run,
         trainer: Trainer,
         checkpoint: Checkpoint,
         config: TrainingConfig,
         examples: Sequence[Example],
         eval_examples: Sequence[Example],
-        output: Path,
-        report: Callable[[str], None],
-        identity: dict[str, Any],
     ) -> None:
-        self.trainer, self._checkpoint = trainer, checkpoint
-        self._config, self._examples, self._eval_examples = config, examples, eval_examples
-        self._output, self._report = output, report
+        self._run, self._trainer, self._checkpoint, self._config = run, trainer, checkpoint, config
+        self._examples, self._eval_examples = examples, eval_examples
         self._num_steps = config.num_steps(len(examples))
-        self._progress = Progress(step=0, identity=identity)
         self._best: dict[str, Tensor] = {}
         self._order = DataOrder(len(examples), config.seed)
         self._loss = math.nan
         self._evaluation: Evaluation | None = None
         self._memory = PeakMemory(trainer.device)
+        self._has_told_memory = False
 
-    def prepare(self, resume: bool) -> None:
-        """Make the folder, or load the newest checkpoint of it."""
-        found = open_run(self._output, resume=resume)
-        if found is None:
-            return
-        progress, tensors = found
-        check_identity(progress.identity, self._progress.identity)
-        self._progress = progress
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return those of the trainer, and the best weights."""
+        return {**self._trainer.state_tensors(), **self._best}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state_tensors` returned."""
         self._best = {n: t for n, t in tensors.items() if n.startswith(_BEST)}
-        self.trainer.load_state_tensors(
+        self._trainer.load_state_tensors(
             {n: t for n, t in tensors.items() if not n.startswith(_BEST)}
         )
-        self._report(f"resuming after step {progress.step} of {self._num_steps}")
 
-    def steps(self, should_stop: Callable[[], bool]) -> None:
-        """Do what is left of the steps."""
-        config = self._config
-        first = self._progress.step
-        with self._log() as log:
-            if first == 0:
-                self._save(log)
-            for step in range(first + 1, self._num_steps + 1):
-                start_s = time.monotonic()
-                result = self._step(step)
-                self._loss = result.loss
-                record = self._describe(step, result, time.monotonic() - start_s)
-                log.add_step(record, f"loss {result.loss:.4f}")
-                self._progress = replace(
-                    self._progress, step=step, num_tokens=self._progress.num_tokens
-                    + result.num_tokens,
-                )  # fmt: skip
-                if step == first + 1:
-                    log.say(self._breakdown().describe())
-                is_last = step == self._num_steps
-                if step % config.eval_every == 0 or is_last:
-                    self._evaluate(log)
-                is_stopping = should_stop() and not is_last
-                if step % config.checkpoint_every == 0 or is_last or is_stopping:
-                    self._save(log)
-                if is_stopping:
-                    raise TrainingInterrupted(step, self._output / FOLDER)
-
-    def finish(self, description: str) -> TrainingResult:
-        """Write adapter and plot; the checkpoints have served their purpose then."""
-        trainer, progress, memory = self.trainer, self._progress, self._breakdown()
-        if self._best and self._config.keep == "best":
-            trainer.load_state_tensors({n.removeprefix(_BEST): t for n, t in self._best.items()})
-            self._evaluation = None
-        if self._eval_examples and self._evaluation is None:
-            self._evaluation = trainer.evaluate(self._eval_examples)
-        evaluation = self._evaluation
-        if evaluation is not None:
-            evaluation = replace(evaluation, base_loss=progress.state["base_loss"])
-        facts = summarize(progress, evaluation)
-        with self._log() as log:
-            log.add({"event": "summary", **facts, "memory": memory.as_fields()})
-        base = self._checkpoint
-        save_qst(
-            self._output, trainer.network, base_id=base.name, base_fingerprint=base.fingerprint,
-            base_quantization=base.quantization, chain=base.chain, description=description,
-            training={**facts, "options": self._config.as_fields()},
-        )  # fmt: skip
-        plot_losses(self._output)
-        shutil.rmtree(self._output / FOLDER, ignore_errors=True)
-        return TrainingResult(
-            steps=progress.step, loss=self._loss, evaluation=evaluation, memory=memory,
-            num_parameters=trainer.network.num_parameters,
-        )  # fmt: skip
-
-    def _breakdown(self) -> MemoryBreakdown:
-        trainer = self.trainer
-        return measure(
-            self._memory, self._checkpoint.weights.values(), trainer.network.parameters(),
-            trainer.optimizer_bytes,
-        )  # fmt: skip
-
-    def _log(self) -> RunLog:
-        return RunLog(
-            self._output, num_steps=self._num_steps, step=self._progress.step,
-            num_bytes=self._progress.metrics_bytes, report=self._report,
-        )  # fmt: skip
-
-    def _step(self, step: int) -> StepResult:
+    def step(self, step: int) -> StepRecord:
+        """Learn from the examples whose turn it is."""
         config = self._config
         size = config.batch_size * config.accumulate
         start = (step - 1) * size
@@ -278,34 +199,69 @@ class _Run:
         batches = [
             chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)
         ]
-        try:
-            return self.trainer.step(batches, config.rate_factor(step - 1, self._num_steps))
-        except TrainingError as error:
-            raise TrainingError(
-                f"step {step}: {error}; the last checkpoint is kept in {self._output / FOLDER}; "
-                "a lower learning_rate or alpha_learning_rate may help"
-            ) from error
-
-    def _describe(self, step: int, result: StepResult, elapsed_s: float) -> dict[str, Any]:
-        network = self.trainer.network
-        alpha = network.get_parameter("alpha").detach()
-        return {
-            "event": "step",
-            "step": step,
+        factor = config.rate_factor(step - 1, self._num_steps)
+        result = self._trainer.step(batches, factor)
+        self._loss = result.loss
+        alpha = self._trainer.network.get_parameter("alpha").detach()
+        fields = {
             "loss": result.loss,
-            "learning_rate": self._config.learning_rate
-            * self._config.rate_factor(step - 1, self._num_steps),
+            "learning_rate": config.learning_rate * factor,
             "gradient_norm": result.gradient_norm,
             "alpha": float(alpha.mean()),
             "tokens": result.num_tokens,
-            "tokens_per_s": round(result.num_tokens / elapsed_s, 1),
         }
+        return StepRecord(
+            fields=fields, status=f"loss {result.loss:.4f}", num_tokens=result.num_tokens
+        )
+
+    def end_step(self, step: int, elapsed_s: float, log: RunLog) -> bool:
+        """Evaluate if it is time to."""
+        if not self._has_told_memory:
+            log.say(self._breakdown().describe())
+            self._has_told_memory = True
+        if step % self._config.eval_every == 0 or step == self._num_steps:
+            self._evaluate(log)
+        return False
+
+    def finish(self, description: str) -> TrainingResult:
+        """Write adapter and plot."""
+        trainer, progress, memory = self._trainer, self._run.progress, self._breakdown()
+        if self._best and self._config.keep == "best":
+            trainer.load_state_tensors({n.removeprefix(_BEST): t for n, t in self._best.items()})
+            self._evaluation = None
+        if self._eval_examples and self._evaluation is None:
+            self._evaluation = trainer.evaluate(self._eval_examples)
+        evaluation = self._evaluation
+        if evaluation is not None:
+            evaluation = replace(evaluation, base_loss=progress.state["base_loss"])
+        facts = summarize(progress, evaluation)
+        with self._run.open_log() as log:
+            log.add({"event": "summary", **facts, "memory": memory.as_fields()})
+        base, output = self._checkpoint, self._run.output
+        save_qst(
+            output, trainer.network, base_id=base.name, base_fingerprint=base.fingerprint,
+            base_quantization=base.quantization, chain=base.chain, description=description,
+            training={**facts, "options": self._config.as_fields()},
+        )  # fmt: skip
+        plot_losses(output)
+        self._run.close()
+        return TrainingResult(
+            steps=progress.step, loss=self._loss, evaluation=evaluation, memory=memory,
+            num_parameters=trainer.network.num_parameters,
+        )  # fmt: skip
+
+    def _breakdown(self) -> MemoryBreakdown:
+        trainer = self._trainer
+        return measure(
+            self._memory, self._checkpoint.weights.values(), trainer.network.parameters(),
+            trainer.optimizer_bytes,
+        )  # fmt: skip
 
     def _evaluate(self, log: RunLog) -> None:
         if not self._eval_examples:
             return
-        state, step = dict(self._progress.state), self._progress.step
-        found = self.trainer.evaluate(self._eval_examples, with_base="base_loss" not in state)
+        state, step = dict(self._run.progress.state), self._run.progress.step
+        found = self._trainer.evaluate(self._eval_examples, with_base="base_loss" not in state)
         self._evaluation = found
         base_loss = state.setdefault("base_loss", found.base_loss)
         if "best_loss" not in state or found.loss < state["best_loss"]:
@@ -313,9 +269,9 @@ class _Run:
             if self._config.keep == "best":
                 self._best = {
                     f"{_BEST}parameter.{name}": parameter.detach().clone()
-                    for name, parameter in self.trainer.network.named_parameters()
+                    for name, parameter in self._trainer.network.named_parameters()
                 }
-        self._progress = replace(self._progress, state=state)
+        self._run.keep(**state)
         log.add(
             {"event": "eval", "step": step, "loss": found.loss, "base_loss": base_loss,
              "perplexity": found.perplexity, "accuracy": found.accuracy}
@@ -323,11 +279,6 @@ class _Run:
         accuracy = "" if found.accuracy is None else f", accuracy {found.accuracy:.1%}"
         base = "" if base_loss is None else f" (base {base_loss:.4f})"
         log.say(f"step {step}: held-out loss {found.loss:.4f}{base}{accuracy}")
-
-    def _save(self, log: RunLog) -> None:
-        self._progress = replace(self._progress, metrics_bytes=log.sync())
-        tensors = {**self.trainer.state_tensors(), **self._best}
-        save_progress(self._output / FOLDER, self._progress, tensors)
 
 
 def summarize(progress: Progress, evaluation: Evaluation | None) -> dict[str, Any]:

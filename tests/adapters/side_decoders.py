@@ -13,7 +13,7 @@ from adapters.qst.config import QstConfig
 from adapters.qst.network import QstNetwork
 from models.batch import PackedBatch, SideBatch
 from models.decoder import Decoder
-from models.kernels.reference.operations import Attend
+from models.kernels.reference.operations import Attend, blend_side, run_side
 from models.kv_cache import KVCache
 from models.program import AttentionOp
 from models.quantization import quantize_4bit
@@ -205,8 +205,9 @@ def freeze_states(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> Froze
 def train_logits(decoder: Decoder, network: QstNetwork, states: FrozenStates) -> Tensor:
     """Return the (T, V) logits the way that training computes them."""
     batch = states.batch
-    side = network(states.hidden, batch.positions.long(), attend=attend_whole(batch))
-    return decoder.logits(network.blend(states.normed, side))
+    program, positions = network.program(), batch.positions.long()
+    side = run_side(program, states.hidden, positions, attend=attend_whole(batch))
+    return decoder.logits(blend_side(program, states.normed, side))
 
 
 def train_loss(decoder: Decoder, network: QstNetwork, sequences: Sequence[Sequence[int]]) -> Tensor:

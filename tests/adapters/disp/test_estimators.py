@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters.disp.estimators import sample_masks
+from adapters.disp.estimators import draw_masks
 
 LOGITS = torch.tensor([-3.0, -1.0, 0.0, 0.7, 2.0, 6.0])
 
@@ -16,7 +16,7 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("estimator", ["reinmax", "ste"])
 def test_channels_are_kept_with_their_probability(estimator: str) -> None:
     count = 100_000
-    masks, counted = sample_masks(LOGITS, count, estimator, generator())  # type: ignore[arg-type]
+    masks, counted = draw_masks(LOGITS, count, estimator, generator())  # type: ignore[arg-type]
     assert masks is counted
     assert set(masks.unique().tolist()) == {0.0, 1.0}
     # Five standard deviations: fails once in a million for one of six.
@@ -26,7 +26,7 @@ def test_channels_are_kept_with_their_probability(estimator: str) -> None:
 @pytest.mark.parametrize("estimator", ["reinmax", "ste", "gumbel"])
 def test_masks_follow_from_the_generator(estimator: str) -> None:
     first, again, other = (
-        sample_masks(LOGITS.repeat(20), 3, estimator, generator(seed))  # type: ignore[arg-type]
+        draw_masks(LOGITS.repeat(20), 3, estimator, generator(seed))  # type: ignore[arg-type]
         for seed in (1, 1, 2)
     )
     for i in range(2):
@@ -36,7 +36,7 @@ def test_masks_follow_from_the_generator(estimator: str) -> None:
 
 def test_reinmax_gradient_is_half_the_distance_times_that_of_the_mask() -> None:
     logits = LOGITS.clone().requires_grad_()
-    masks, _ = sample_masks(logits, 1, "reinmax", generator())
+    masks, _ = draw_masks(logits, 1, "reinmax", generator())
     gradient = torch.arange(1.0, 7.0)
     masks.backward(gradient[None])
     assert logits.grad is not None
@@ -46,7 +46,7 @@ def test_reinmax_gradient_is_half_the_distance_times_that_of_the_mask() -> None:
 
 def test_straight_through_gradient_is_that_of_the_probability() -> None:
     logits = LOGITS.clone().requires_grad_()
-    masks, _ = sample_masks(logits, 1, "ste", generator())
+    masks, _ = draw_masks(logits, 1, "ste", generator())
     masks.sum().backward()
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad, LOGITS.sigmoid() * (1 - LOGITS.sigmoid()))
@@ -61,7 +61,7 @@ def quadratic(masks: Tensor) -> Tensor:
 def test_reinmax_gradient_of_a_quadratic_is_exact_on_average() -> None:
     """For a quadratic loss second order is all there is; 2e5 samples, within 1 %."""
     logits = torch.tensor([0.4, -0.8], requires_grad=True)
-    masks, _ = sample_masks(logits, 200_000, "reinmax", generator())
+    masks, _ = draw_masks(logits, 200_000, "reinmax", generator())
     quadratic(masks).mean().backward()
     assert logits.grad is not None
     exact = torch.tensor([0.4, -0.8], requires_grad=True)
@@ -74,7 +74,7 @@ def test_reinmax_gradient_of_a_quadratic_is_exact_on_average() -> None:
 
 def test_gumbel_masks_are_soft_and_counted_ones_hard() -> None:
     logits = torch.zeros(500, requires_grad=True)
-    masks, counted = sample_masks(logits, 4, "gumbel", generator())
+    masks, counted = draw_masks(logits, 4, "gumbel", generator())
     is_soft = (masks > 0.01) & (masks < 0.99)
     assert float(is_soft.float().mean()) > 0.5
     assert set(counted.detach().unique().tolist()) == {0.0, 1.0}

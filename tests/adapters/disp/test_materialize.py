@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from adapters.disp.budget import linears_total
-from adapters.disp.hypernetwork import Structures
 from adapters.disp.materialize import TOLERANCE, aligned_widths, choose_channels
 from adapters.disp.search_config import Residual
+from adapters.disp.structures import Structures
 from models.pruning import MODULES, Selections, check_selections, count_linears, widths_of
 from models.spec import DecoderSpec
 from tests.models.kernels.random_decoders import KINDS, make_decoder_parts

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters import run_loop
 from adapters.disp import search as module
 from adapters.disp.budget import BudgetError
 from adapters.disp.masked import MaskedDecoder
@@ -126,8 +127,8 @@ def test_metrics_have_every_step_evaluation_and_result(
     steps = [r for r in records if r["event"] == "step"]
     assert [r["step"] for r in steps] == list(range(1, 13))
     assert set(steps[0]) == {
-        "event", "step", "remove", "target", "learning_rate", "loss", "penalty", "sampled",
-        "kept", "widths", "gradient_norm", "num_tokens", "tokens_per_s",
+        "event", "step", "remove", "target", "learning_rate", "loss", "penalty",
+        "kept_drawn", "kept", "widths", "gradient_norm", "num_tokens", "tokens_per_s",
     }  # fmt: skip
     assert [r["remove"] for r in steps] == [0.2] * 6 + [0.4] * 6
     targets = [1 - 0.2 * i / 3 for i in (1, 2, 3)] + [0.8] * 3
@@ -166,13 +167,13 @@ def test_resumed_search_ends_as_any_other(
     residual: str, stops: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: dict[Path, dict[str, Tensor]] = {}
-    save = module.save_progress
+    save = run_loop.save_progress
 
     def save_and_note(folder: Path, progress: Progress, tensors: dict[str, Tensor]) -> None:
         saved[folder.parent] = {name: tensor.clone() for name, tensor in tensors.items()}
         save(folder, progress, tensors)
 
-    monkeypatch.setattr(module, "save_progress", save_and_note)
+    monkeypatch.setattr(run_loop, "save_progress", save_and_note)
     for stop in stops:
         stop_after(stop, tmp_path / "parts", resume=True, residual=residual)
     for name in ("parts", "whole"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapters.qst.config import QstConfig
 from adapters.qst.network import QstNetwork
-from models.kernels.reference.operations import apply_downsample
+from models.kernels.reference.operations import apply_downsample, blend_side
 from tests.adapters.side_decoders import DOWNSAMPLES, make_base, make_network, paper_base
 
 
@@ -70,7 +70,7 @@ def test_gates_are_the_papers_or_the_published_codes(gate: str, share: float, sh
     normed, stream = torch.randn(3, 64), torch.randn(3, 16)
     scale = torch.rsqrt(stream.pow(2).mean(1, keepdim=True) + 1e-5)
     up = F.linear(stream * scale * side.weights["final_norm.weight"], side.up, side.up_bias)
-    blended = network.blend(normed, stream)
+    blended = blend_side(network.program(), normed, stream)
     torch.testing.assert_close(blended, share * normed + (1 - share) * up, rtol=0, atol=1e-5)
 
 

@@ -19,6 +19,7 @@ from adapters.qst.training_config import TrainingConfig
 from adapters.training_state import TrainingError
 from models.checkpoints import Checkpoint
 from models.decoder import Decoder
+from models.kernels.reference.operations import blend_side, run_side
 
 CPU = torch.device("cpu")
 MakeTrainer = Callable[..., Trainer]
@@ -56,8 +57,9 @@ def test_gradient_is_that_of_plain_autograd(
     batch = pack_examples(examples[:5])
     hidden = list(decoder.hidden_states(batch.packed))
     attend = PackedAttention(batch.packed.query_starts, CPU)
-    side = network(hidden, batch.packed.positions.long(), attend=attend)
-    states = network.blend(decoder.apply_final_norm(hidden[-1]), side)
+    program, positions = network.program(), batch.packed.positions.long()
+    side = run_side(program, hidden, positions, attend=attend)
+    states = blend_side(program, decoder.apply_final_norm(hidden[-1]), side)
     weight = head_weight(checkpoint)
     assert isinstance(weight, Tensor)
     loss = F.cross_entropy(F.linear(states, weight.float())[batch.rows], batch.targets)
