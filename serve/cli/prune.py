@@ -2,13 +2,12 @@
 
 import argparse
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from adapters.disp.search_config import CHOICES, SearchConfig
 from serve.cli.arguments import UserError, add_options, given_options
+from serve.cli.config_flags import add_config_flag, read_config
 from serve.environment import let_threads_sleep
 from serve.model_options import MODEL, MODEL_OPTIONS, build_model_options
 
@@ -98,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     search = parser.add_argument_group("Search")
     for name, metavar, text in SEARCH_FLAGS:
-        _add_flag(search, name, metavar, text)
+        add_config_flag(search, SearchConfig(), CHOICES, name, metavar, text)
     run_group = parser.add_argument_group("Run")
     run_group.add_argument(
         "--output", metavar="DIR", type=Path, required=True, help="folder for everything written"
@@ -120,22 +119,6 @@ def _shares(text: str) -> tuple[float, ...]:
         ) from None
 
 
-def _add_flag(group: Any, name: str, metavar: str, text: str) -> None:
-    """Add a flag for a field of `SearchConfig`, which has its default and its type."""
-    default = getattr(SearchConfig(), name)
-    settings: dict[str, Any] = {"default": argparse.SUPPRESS}
-    settings["help"] = text if default is None else f"{text} [default: {default}]"
-    if isinstance(default, bool):
-        settings["action"] = argparse.BooleanOptionalAction
-        settings["help"] = f"{text} [default: {'on' if default else 'off'}]"
-    elif name in CHOICES:
-        settings["choices"] = CHOICES[name]
-    else:
-        kind: Callable[[str], Any] = float if isinstance(default, float) else int
-        settings |= {"type": kind, "metavar": metavar}
-    group.add_argument("--" + name.replace("_", "-"), **settings)
-
-
 def read_search_config(arguments: argparse.Namespace) -> SearchConfig:
     """Return the options of the search; with --remove-total its shares stand for those of linears.
 
@@ -144,14 +127,10 @@ def read_search_config(arguments: argparse.Namespace) -> SearchConfig:
     """
     known = SearchConfig.__dataclass_fields__
     given = {name: value for name, value in vars(arguments).items() if name in known}
-    spelled = {"remove": "--remove"}
+    spelled = {}
     if arguments.remove_total is not None:
         given["remove"], spelled["remove"] = arguments.remove_total, "--remove-total"
-    try:
-        return SearchConfig(**given)
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        raise UserError(f"{spelled.get(name, '--' + name.replace('_', '-'))} {rest}") from None
+    return read_config(SearchConfig, given, spelled)
 
 
 def run(arguments: argparse.Namespace) -> int:

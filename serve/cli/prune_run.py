@@ -8,14 +8,13 @@ import torch
 from adapters.disp.budget import BudgetError, check_shares, linears_share
 from adapters.disp.search import SearchResult, search
 from adapters.disp.search_config import SearchConfig
-from adapters.format import AdapterError
-from adapters.training_state import TrainingError, TrainingInterrupted
 from models.checkpoints import Checkpoint, CheckpointError
 from models.spec import DecoderSpec
 from models.weights import Weight, dense
 from serve.base_model import load_base, settle_memory
-from serve.cli.arguments import CommandError, UserError, say
-from serve.cli.stop_signals import INTERRUPTED, stop_signals
+from serve.cli.arguments import UserError, say
+from serve.cli.long_run import run_to_end
+from serve.cli.stop_signals import INTERRUPTED
 from serve.machine import count_processors
 from serve.model_options import ModelOptions, resolve_model_options
 from text.chat_template import ChatTemplateError
@@ -52,26 +51,23 @@ def run_search(arguments: argparse.Namespace, config: SearchConfig, options: Mod
     torch.set_num_threads(int(options.threads))
     settle_memory(original.folder.resolve())
     say(f"{arguments.data}: {len(token_ids)} tokens; {options.threads} threads")
-    with stop_signals() as requested:
-        try:
-            results = search(
-                as_served(original, served),
-                token_ids,
-                arguments.output,
-                base_fingerprint=served.fingerprint,
-                base_quantization=served.quantization,
-                config=config,
-                device=options.device,
-                resume=arguments.resume,
-                description=arguments.description,
-                should_stop=lambda: bool(requested),
-                report=say,
-            )
-        except TrainingInterrupted as stopped:
-            say(f"{stopped}; the same command with --resume goes on from there")
-            return INTERRUPTED
-        except (TrainingError, AdapterError) as error:
-            raise CommandError(str(error)) from None
+    results = run_to_end(
+        lambda should_stop: search(
+            as_served(original, served),
+            token_ids,
+            arguments.output,
+            base_fingerprint=served.fingerprint,
+            base_quantization=served.quantization,
+            config=config,
+            device=options.device,
+            resume=arguments.resume,
+            description=arguments.description,
+            should_stop=should_stop,
+            report=say,
+        )
+    )
+    if results is None:
+        return INTERRUPTED
     for result in results:
         say(describe_result(result))
     folder = results[0].folder

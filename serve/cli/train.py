@@ -7,6 +7,7 @@ from typing import Any
 
 from adapters.qst.training_config import CHOICES, TrainingConfig
 from serve.cli.arguments import UserError, add_options, given_options
+from serve.cli.config_flags import add_config_flag, read_config
 from serve.environment import let_threads_sleep
 from serve.model_options import MODEL_OPTIONS, build_model_options
 
@@ -130,16 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_training(group: Any, name: str, metavar: str, text: str) -> None:
-    """Add a flag for a field of `TrainingConfig`, which has its default and its type."""
-    declared = TrainingConfig.__dataclass_fields__[name]
-    settings: dict[str, Any] = {"default": argparse.SUPPRESS}
-    settings["help"] = text if declared.default is None else f"{text} [default: {declared.default}]"
-    if name in CHOICES:
-        settings["choices"] = CHOICES[name]
-    else:
-        is_float = isinstance(declared.default, float)
-        settings |= {"type": float if is_float else int, "metavar": metavar}
-    group.add_argument("--" + name.replace("_", "-"), **settings)
+    add_config_flag(group, TrainingConfig(), CHOICES, name, metavar, text)
 
 
 def read_training_config(arguments: argparse.Namespace) -> TrainingConfig:
@@ -150,11 +142,7 @@ def read_training_config(arguments: argparse.Namespace) -> TrainingConfig:
     """
     known = TrainingConfig.__dataclass_fields__
     given = {name: value for name, value in vars(arguments).items() if name in known}
-    try:
-        return TrainingConfig(**given)
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        raise UserError(f"--{name.replace('_', '-')} {rest}") from None
+    return read_config(TrainingConfig, given)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,11 +11,11 @@ from adapters.qst.config import QstConfig
 from adapters.qst.examples import Example
 from adapters.qst.training import TrainingResult, train
 from adapters.qst.training_config import TrainingConfig
-from adapters.training_state import TrainingError, TrainingInterrupted
 from models.checkpoints import Checkpoint, CheckpointError
 from serve.base_model import build_decoder, load_base, load_variant, settle_memory
-from serve.cli.arguments import CommandError, UserError, say
-from serve.cli.stop_signals import INTERRUPTED, stop_signals
+from serve.cli.arguments import UserError, say
+from serve.cli.long_run import run_to_end
+from serve.cli.stop_signals import INTERRUPTED
 from serve.machine import count_processors
 from serve.model_options import ModelOptions, resolve_model_options
 from text.chat_template import ChatTemplateError
@@ -63,27 +63,24 @@ def run_training(
     torch.set_num_threads(int(options.threads))
     settle_memory(checkpoint.folder.resolve())
     say(f"{decoder.kernels} kernels, {options.threads} threads")
-    with stop_signals() as requested:
-        try:
-            result = train(
-                decoder,
-                checkpoint,
-                examples,
-                arguments.output,
-                qst=qst,
-                config=config,
-                eval_examples=eval_examples,
-                device=options.device,
-                resume=arguments.resume,
-                description=arguments.description,
-                should_stop=lambda: bool(requested),
-                report=say,
-            )
-        except TrainingInterrupted as stopped:
-            say(f"{stopped}; the same command with --resume goes on from there")
-            return INTERRUPTED
-        except (TrainingError, AdapterError) as error:
-            raise CommandError(str(error)) from None
+    result = run_to_end(
+        lambda should_stop: train(
+            decoder,
+            checkpoint,
+            examples,
+            arguments.output,
+            qst=qst,
+            config=config,
+            eval_examples=eval_examples,
+            device=options.device,
+            resume=arguments.resume,
+            description=arguments.description,
+            should_stop=should_stop,
+            report=say,
+        )
+    )
+    if result is None:
+        return INTERRUPTED
     for line in describe_result(result, arguments.output, arguments.on):
         say(line)
     return 0
