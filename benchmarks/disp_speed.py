@@ -36,6 +36,7 @@ from serve.backends.native import NativeBackend  # noqa: E402
 from serve.base_model import load_base, load_tokenizer, load_variant  # noqa: E402
 from serve.bench.engine import EngineStreams  # noqa: E402
 from serve.bench.streams import Decoding, random_prompts  # noqa: E402
+from serve.engine.limits import EngineLimits  # noqa: E402
 from serve.event_loop import run_on_loop  # noqa: E402
 from stats.summary import median_ratio  # noqa: E402
 from stats.timings import decode_rate, prefill_rate  # noqa: E402
@@ -55,10 +56,9 @@ async def measure_speed(
 ) -> dict[str, dict[str, list[float]]]:
     """Measure every model once in each round; return tokens/s by model."""
     most = max(options.prefill_tokens + 1, options.prompt_tokens + options.new_tokens)
+    limits = EngineLimits(num_cache_blocks=4 * (most // _BLOCK_TOKENS + 1))
     backends = {
-        name: NativeBackend(
-            decoder, sampler, eos_token_ids=(), num_cache_blocks=4 * (most // _BLOCK_TOKENS + 1)
-        )
+        name: NativeBackend(decoder, sampler, limits, eos_token_ids=())
         for name, decoder in decoders.items()
     }
     runners = {name: EngineStreams(found, Decoding()) for name, found in backends.items()}

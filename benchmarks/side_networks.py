@@ -41,10 +41,11 @@ from models.checkpoints import Checkpoint, load_checkpoint
 from models.decoder import Decoder
 from serve.attachments.registry import AdapterRegistry
 from serve.backends.native import NativeBackend
-from serve.backends.protocol import Arm, GenerationRequest
 from serve.base_model import load_tokenizer
 from serve.bench.streams import random_prompts
+from serve.engine.limits import EngineLimits
 from serve.event_loop import run_on_loop
+from serve.requests import Arm, GenerationRequest
 from stats.timings import StreamTiming, decode_rate
 
 STREAMS = 8
@@ -68,8 +69,8 @@ class Bench:
         self.backend = NativeBackend(
             decoder,
             Sampler(tables, eos_token_ids=()),
+            EngineLimits(num_cache_blocks=CONTEXT_TOKENS // 16),
             eos_token_ids=(),
-            num_cache_blocks=CONTEXT_TOKENS // 16,
             adapters=self.registry,
         )
         self._folders = folders

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from serve.backends import BACKENDS
 from serve.model_options import ADAPTERS, COMPUTE, MODEL, MODEL_OPTIONS, ModelOptions
 from serve.options import (
     BYTES,
@@ -132,6 +133,13 @@ class ServeConfig:
         kind=TEXT,
         group=NETWORK,
         is_repeatable=True,
+    )
+    backend: str = option(
+        "native",
+        "What runs the model; native is Proa's own engine.",
+        kind=TEXT,
+        group=COMPUTE,
+        choices=BACKENDS,
     )
     device: str = option_of(ModelOptions, "device")
     kernels: str = option_of(ModelOptions, "kernels")

@@ -1,7 +1,7 @@
 """Options as dataclass fields: one definition gives default, flag, variable, YAML key and check."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
@@ -100,7 +100,7 @@ class Option:
     default: Any
     help: str
     group: str
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     minimum: float | None = None
     maximum: float | None = None
     is_repeatable: bool = False
@@ -201,7 +201,7 @@ def option(
     *,
     kind: Kind,
     group: str,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     minimum: float | None = None,
     maximum: float | None = None,
     is_repeatable: bool = False,

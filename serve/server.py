@@ -1,4 +1,4 @@
-"""Put the parts of a server together: checkpoint, decoder, sampler, engine, API, HTTP."""
+"""Put the parts of a server together: backend, API, web interface, HTTP."""
 
 import asyncio
 import gc
@@ -9,54 +9,30 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import uvicorn
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
-from decoding import Sampler, TokenTables
-from models.checkpoints import Checkpoint, CheckpointError
-from models.decoder import Decoder
 from serve.api import ApiSettings, create_app
 from serve.api.settings import UnknownFields
-from serve.attachments.registry import AdapterRegistry
-from serve.attachments.variants import add_variants
-from serve.backends.native import NativeBackend
-from serve.backends.protocol import AdapterConflictError, AdapterLoadError
-from serve.base_model import build_decoder, load_base, load_tokenizer, settle_memory
+from serve.backends.building import Report, build_backend
+from serve.backends.protocol import Backend
 from serve.config import ServeConfig
 from serve.environment import data_folder, let_gradio_stay_silent
 from serve.event_loop import run_on_loop
 from serve.experiments.store import VoteStore, VoteStoreError
-from serve.machine import (
-    count_processors,
-    free_memory_bytes,
-)
-from serve.model_options import resolve_model_options
 from serve.options import ConfigError
-from serve.resolve import (
-    resolve_access,
-    resolve_adapters,
-    resolve_capacity,
-    resolve_votes,
-)
+from serve.resolve import resolve_access, resolve_adapters, resolve_votes
 from serve.ui.mount import PATH, UserInterface
-from text.chat_template import ChatTemplateError
-from text.token_bytes import TokenizerError
 
-CACHE_DTYPES = {"auto": None, "float16": torch.float16, "float32": torch.float32}
 HEALTH_CHECK_S = 1.0
 CLOSE_TIMEOUT_S = 5
 MAX_SHOWN_ADAPTERS = 8
-
-Report = Callable[[str], None]
 
 
 class ServerError(RuntimeError):
@@ -70,7 +46,7 @@ class Service:
     Attributes:
         config: with every size and limit resolved.
         model_id: id of the base model.
-        kernels: what the decoder computes with, such as "native-avx2".
+        kernels: what the backend computes with, such as "native-avx2".
         backend: runs the requests.
         app: the ASGI application.
         has_chat_template: whether the model can chat.
@@ -80,7 +56,7 @@ class Service:
     config: ServeConfig
     model_id: str
     kernels: str
-    backend: NativeBackend
+    backend: Backend
     app: FastAPI
     has_chat_template: bool
     adapters: tuple[str, ...] = ()
@@ -101,40 +77,16 @@ def build_service(
             adapter cannot be loaded.
     """
     config = resolve_adapters(resolve_access(config))
-    options = resolve_model_options(
-        config.model_options,
-        has_cuda=torch.cuda.is_available(),
-        num_processors=count_processors(),
-    )
-    config = replace(config, **asdict(options))
-    try:
-        checkpoint = load_base(options, report=report)
-        # The tokenizer loads while the decoder packs its weights: both leave Python's lock alone.
-        with ThreadPoolExecutor(1) as pool:
-            loading = pool.submit(load_tokenizer, checkpoint)
-            decoder = build_decoder(options, checkpoint)
-            # The native kernels have their own threads; torch's would only get in their way.
-            is_torch = decoder.kernels == "reference"
-            torch.set_num_threads(int(config.threads) if is_torch else 1)
-            tokenizer, tables = loading.result()
-        # Nothing else computes while the speed of variants is measured.
-        registry = _build_registry(config, decoder, checkpoint, report)
-    except (CheckpointError, TokenizerError, ChatTemplateError) as error:
-        raise ConfigError(str(error)) from error
-    model_id = config.served_model_name or checkpoint.name
-    folder, eos_token_ids = checkpoint.folder, checkpoint.eos_token_ids
-    # Its weights are mapped from disk; what the decoder needs of them, it has.
-    del checkpoint
-    settle_memory(folder.resolve())
-    config = _size_cache(config, decoder, report)
-    backend = _build_backend(config, decoder, tables, eos_token_ids, registry)
+    built = build_backend(config, report=report)
+    config, backend, tokenizer = built.config, built.backend, built.tokenizer
+    model_id = config.served_model_name or built.model_name
     app = create_app(backend, tokenizer, settings=_api_settings(config, model_id), votes=votes)
     gc.collect()
     gc.freeze()
     return Service(
         config=config,
         model_id=model_id,
-        kernels=decoder.kernels,
+        kernels=built.kernels,
         backend=backend,
         app=app,
         has_chat_template=tokenizer.chat_template is not None,
@@ -156,79 +108,6 @@ def open_votes(config: ServeConfig) -> VoteStore:
         return VoteStore(Path(config.votes))
     except VoteStoreError as error:
         raise ConfigError(f"votes: {error}; name another file with --votes") from None
-
-
-def _build_registry(
-    config: ServeConfig, decoder: Decoder, checkpoint: Checkpoint, report: Report
-) -> AdapterRegistry | None:
-    """Attach the variants and adapters of the start; None where there can be none.
-
-    The fingerprint that they are held against may take a pass over all weights.
-    """
-    if not config.adapter and not config.variant and config.adapter_root is None:
-        return None
-    registry = AdapterRegistry(
-        decoder,
-        fingerprint=checkpoint.fingerprint,
-        model_id=checkpoint.name,
-        roots=() if config.adapter_root is None else (Path(config.adapter_root),),
-        max_bytes=config.adapter_memory_bytes,
-    )
-    add_variants(registry, config, checkpoint, decoder, report=report)
-    for name, folder in config.adapters:
-        try:
-            registry.attach_folder(name, Path(folder))
-        except (AdapterLoadError, AdapterConflictError) as error:
-            raise ConfigError(str(error)) from error
-    return registry
-
-
-def _size_cache(config: ServeConfig, decoder: Decoder, report: Report) -> ServeConfig:
-    block_bytes = decoder.cache_bytes_per_block(
-        block_size=config.block_size, dtype=CACHE_DTYPES[config.kv_cache_dtype]
-    )
-    if config.device == "cuda":
-        free_bytes = torch.cuda.mem_get_info()[0]
-    else:
-        free_bytes = free_memory_bytes()
-    model_context = decoder.spec.max_position_embeddings
-    config = resolve_capacity(
-        config, model_context=model_context, bytes_per_block=block_bytes, free_bytes=free_bytes
-    )
-    size_mb = int(config.kv_cache_tokens) // config.block_size * block_bytes / 1e6
-    report(
-        f"{decoder.kernels} kernels, {config.threads} threads; KV cache for "
-        f"{config.kv_cache_tokens} tokens (at most {size_mb:.0f} MB), context {config.max_context}"
-    )
-    return config
-
-
-def _build_backend(
-    config: ServeConfig,
-    decoder: Decoder,
-    tables: TokenTables,
-    eos_token_ids: tuple[int, ...],
-    registry: AdapterRegistry | None,
-) -> NativeBackend:
-    sampler = Sampler(tables, eos_token_ids=eos_token_ids, device=config.device)
-    try:
-        return NativeBackend(
-            decoder,
-            sampler,
-            eos_token_ids=eos_token_ids,
-            num_cache_blocks=int(config.kv_cache_tokens) // config.block_size,
-            block_size=config.block_size,
-            max_batch_tokens=config.max_batch_tokens,
-            max_running_sequences=config.max_running_sequences,
-            max_waiting_requests=config.max_waiting_requests,
-            max_waiting_tokens=config.max_waiting_tokens,
-            prefix_caching=config.prefix_caching,
-            cache_dtype=CACHE_DTYPES[config.kv_cache_dtype],
-            max_context_tokens=int(config.max_context),
-            adapters=registry,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _api_settings(config: ServeConfig, model_id: str) -> ApiSettings:
@@ -419,7 +298,7 @@ class _StopSignals:
             os._exit(130)
 
 
-async def _wait_until_broken(backend: NativeBackend) -> str:
+async def _wait_until_broken(backend: Backend) -> str:
     while (error := backend.stats().error) is None:
         await asyncio.sleep(HEALTH_CHECK_S)
     return error

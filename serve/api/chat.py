@@ -12,7 +12,7 @@ from serve.api.body import read_request
 from serve.api.chunks import Details, make_chat_writer
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError
-from serve.api.generation import Generation, Job, Piece
+from serve.api.generation import Generation, Piece
 from serve.api.identity import make_id
 from serve.api.logprobs import make_chat_entry, make_trace_entry
 from serve.api.openapi import describe_body
@@ -29,7 +29,7 @@ from serve.api.resolve import (
 )
 from serve.api.schema import ChatBody, Message
 from serve.api.transport import EventStream, JsonWhenDone
-from serve.backends.protocol import Arm
+from serve.requests import Arm, GenerationRequest
 from text.tokenizer import Tokenizer
 
 
@@ -42,25 +42,25 @@ def build_chat_router(context: ApiContext) -> APIRouter:
         body = await read_request(request, ChatBody, context.settings)
         choice = split_model(body.model, context)
         check_stream_options(body)
-        job = await _make_job(context, body, choice, make_id("chatcmpl"))
+        asked = await _make_request(context, body, choice, make_id("chatcmpl"))
         describe = None
         if body.logprobs or body.return_decoding_trace:
             describe = partial(_describe, context.tokenizer, body)
-        generation = Generation(context, job)
+        generation = Generation(context, [asked])
         head: dict[str, object] = {
-            "id": job.request_id,
+            "id": asked.request_id,
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
             "model": choice.model,
         }
         if not body.stream:
-            return JsonWhenDone(_answer(context, body, generation, job, head))
+            return JsonWhenDone(_answer(context, body, generation, head))
         options = body.stream_options
         writer = make_chat_writer(head, with_usage=bool(options and options.include_usage))
         frames = stream_answer(
             generation,
             writer,
-            num_choices=job.num_choices,
+            num_choices=generation.num_choices,
             opening=writer.opening,
             describe=describe,
             options=options,
@@ -70,7 +70,9 @@ def build_chat_router(context: ApiContext) -> APIRouter:
     return router
 
 
-async def _make_job(context: ApiContext, body: ChatBody, choice: ModelChoice, job_id: str) -> Job:
+async def _make_request(
+    context: ApiContext, body: ChatBody, choice: ModelChoice, request_id: str
+) -> GenerationRequest:
     num_sequences = check_num_sequences(body.n, 1, context.settings)
     strategy = resolve_strategy(body.decoding, choice.strategy)
     adapter_scale = resolve_adapter_scale(body.adapter_scale, has_side=choice.has_side)
@@ -91,9 +93,9 @@ async def _make_job(context: ApiContext, body: ChatBody, choice: ModelChoice, jo
         logprobs=logprobs,
         vocab_size=context.backend.vocab_size,
     )
-    return Job(
-        request_id=job_id,
-        prompts=[token_ids],
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=token_ids,
         arms=(
             Arm(
                 params=params,
@@ -155,9 +157,9 @@ def _describe(tokenizer: Tokenizer, body: ChatBody, piece: Piece) -> Details:
 
 
 async def _answer(
-    context: ApiContext, body: ChatBody, generation: Generation, job: Job, head: dict[str, object]
+    context: ApiContext, body: ChatBody, generation: Generation, head: dict[str, object]
 ) -> dict[str, object]:
-    answers = await collect_answers(generation, job.num_choices)
+    answers = await collect_answers(generation, generation.num_choices)
     choices = [
         _make_choice(context.tokenizer, body, index, answer) for index, answer in enumerate(answers)
     ]

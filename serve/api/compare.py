@@ -17,7 +17,7 @@ from serve.api.chunks import Details, make_comparison_writer
 from serve.api.completions import DEFAULT_MAX_TOKENS, encode_prompt
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError
-from serve.api.generation import Generation, Job, Piece
+from serve.api.generation import Generation, Piece
 from serve.api.identity import COMPARISON_PREFIX, make_id
 from serve.api.logprobs import make_trace_entry
 from serve.api.openapi import describe_body
@@ -32,8 +32,8 @@ from serve.api.resolve import (
 from serve.api.schema import CompareBody, ComparisonArm, SamplingFields, StreamOptions
 from serve.api.transport import EventStream, JsonWhenDone
 from serve.api.votes import remember_comparison
-from serve.backends.protocol import Arm
 from serve.experiments.comparison import ArmIdentity, Comparison, build_identity
+from serve.requests import Arm, GenerationRequest
 
 
 def build_compare_router(context: ApiContext) -> APIRouter:
@@ -44,8 +44,8 @@ def build_compare_router(context: ApiContext) -> APIRouter:
     async def create_comparison(request: Request) -> Response:
         body = await read_request(request, CompareBody, context.settings)
         _check(body, context)
-        job, arms = await _make_job(context, body)
-        comparison = _Comparison(context, body, job, arms)
+        asked, arms = await _make_request(context, body)
+        comparison = _Comparison(context, body, asked, arms)
         if not body.stream:
             return JsonWhenDone(comparison.answer())
         return EventStream(comparison.stream(), ping_interval_s=context.settings.ping_interval_s)
@@ -73,7 +73,9 @@ def _check(body: CompareBody, context: ApiContext) -> None:
                 )
 
 
-async def _make_job(context: ApiContext, body: CompareBody) -> tuple[Job, tuple[ArmIdentity, ...]]:
+async def _make_request(
+    context: ApiContext, body: CompareBody
+) -> tuple[GenerationRequest, tuple[ArmIdentity, ...]]:
     """Return what the backend is asked, and what votes will know of the arms."""
     if body.messages is not None:
         token_ids = await encode_messages(context, body.messages)
@@ -96,14 +98,14 @@ async def _make_job(context: ApiContext, body: CompareBody) -> tuple[Job, tuple[
         except (ApiError, ParameterError) as error:
             raise _at_arm(error, index, arm) from None
     resolve_adapter_scale(body.adapter_scale, has_side=any(has_sides))
-    job = Job(
+    asked = GenerationRequest(
         request_id=make_id(COMPARISON_PREFIX),
-        prompts=[token_ids],
+        prompt_token_ids=token_ids,
         arms=tuple(arms),
         is_traced=bool(body.return_decoding_trace),
         prompt_is_template=body.messages is not None,
     )
-    return job, tuple(identities)
+    return asked, tuple(identities)
 
 
 def _merge_fields(
@@ -170,13 +172,17 @@ class _Comparison:
     """The answer to one request; an arm is a choice."""
 
     def __init__(
-        self, context: ApiContext, body: CompareBody, job: Job, arms: tuple[ArmIdentity, ...]
+        self,
+        context: ApiContext,
+        body: CompareBody,
+        asked: GenerationRequest,
+        arms: tuple[ArmIdentity, ...],
     ) -> None:
         self._context = context
         self._body = body
         self._num_arms = len(arms)
-        self._comparison = Comparison(id=job.request_id, created=int(time.time()), arms=arms)
-        self._generation = Generation(context, job)
+        self._comparison = Comparison(id=asked.request_id, created=int(time.time()), arms=arms)
+        self._generation = Generation(context, [asked])
         self._head: dict[str, object] = {
             "id": self._comparison.id,
             "object": "comparison.chunk" if body.stream else "comparison",

@@ -13,7 +13,7 @@ from serve.api.body import read_request
 from serve.api.chunks import ChunkWriter, Details, make_completion_writer
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError
-from serve.api.generation import Generation, Job, Piece
+from serve.api.generation import Generation, Piece
 from serve.api.identity import make_id
 from serve.api.logprobs import LegacyLogprobs, make_trace_entry
 from serve.api.openapi import describe_body
@@ -30,7 +30,7 @@ from serve.api.resolve import (
 )
 from serve.api.schema import CompletionBody
 from serve.api.transport import EventStream, JsonWhenDone
-from serve.backends.protocol import Arm
+from serve.requests import Arm, GenerationRequest
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -44,14 +44,15 @@ def build_completions_router(context: ApiContext) -> APIRouter:
         body = await read_request(request, CompletionBody, context.settings)
         choice = split_model(body.model, context)
         _check(body)
-        job = await _make_job(context, body, choice, make_id("cmpl"))
+        answer_id = make_id("cmpl")
+        requests = await _make_requests(context, body, choice, answer_id)
         head: dict[str, object] = {
-            "id": job.request_id,
+            "id": answer_id,
             "object": "text_completion",
             "created": int(time.time()),
             "model": choice.model,
         }
-        completion = _Completion(context, body, job)
+        completion = _Completion(context, body, requests)
         if not body.stream:
             return JsonWhenDone(completion.answer(head))
         return EventStream(
@@ -71,9 +72,9 @@ def _check(body: CompletionBody) -> None:
         raise ApiError("echo does not go with suffix.", param="echo", code="invalid_value")
 
 
-async def _make_job(
-    context: ApiContext, body: CompletionBody, choice: ModelChoice, job_id: str
-) -> Job:
+async def _make_requests(
+    context: ApiContext, body: CompletionBody, choice: ModelChoice, answer_id: str
+) -> list[GenerationRequest]:
     num_sequences = check_num_sequences(body.n, len(body.prompt), context.settings)
     strategy = resolve_strategy(body.decoding, choice.strategy)
     adapter_scale = resolve_adapter_scale(body.adapter_scale, has_side=choice.has_side)
@@ -89,7 +90,6 @@ async def _make_job(
         prompt_param="prompt",
         context=context.backend.max_context_tokens,
     )
-    prompt_logprobs = body.logprobs if body.echo else None
     params = build_params(
         body,
         strategy=strategy,
@@ -97,21 +97,22 @@ async def _make_job(
         logprobs=body.logprobs,
         vocab_size=context.backend.vocab_size,
     )
-    return Job(
-        request_id=job_id,
-        prompts=prompts,
-        arms=(
-            Arm(
-                params=params,
-                num_sequences=num_sequences,
-                adapter=choice.adapter,
-                adapter_scale=adapter_scale,
-            ),
-        ),
-        is_traced=bool(body.return_decoding_trace),
-        prompt_logprobs=prompt_logprobs,
-        is_dry=max_tokens == 0 and prompt_logprobs is None,
+    arm = Arm(
+        params=params,
+        num_sequences=num_sequences,
+        adapter=choice.adapter,
+        adapter_scale=adapter_scale,
     )
+    return [
+        GenerationRequest(
+            request_id=f"{answer_id}-{index}",
+            prompt_token_ids=prompt,
+            arms=(arm,),
+            is_traced=bool(body.return_decoding_trace),
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def _encode_prompts(context: ApiContext, body: CompletionBody) -> list[list[int]]:
@@ -163,11 +164,15 @@ def _empty() -> ApiError:
 class _Completion:
     """The answer to one request."""
 
-    def __init__(self, context: ApiContext, body: CompletionBody, job: Job) -> None:
+    def __init__(
+        self, context: ApiContext, body: CompletionBody, requests: list[GenerationRequest]
+    ) -> None:
+        (arm,) = requests[0].arms
+        is_dry = not arm.params.max_tokens and requests[0].prompt_logprobs is None
         self._tokenizer = context.tokenizer
         self._body = body
-        self._job = job
-        self._generation = Generation(context, job)
+        self._requests = requests
+        self._generation = Generation(context, requests, is_dry=is_dry)
         self._echoes = [self._echo(prompt) for prompt in body.prompt]
 
     def _echo(self, prompt: str | Sequence[int]) -> str:
@@ -177,12 +182,12 @@ class _Completion:
 
     async def answer(self, head: dict[str, object]) -> dict[str, object]:
         """Return the whole answer."""
-        answers = await collect_answers(self._generation, self._job.num_choices)
+        answers = await collect_answers(self._generation, self._generation.num_choices)
         choices = [self._make_choice(index, answer) for index, answer in enumerate(answers)]
         return {**head, "choices": choices, "usage": self._generation.usage()}
 
     def _make_choice(self, index: int, answer: Answer) -> dict[str, object]:
-        prompt = index // self._job.num_sequences
+        prompt = index // self._generation.num_sequences
         echo = self._echoes[prompt]
         logprobs = None
         if self._body.logprobs is not None:
@@ -205,7 +210,9 @@ class _Completion:
         logprobs = LegacyLogprobs(self._tokenizer)
         found = self._generation.prompt_logprobs[prompt]
         if found is not None:
-            logprobs.add_prompt(self._job.prompts[prompt], found, self._echoes[prompt])
+            logprobs.add_prompt(
+                self._requests[prompt].prompt_token_ids, found, self._echoes[prompt]
+            )
         return logprobs
 
     def stream(self, head: dict[str, object]) -> AsyncGenerator[bytes, None]:
@@ -216,7 +223,7 @@ class _Completion:
         return stream_answer(
             self._generation,
             writer,
-            num_choices=self._job.num_choices,
+            num_choices=self._generation.num_choices,
             opening=partial(self._open, writer),
             describe=(
                 self._describe if body.logprobs is not None or body.return_decoding_trace else None
@@ -225,7 +232,7 @@ class _Completion:
         )
 
     def _open(self, writer: ChunkWriter, index: int, usage: str | None) -> str:
-        prompt = index // self._job.num_sequences
+        prompt = index // self._generation.num_sequences
         if not self._body.echo:
             return ""
         value = None
@@ -237,7 +244,7 @@ class _Completion:
         value = None
         if self._body.logprobs is not None:
             logprobs = LegacyLogprobs(self._tokenizer)
-            prompt = piece.choice // self._job.num_sequences
+            prompt = piece.choice // self._generation.num_sequences
             logprobs.add_piece(piece, len(self._echoes[prompt]))
             value = logprobs.value()
         trace = None

@@ -1,56 +1,18 @@
-"""Run the prompts of one request and turn their tokens into text."""
+"""Run the requests of one answer, one for each prompt, and turn their tokens into text."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from decoding import SamplingParams
 from serve.api.context import ApiContext
 from serve.api.errors import GenerationFailedError
 from serve.api.metrics import ArmMeter
-from serve.backends.protocol import (
-    Arm,
-    BackendUnavailableError,
-    GenerationRequest,
-    TokenLogprob,
-    TokenOutput,
-)
+from serve.backends.protocol import BackendUnavailableError
+from serve.requests import GenerationRequest, TokenLogprob, TokenOutput
 from text.detokenizer import StopMatcher
 from text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What a request asks the backend for.
-
-    Attributes:
-        request_id: unique; each prompt gets its own suffix.
-        prompts: token ids of each prompt.
-        arms: what to make of each prompt.
-        is_traced: report the decoding trace.
-        prompt_logprobs, prompt_is_template: as in `GenerationRequest`.
-        is_dry: nothing is asked of the model; every choice ends at once.
-    """
-
-    request_id: str
-    prompts: Sequence[list[int]]
-    arms: tuple[Arm, ...]
-    is_traced: bool = False
-    prompt_logprobs: int | None = None
-    prompt_is_template: bool = False
-    is_dry: bool = False
-
-    @property
-    def num_sequences(self) -> int:
-        """Answers to each prompt."""
-        return sum(arm.num_sequences for arm in self.arms)
-
-    @property
-    def num_choices(self) -> int:
-        """How many answers there are in all."""
-        return len(self.prompts) * self.num_sequences
 
 
 class Piece(NamedTuple):
@@ -136,31 +98,45 @@ class Choice:
 
 
 class Generation:
-    """One request on its way through the backend.
+    """One answer on its way through the backend.
 
     Attributes:
+        num_sequences: answers to each prompt.
+        num_choices: how many answers there are in all.
         prompt_logprobs: of each prompt, once its first token has arrived and if asked for.
     """
 
-    def __init__(self, context: ApiContext, job: Job) -> None:
+    def __init__(
+        self, context: ApiContext, requests: Sequence[GenerationRequest], *, is_dry: bool = False
+    ) -> None:
+        """Begin to count.
+
+        Args:
+            context: of the application.
+            requests: at least one, one for each prompt; all ask the same of it.
+            is_dry: nothing is asked of the model; every choice ends at once.
+        """
+        arms = requests[0].arms
         self._backend = context.backend
-        self._job = job
+        self._requests = requests
+        self._is_dry = is_dry
         self._window = context.settings.max_concurrent_prompts
-        self._prompt_tokens = sum(map(len, job.prompts))
+        self._prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
         self._meters = [
             ArmMeter(context.metrics, arm.params.strategy.name, arm.adapter, self._prompt_tokens)
-            for arm in job.arms
+            for arm in arms
         ]
         self._choices = [
             Choice(context.tokenizer, arm.params, meter)
-            for _ in job.prompts
-            for arm, meter in zip(job.arms, self._meters, strict=True)
+            for _ in requests
+            for arm, meter in zip(arms, self._meters, strict=True)
             for _ in range(arm.num_sequences)
         ]
-        self._num_open = job.num_choices
+        self.num_sequences = requests[0].num_sequences
+        self.num_choices = self._num_open = len(self._choices)
         self._completion_tokens = 0
         self._cached_tokens = 0
-        self.prompt_logprobs: list[list[TokenLogprob | None] | None] = [None] * len(job.prompts)
+        self.prompt_logprobs: list[list[TokenLogprob | None] | None] = [None] * len(requests)
 
     def usage(self) -> dict[str, object]:
         """Return the OpenAI usage object of what has happened so far."""
@@ -169,7 +145,7 @@ class Generation:
     def choice_usage(self, index: int) -> dict[str, object]:
         """Return the usage object of one choice alone."""
         choice = self._choices[index]
-        num_prompt_tokens = len(self._job.prompts[index // self._job.num_sequences])
+        num_prompt_tokens = len(self._requests[index // self.num_sequences].prompt_token_ids)
         return _usage(num_prompt_tokens, choice.num_tokens, choice.num_cached_tokens)
 
     async def steps(self) -> AsyncGenerator[list[Piece], None]:
@@ -179,15 +155,15 @@ class Generation:
             QueueFullError, BackendUnavailableError: not admitted.
             GenerationFailedError: a sequence ended with an error.
         """
-        if self._job.is_dry:
-            yield [_end_at_once(choice) for choice in range(self._job.num_choices)]
+        if self._is_dry:
+            yield [_end_at_once(choice) for choice in range(self.num_choices)]
             return
         early: dict[int, list[TokenOutput]] = {}
         reason = "abort"
         try:
             async with aclosing(self._merged()) as merged:
                 async for prompt, outputs in merged:
-                    if self._job.prompt_logprobs is not None:
+                    if self._requests[prompt].prompt_logprobs is not None:
                         outputs = self._hold_early(early, prompt, outputs)
                     pieces = self._advance(prompt, outputs)
                     if pieces:
@@ -214,7 +190,7 @@ class Generation:
         return outputs
 
     def _advance(self, prompt: int, outputs: list[TokenOutput]) -> list[Piece]:
-        base = prompt * self._job.num_sequences
+        base = prompt * self.num_sequences
         pieces = []
         for output in outputs:
             index = base + output.sequence_index
@@ -234,7 +210,8 @@ class Generation:
                 self._num_open -= 1
                 choice.meter.count_finish(choice.finish_reason)
                 if output.finish_reason is None:
-                    self._backend.abort_sequence(self._prompt_id(prompt), output.sequence_index)
+                    request_id = self._requests[prompt].request_id
+                    self._backend.abort_sequence(request_id, output.sequence_index)
         return pieces
 
     def _fail(self, reason: str) -> None:
@@ -254,39 +231,24 @@ class Generation:
                 is_whole=all(choice.finish_reason is not None for choice in choices),
             )
 
-    def _prompt_id(self, prompt: int) -> str:
-        return f"{self._job.request_id}-{prompt}"
-
-    def _generate(self, prompt: int) -> AsyncGenerator[list[TokenOutput], None]:
-        job = self._job
-        return self._backend.generate(
-            GenerationRequest(
-                request_id=self._prompt_id(prompt),
-                prompt_token_ids=job.prompts[prompt],
-                arms=job.arms,
-                prompt_logprobs=job.prompt_logprobs,
-                is_traced=job.is_traced,
-                prompt_is_template=job.prompt_is_template,
-            )
-        )
-
     async def _merged(self) -> AsyncGenerator[tuple[int, list[TokenOutput]], None]:
         """Yield (prompt index, outputs), with a bounded number of prompts in the backend."""
-        if len(self._job.prompts) == 1:
-            async with aclosing(self._generate(0)) as steps:
+        requests = self._requests
+        if len(requests) == 1:
+            async with aclosing(self._backend.generate(requests[0])) as steps:
                 async for outputs in steps:
                     yield 0, outputs
             return
-        waiting = iter(range(len(self._job.prompts)))
+        waiting = iter(enumerate(requests))
         queue: asyncio.Queue[tuple[int, list[TokenOutput]] | asyncio.Task[None]] = asyncio.Queue()
 
         async def work() -> None:
-            for prompt in waiting:
-                async with aclosing(self._generate(prompt)) as steps:
+            for prompt, request in waiting:
+                async with aclosing(self._backend.generate(request)) as steps:
                     async for outputs in steps:
                         queue.put_nowait((prompt, outputs))
 
-        num_workers = min(self._window, len(self._job.prompts))
+        num_workers = min(self._window, len(requests))
         workers = [asyncio.create_task(work()) for _ in range(num_workers)]
         for worker in workers:
             worker.add_done_callback(queue.put_nowait)

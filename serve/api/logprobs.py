@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from serve.api.generation import Piece
-from serve.backends.protocol import TokenLogprob, TokenOutput
+from serve.requests import TokenLogprob, TokenOutput
 from text.tokenizer import Tokenizer
 
 # What stands for a log probability of minus infinity, which JSON cannot say.

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from adapters.format import AdapterConfig, read_config
 from adapters.qst.adapter import QstAdapter, load_qst
@@ -25,7 +25,7 @@ from serve.backends.protocol import (
     AdapterNotFoundError,
 )
 from serve.engine.model import Model
-from serve.engine.sequence import ModelVariant, SideAdapter
+from serve.engine.sequence import Attachment, ModelVariant, SideAdapter
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 """Names of adapters."""
@@ -61,21 +61,6 @@ class LoadedVariant:
     num_bytes: int
     removed: float
     speed: float
-
-
-class Attachment(NamedTuple):
-    """What the sequences of a model id need.
-
-    Attributes:
-        variant: what they run on, or None for the base.
-        side: the side network that they use, or None.
-    """
-
-    variant: ModelVariant | None
-    side: SideAdapter | None
-
-
-NO_ATTACHMENT = Attachment(None, None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -1,1 +1,6 @@
-"""What can run a request: one protocol, one module for each backend."""
+"""What can run a request: one protocol, and the backends by name."""
+
+BACKENDS = {"native": "serve.backends.native_builder"}
+"""Name of a backend: the module whose `build` makes it (see `serve.backends.building`). It is
+imported when it is asked for, since a backend may need libraries that are slow or not installed.
+"""

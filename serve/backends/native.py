@@ -2,48 +2,50 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
 
-import torch
-
 from decoding.sampler import Sampler
-from serve.attachments.registry import NO_ATTACHMENT, AdapterRegistry, Attachment
+from serve.attachments.registry import AdapterRegistry
 from serve.backends.protocol import (
     AdapterInfo,
     AdapterLoadError,
     AdapterNotFoundError,
-    Arm,
     BackendStats,
     BackendUnavailableError,
-    GenerationRequest,
     QueueFullError,
-    TokenLogprob,
-    TokenOutput,
-    TokenTrace,
 )
 from serve.engine.engine import Engine, Outputs
+from serve.engine.limits import EngineLimits
 from serve.engine.model import Model
-from serve.engine.sequence import Branch, Request, ScoredToken, SequenceOutput
+from serve.engine.sequence import NO_ATTACHMENT, Attachment, LiveRequest
 from serve.engine.worker import EngineThread
+from serve.requests import GenerationRequest, TokenOutput
 
 
 class _Stream:
-    """The outputs of one request on their way from the engine to the reader."""
+    """The outputs of one request on their way from the engine to the reader.
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.num_open = request.num_sequences
+    Attributes:
+        live: the request.
+        open: indices of the sequences that have not ended.
+    """
+
+    def __init__(self, live: LiveRequest) -> None:
+        self.live = live
+        self.open = set(range(live.asked.num_sequences))
         self._steps: deque[list[TokenOutput]] = deque()
         self._has_steps = asyncio.Event()
 
     @property
     def is_exhausted(self) -> bool:
-        return not self.num_open and not self._steps
+        return not self.open and not self._steps
 
-    def put(self, outputs: list[SequenceOutput]) -> None:
-        self.num_open -= sum(output.finish_reason is not None for output in outputs)
-        self._steps.append([_token_output(output) for output in outputs])
+    def put(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.open.discard(output.sequence_index)
+        self._steps.append(outputs)
         self._has_steps.set()
 
     async def get(self) -> list[TokenOutput]:
@@ -63,18 +65,9 @@ class NativeBackend:
         self,
         model: Model,
         sampler: Sampler,
+        limits: EngineLimits,
         *,
         eos_token_ids: Sequence[int],
-        num_cache_blocks: int,
-        block_size: int = 16,
-        max_batch_tokens: int = 512,
-        max_running_sequences: int = 64,
-        max_waiting_requests: int = 256,
-        max_waiting_tokens: int = 131_072,
-        prefix_caching: bool = True,
-        cache_dtype: torch.dtype | None = None,
-        max_context_tokens: int | None = None,
-        num_side_cache_blocks: int | None = None,
         adapters: AdapterRegistry | None = None,
     ) -> None:
         """Allocate the cache and start the engine's thread.
@@ -82,49 +75,19 @@ class NativeBackend:
         Args:
             model: a `models.decoder.Decoder`.
             sampler: a `decoding.Sampler` for the model's vocabulary.
+            limits: of the engine and of the queue before it.
             eos_token_ids: tokens that end a sequence unless `ignore_eos`.
-            num_cache_blocks: blocks of the KV cache, >= 1.
-            block_size: positions in a block.
-            max_batch_tokens: tokens that a step computes at most, >= max_running_sequences.
-            max_running_sequences: sequences that own cache blocks at most.
-            max_waiting_requests: requests that wait for admission at most, >= 1.
-            max_waiting_tokens: their prompt tokens at most, >= 1; one request may exceed it when
-                no other waits.
-            prefix_caching: reuse the cache between sequences that start alike.
-            cache_dtype: of keys and values; None leaves it to the model.
-            max_context_tokens: longest prompt + continuation; None: what model and cache allow.
-            num_side_cache_blocks: as in `Engine`.
             adapters: what requests can name, over the same model; None: nothing.
 
         Raises:
-            ValueError: a limit is out of range.
+            ValueError: the limits do not go with the model.
         """
-        for name, value in (
-            ("max_waiting_requests", max_waiting_requests),
-            ("max_waiting_tokens", max_waiting_tokens),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self._engine = Engine(
-            model,
-            sampler,
-            eos_token_ids=eos_token_ids,
-            num_cache_blocks=num_cache_blocks,
-            block_size=block_size,
-            max_batch_tokens=max_batch_tokens,
-            max_running_sequences=max_running_sequences,
-            prefix_caching=prefix_caching,
-            cache_dtype=cache_dtype,
-            max_context_tokens=max_context_tokens,
-            num_side_cache_blocks=num_side_cache_blocks,
-        )
+        self._engine = Engine(model, sampler, limits, eos_token_ids=eos_token_ids)
         self._adapters = adapters
-        self._max_waiting_requests = max_waiting_requests
-        self._max_waiting_tokens = max_waiting_tokens
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: dict[Request, _Stream] = {}
-        self._requests: dict[str, Request] = {}
+        self._streams: dict[str, _Stream] = {}
         self._thread = EngineThread(self._engine, self._publish)
+        self._thread.stopped.add_done_callback(lambda _: self._call_loop(self._fail_streams))
 
     @property
     def vocab_size(self) -> int:
@@ -134,7 +97,7 @@ class NativeBackend:
     @property
     def max_context_tokens(self) -> int:
         """Longest prompt + continuation, in tokens."""
-        return self._engine.max_context_tokens
+        return self._engine.limits.max_context_tokens
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenOutput], None]:
         """Admit a request and yield its outputs, one list a step.
@@ -151,21 +114,20 @@ class NativeBackend:
         """
         names = {arm.adapter for arm in request.arms if arm.adapter is not None}
         async with AsyncExitStack() as stack:
-            adapters: dict[str, Attachment] = {}
+            used: dict[str | None, Attachment] = {None: NO_ATTACHMENT}
             if names:
                 self._check_open()
                 for name in sorted(names):
                     using = self._registry(name).use(name)
-                    adapters[name] = await stack.enter_async_context(using)
-            stream = self._admit(request, adapters)
+                    used[name] = await stack.enter_async_context(using)
+            stream = self._admit(request, [used[arm.adapter] for arm in request.arms])
             try:
                 while not stream.is_exhausted:
                     yield await stream.get()
             finally:
-                del self._streams[stream.request]
-                del self._requests[request.request_id]
-                if stream.num_open:
-                    self._thread.abort(stream.request)
+                del self._streams[request.request_id]
+                if stream.open:
+                    self._thread.abort(stream.live)
 
     def adapters(self) -> list[AdapterInfo]:
         """Return what is attached, in the order of names."""
@@ -183,16 +145,16 @@ class NativeBackend:
 
     def abort_sequence(self, request_id: str, sequence_index: int) -> None:
         """Stop one sequence of a running request; unknown ids are ignored."""
-        request = self._requests.get(request_id)
-        if request is not None:
-            self._thread.abort_sequence(request, sequence_index)
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            self._thread.abort_sequence(stream.live, sequence_index)
 
     def stats(self) -> BackendStats:
         """Return the counters and gauges of now."""
         engine, scheduler = self._engine, self._engine.scheduler
         return BackendStats(
             num_running_sequences=len(scheduler.running),
-            num_waiting_requests=self._thread.num_queued_requests,
+            num_waiting_requests=self._thread.count_queued()[0],
             num_cache_blocks=engine.num_cache_blocks,
             num_free_cache_blocks=engine.num_available_cache_blocks,
             prompt_tokens=scheduler.num_prompt_tokens,
@@ -201,7 +163,7 @@ class NativeBackend:
             preemptions=scheduler.num_preemptions,
             steps=engine.num_steps,
             is_draining=self._thread.is_draining,
-            error=engine.error,
+            error=self._thread.error,
             num_side_cache_blocks=engine.num_side_cache_blocks,
             num_free_side_cache_blocks=engine.num_available_side_cache_blocks,
             base_cached_prompt_tokens=scheduler.num_base_cached_prompt_tokens,
@@ -231,43 +193,36 @@ class NativeBackend:
         return self._adapters
 
     def _check_open(self) -> None:
-        if self._engine.error:
-            raise BackendUnavailableError(self._engine.error)
+        if self._thread.error:
+            raise BackendUnavailableError(self._thread.error)
         if self._thread.is_draining:
             raise BackendUnavailableError("the server is shutting down")
 
-    def _admit(self, request: GenerationRequest, adapters: Mapping[str, Attachment]) -> _Stream:
+    def _admit(self, request: GenerationRequest, attachments: list[Attachment]) -> _Stream:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             if self._streams:
                 raise RuntimeError("the backend serves requests of another event loop")
             self._loop = loop
         self._check_open()
-        if request.request_id in self._requests:
+        if request.request_id in self._streams:
             raise ValueError(f"request_id {request.request_id!r} is in use")
-        engine_request = Request(
-            prompt_token_ids=request.prompt_token_ids,
-            branches=tuple(_branch(arm, adapters) for arm in request.arms),
-            prompt_is_template=request.prompt_is_template,
-            prompt_logprobs=request.prompt_logprobs,
-            is_traced=request.is_traced,
-        )
-        self._engine.check(engine_request)
+        self._engine.check(request)
         self._check_queue(len(request.prompt_token_ids))
+        live = LiveRequest(request, attachments)
         try:
-            self._thread.submit(engine_request)
+            self._thread.submit(live)
         except RuntimeError as error:
             raise BackendUnavailableError(str(error)) from error
-        stream = _Stream(engine_request)
-        self._streams[engine_request] = stream
-        self._requests[request.request_id] = engine_request
+        stream = self._streams[request.request_id] = _Stream(live)
         return stream
 
-    def _check_queue(self, num_tokens: int) -> None:
-        num_requests = self._thread.num_queued_requests
-        num_tokens += self._thread.num_queued_tokens
+    def _check_queue(self, num_new_tokens: int) -> None:
+        limits = self._engine.limits
+        num_requests, num_tokens = self._thread.count_queued()
         if num_requests and (
-            num_requests >= self._max_waiting_requests or num_tokens > self._max_waiting_tokens
+            num_requests >= limits.max_waiting_requests
+            or num_tokens + num_new_tokens > limits.max_waiting_tokens
         ):
             raise QueueFullError(
                 f"the queue is full: {num_requests} requests are waiting",
@@ -276,52 +231,26 @@ class NativeBackend:
 
     def _publish(self, outputs: Outputs) -> None:
         """Hand a step's outputs to the event loop; called on the engine's thread."""
-        if not outputs or self._loop is None:
-            return
-        try:
-            self._loop.call_soon_threadsafe(self._deliver, outputs)
-        except RuntimeError:  # the loop was closed under its requests
+        if outputs and not self._call_loop(self._deliver, outputs):
             self._engine.abort_all()
 
+    def _call_loop(self, work: Callable[..., None], *arguments: object) -> bool:
+        """Do something on the event loop, from another thread; False if it is closed."""
+        try:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(work, *arguments)
+        except RuntimeError:  # it was closed under its requests
+            return False
+        return True
+
     def _deliver(self, outputs: Outputs) -> None:
-        for request, request_outputs in outputs.items():
-            stream = self._streams.get(request)
-            if stream is not None:
-                stream.put(request_outputs)
+        for live, steps in outputs.items():
+            stream = self._streams.get(live.asked.request_id)
+            if stream is not None and stream.live is live:
+                stream.put(steps)
 
-
-def _branch(arm: Arm, adapters: Mapping[str, Attachment]) -> Branch:
-    attachment = NO_ATTACHMENT if arm.adapter is None else adapters[arm.adapter]
-    return Branch(
-        params=arm.params,
-        num_sequences=arm.num_sequences,
-        variant=attachment.variant,
-        adapter=attachment.side,
-        adapter_scale=arm.adapter_scale,
-    )
-
-
-def _token_logprob(scored: ScoredToken) -> TokenLogprob:
-    return TokenLogprob(logprob=scored[0], top=scored[1])
-
-
-def _token_output(output: SequenceOutput) -> TokenOutput:
-    trace = None
-    if output.token_class is not None:
-        trace = TokenTrace(
-            token_class=output.token_class,
-            temperature=output.temperature,
-            entropy=output.entropy,
-        )
-    prompt_logprobs = output.prompt_logprobs
-    return TokenOutput(
-        sequence_index=output.index,
-        token_id=output.token_id,
-        logprob=_token_logprob(output.scored) if output.scored else None,
-        trace=trace,
-        finish_reason=output.finish_reason,
-        cached_prompt_tokens=output.num_cached_prompt_tokens,
-        prompt_logprobs=None
-        if prompt_logprobs is None
-        else [None if scored is None else _token_logprob(scored) for scored in prompt_logprobs],
-    )
+    def _fail_streams(self) -> None:
+        """End what the engine's thread has left without an end."""
+        for stream in self._streams.values():
+            if stream.open:
+                stream.put([TokenOutput(index, None, "error") for index in sorted(stream.open)])

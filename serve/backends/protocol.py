@@ -1,15 +1,10 @@
-"""What the API asks of a backend: token ids in, token ids out.
-
-Text, stop strings and chat templates are the API's business; a backend sees token ids only.
-"""
+"""What the API asks of a backend: token ids in, token ids out."""
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-from decoding import SamplingParams
-
-FinishReason = Literal["stop", "length", "abort", "error"]
+from serve.requests import GenerationRequest, TokenOutput
 
 
 class QueueFullError(Exception):
@@ -68,102 +63,6 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
-    """Continuations of a request's prompt that are made alike.
-
-    Attributes:
-        params: sampling parameters; `seed` and `max_tokens` are set (the API resolves them).
-        num_sequences: how many; number i draws with `decoding.derive_seed(params.seed, i)`.
-        adapter: name of an attached adapter, or None for the base.
-        adapter_scale: how much of its side network, 0 .. 1; 0 is the base, or the variant that it
-            sits on, exactly.
-    """
-
-    params: SamplingParams
-    num_sequences: int = 1
-    adapter: str | None = None
-    adapter_scale: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GenerationRequest:
-    """One prompt and its continuations. The base computes the prompt once for all arms on it; so
-    does each variant.
-
-    Attributes:
-        request_id: unique among the requests in flight.
-        prompt_token_ids: at least one id, each in the vocabulary, prompt + max_tokens within the
-            context (checked by the API).
-        arms: at least one; their sequences are numbered through, in order.
-        prompt_is_template: the prompt ends in a chat template, which the answer does not continue.
-        prompt_logprobs: None, or how many alternatives to report beside each prompt token's own
-            log probability.
-        is_traced: fill `TokenOutput.trace`.
-    """
-
-    request_id: str
-    prompt_token_ids: list[int]
-    arms: tuple[Arm, ...]
-    prompt_is_template: bool = False
-    prompt_logprobs: int | None = None
-    is_traced: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenLogprob:
-    """Natural log probability of a token under the unscaled logits, with its alternatives.
-
-    Attributes:
-        logprob: of the token itself.
-        top: (token_id, logprob) pairs, most likely first.
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenTrace:
-    """What the decoding strategy did for one token.
-
-    Attributes:
-        token_class: class of the token's text (`decoding` token classes).
-        temperature: temperature the token was drawn with, 0 for greedy.
-        entropy: entropy in nats of the model's distribution at temperature 1.
-    """
-
-    token_class: str
-    temperature: float
-    entropy: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenOutput:
-    """One new token of one sequence, or the end of a sequence.
-
-    Attributes:
-        sequence_index: number of the sequence in the request, from 0.
-        token_id: the token; None when the sequence ended without a new one (abort, error).
-        logprob: set when `params.logprobs` is, or the request is traced.
-        trace: set when the request is traced.
-        finish_reason: set on a sequence's last output. "stop": the token is an end-of-sequence or
-            stop token.
-        cached_prompt_tokens: prompt tokens that were not computed again; on a sequence's first
-            output.
-        prompt_logprobs: one entry for each prompt token (None for the first); on sequence 0's first
-            output if asked for.
-    """
-
-    sequence_index: int
-    token_id: int | None
-    logprob: TokenLogprob | None = None
-    trace: TokenTrace | None = None
-    finish_reason: FinishReason | None = None
-    cached_prompt_tokens: int = 0
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class BackendStats:
     """Counters since start and gauges of now.
 
@@ -216,6 +115,7 @@ class Backend(Protocol):
             BackendUnavailableError: draining, stopped or broken.
             AdapterNotFoundError: an arm names an adapter that is not attached.
             AdapterLoadError: an adapter that had left memory cannot be read any more.
+            ValueError: the request could never run, or its id is in use.
         """
 
     def adapters(self) -> list[AdapterInfo]:

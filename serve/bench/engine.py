@@ -7,14 +7,9 @@ from itertools import count
 from typing import Any
 
 from decoding import ParameterError, SamplingParams, parse_strategy
-from serve.backends.protocol import (
-    Arm,
-    Backend,
-    BackendUnavailableError,
-    GenerationRequest,
-    QueueFullError,
-)
+from serve.backends.protocol import Backend, BackendUnavailableError, QueueFullError
 from serve.bench.streams import BenchmarkError, Decoding, PlanError
+from serve.requests import Arm, GenerationRequest
 from stats.timings import StreamTiming
 
 

@@ -1,7 +1,6 @@
 """Run the steps: schedule, forward, sample, finish. Synchronous, for one thread."""
 
 import logging
-import sys
 import traceback
 from collections.abc import Sequence as TokenIds
 
@@ -12,29 +11,22 @@ from decoding.logprobs import token_logprobs
 from decoding.row import Row
 from decoding.sampler import Sampled, Sampler
 from serve.engine.cache_blocks import CacheBlocks
+from serve.engine.limits import EngineLimits
 from serve.engine.model import Model
 from serve.engine.runner import ModelRunner
 from serve.engine.scheduler import Chunk, Scheduler
-from serve.engine.sequence import (
-    FinishReason,
-    Request,
-    Sequence,
-    SequenceOutput,
-    SequenceState,
-)
+from serve.engine.sequence import LiveRequest, Sequence, SequenceState
+from serve.requests import FinishReason, GenerationRequest, TokenLogprob, TokenOutput, TokenTrace
 
 logger = logging.getLogger(__name__)
-
-SIDE_BLOCKS_PER_BLOCK = 4
-"""Side cache blocks for each block of the base: they are small, and several may read a token."""
 
 MAX_FORWARD_FAILURES = 3
 """Forward failures in a row after which the engine gives up."""
 
-Outputs = dict[Request, list[SequenceOutput]]
+Outputs = dict[LiveRequest, list[TokenOutput]]
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """Say what failed and where, without the message: it may quote what a user sent."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} in {frame.name}, line {frame.lineno} of {frame.filename}"
@@ -46,7 +38,8 @@ class Engine:
     Rows never influence one another: what a sequence generates depends on its own request only.
 
     Attributes:
-        max_context_tokens: longest prompt + continuation, by the model's positions and the cache.
+        limits: with `max_context_tokens` by the model's positions and the cache.
+        vocab_size: number of token ids.
         num_steps, num_generated_tokens: counters since start.
         error: why the engine gave up, or None.
         scheduler: read only, for its counters.
@@ -56,77 +49,33 @@ class Engine:
         self,
         model: Model,
         sampler: Sampler,
+        limits: EngineLimits,
         *,
         eos_token_ids: TokenIds[int],
-        num_cache_blocks: int,
-        block_size: int = 16,
-        max_batch_tokens: int = 512,
-        max_running_sequences: int = 64,
-        prefix_caching: bool = True,
-        cache_dtype: torch.dtype | None = None,
-        max_context_tokens: int | None = None,
-        num_side_cache_blocks: int | None = None,
     ) -> None:
         """Allocate the cache.
 
         Args:
             model: the base, a decoder.
             sampler: a `decoding.Sampler` for the model's vocabulary.
+            limits: what to use and to take on.
             eos_token_ids: tokens that end a sequence unless `ignore_eos`.
-            num_cache_blocks: blocks of the KV cache, >= 1.
-            block_size: positions in a block.
-            max_batch_tokens: tokens that a step computes at most, >= max_running_sequences.
-            max_running_sequences: sequences that own cache blocks at most.
-            prefix_caching: reuse the cache between sequences that start alike.
-            cache_dtype: of keys and values; None leaves it to the model.
-            max_context_tokens: longest prompt + continuation; None: what model and cache allow.
-            num_side_cache_blocks: blocks for the side networks, of all shapes together; at least
-                what the longest sequence needs. They take memory as they fill. None:
-                `SIDE_BLOCKS_PER_BLOCK` for each block of the base.
 
         Raises:
-            ValueError: a limit is out of range.
+            ValueError: the limits do not go with the model.
         """
-        self.max_context_tokens = min(
-            model.spec.max_position_embeddings,
-            num_cache_blocks * block_size,
-            max_context_tokens or sys.maxsize,
-        )
-        if num_side_cache_blocks is None:
-            num_side_cache_blocks = SIDE_BLOCKS_PER_BLOCK * num_cache_blocks
-        max_blocks = -(-self.max_context_tokens // block_size)
-        if num_side_cache_blocks < max_blocks:
-            raise ValueError(
-                f"num_side_cache_blocks must be at least {max_blocks}, for a sequence of "
-                f"{self.max_context_tokens} tokens; got {num_side_cache_blocks}"
-            )
-        self._blocks = CacheBlocks(num_cache_blocks)
-        self._side_blocks = CacheBlocks(num_side_cache_blocks)
-        self.scheduler = Scheduler(
-            self._blocks,
-            self._side_blocks,
-            block_size=block_size,
-            max_batch_tokens=max_batch_tokens,
-            max_running_sequences=max_running_sequences,
-            prefix_caching=prefix_caching,
-        )
+        self.limits = limits.fit(max_position_embeddings=model.spec.max_position_embeddings)
+        self._blocks = CacheBlocks(limits.num_cache_blocks)
+        self._side_blocks = CacheBlocks(limits.num_side_blocks)
+        self.scheduler = Scheduler(self._blocks, self._side_blocks, self.limits)
         self.vocab_size = model.spec.vocab_size
         self.num_steps = 0
         self.num_generated_tokens = 0
         self.error: str | None = None
-        self._runner = ModelRunner(
-            model,
-            num_cache_blocks=num_cache_blocks,
-            num_side_cache_blocks=num_side_cache_blocks,
-            block_size=block_size,
-            cache_dtype=cache_dtype,
-            max_batch_tokens=max_batch_tokens,
-            max_running_sequences=max_running_sequences,
-            max_context_tokens=self.max_context_tokens,
-        )
+        self._runner = ModelRunner(model, self.limits)
         self._sampler = sampler
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._live: dict[Request, None] = {}
+        self._live: dict[LiveRequest, None] = {}
         self._outputs: Outputs = {}
         self._num_arrivals = 0
         self._num_failures = 0
@@ -156,15 +105,15 @@ class Engine:
         """Those of them that no sequence uses."""
         return self._side_blocks.num_available
 
-    def check(self, request: Request) -> None:
+    def check(self, request: GenerationRequest) -> None:
         """Refuse a request that could never run; safe to call from any thread.
 
         Raises:
             ValueError: the prompt is empty, has ids outside the vocabulary or does not fit.
         """
-        request.check(vocab_size=self.vocab_size, max_context_tokens=self.max_context_tokens)
+        request.check(vocab_size=self.vocab_size, max_context_tokens=self.limits.max_context_tokens)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: LiveRequest) -> None:
         """Queue a checked request."""
         request.start(self._num_arrivals)
         self._num_arrivals += 1
@@ -173,31 +122,32 @@ class Engine:
         if self.error or not self._has_side_caches(request):
             self._end(request, "error")
 
-    def abort(self, request: Request) -> None:
+    def abort(self, request: LiveRequest) -> None:
         """End every sequence of a request; one that has ended or is unknown is ignored."""
         if request in self._live:
             self._end(request, "abort")
 
-    def abort_sequence(self, request: Request, index: int) -> None:
+    def abort_sequence(self, request: LiveRequest, index: int) -> None:
         """End one sequence of a request; one that has ended or is unknown is ignored."""
-        if request in self._live and index < request.num_sequences:
+        if request in self._live and 0 <= index < len(request.sequences):
             sequence = request.sequences[index]
             if sequence.state is not SequenceState.FINISHED:
-                self._finish(sequence, SequenceOutput(index, None), "abort")
+                self._finish(sequence, "abort")
 
     def abort_all(self) -> None:
         """End every request."""
         for request in list(self._live):
             self._end(request, "abort")
 
-    def abandon(self, error: Exception) -> None:
+    def abandon(self, error: BaseException) -> None:
         """Give up after a fault of the engine itself: end every request, admit no more."""
         self.error = f"the engine failed: {type(error).__name__}"
         for request in self._live:
+            request.is_queued = False
             for sequence in request.sequences:
                 if sequence.state is not SequenceState.FINISHED:
                     sequence.state = SequenceState.FINISHED
-                    self._emit(sequence, SequenceOutput(sequence.index, None, "error"))
+                    self._emit(sequence, None, "error")
         self._live.clear()
         self.scheduler.clear()
 
@@ -244,7 +194,7 @@ class Engine:
         self.num_steps += 1
         return computed
 
-    def _has_side_caches(self, request: Request) -> bool:
+    def _has_side_caches(self, request: LiveRequest) -> bool:
         """Make the side caches that a request needs; False if there is no memory for one."""
         try:
             for sequence in request.sequences:
@@ -269,7 +219,7 @@ class Engine:
             num_read += chunk.num_logits
             if chunk.is_last and is_sound:
                 if not sequence.params.max_tokens:
-                    self._finish(sequence, SequenceOutput(sequence.index, None), "length")
+                    self._finish(sequence, "length")
                 else:
                     sequences.append(sequence)
                     rows.append(num_read - 1)
@@ -278,13 +228,14 @@ class Engine:
 
     def _score_prompt(self, sequence: Sequence, logits: Tensor) -> bool:
         """Append prompt log probabilities from (L, V) logits; False if that failed."""
-        request, scored = sequence.request, sequence.prompt_logprobs
+        asked, scored = sequence.request.asked, sequence.prompt_logprobs
         assert scored is not None
-        assert request.prompt_logprobs is not None
+        assert asked.prompt_logprobs is not None
         first = len(scored) + 1
-        token_ids = request.prompt_token_ids[first : first + len(logits)]
+        token_ids = asked.prompt_token_ids[first : first + len(logits)]
         try:
-            scored += token_logprobs(logits, token_ids, num_top=request.prompt_logprobs)
+            found = token_logprobs(logits, token_ids, num_top=asked.prompt_logprobs)
+            scored += [TokenLogprob(*one) for one in found]
         except Exception as error:
             self._fail(sequence, error)
             return False
@@ -322,13 +273,13 @@ class Engine:
     def _row(self, sequence: Sequence) -> Row:
         """Return the sampler's state of a sequence, made at its first draw."""
         if sequence.row is None:
-            request = sequence.request
+            asked = sequence.request.asked
             sequence.row = self._sampler.start(
                 sequence.params,
-                request.prompt_token_ids,
+                asked.prompt_token_ids,
                 seed=sequence.seed,
-                prompt_is_template=request.prompt_is_template,
-                is_traced=request.is_traced,
+                prompt_is_template=asked.prompt_is_template,
+                is_traced=asked.is_traced,
             )
         return sequence.row
 
@@ -337,48 +288,65 @@ class Engine:
         token_id, params = sampled.token_ids[i], sequence.params
         sequence.token_ids.append(token_id)
         self.num_generated_tokens += 1
-        output = SequenceOutput(sequence.index, token_id)
-        logprob = sampled.logprobs[i]
-        if logprob is not None:
-            output.scored = (logprob, sampled.top[i])
-        entropy = sampled.entropies[i]
+        logprob = trace = None
+        scored, entropy = sampled.logprobs[i], sampled.entropies[i]
+        if scored is not None:
+            logprob = TokenLogprob(scored, sampled.top[i])
         if entropy is not None:
-            output.token_class = sampled.classes[i]
-            output.temperature = sampled.temperatures[i]
-            output.entropy = entropy
+            trace = TokenTrace(sampled.classes[i], sampled.temperatures[i], entropy)
         is_eos = token_id in self._eos_token_ids and not params.ignore_eos
         if is_eos or token_id in params.stop_token_ids:
-            self._finish(sequence, output, "stop")
+            self._finish(sequence, "stop", token_id, logprob, trace)
         elif sequence.num_generated == params.max_tokens:
-            self._finish(sequence, output, "length")
+            self._finish(sequence, "length", token_id, logprob, trace)
         else:
-            self._emit(sequence, output)
+            self._emit(sequence, token_id, None, logprob, trace)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         logger.error("a sequence failed: %s", describe_error(error))
-        self._finish(sequence, SequenceOutput(sequence.index, None), "error")
+        self._finish(sequence, "error")
 
-    def _end(self, request: Request, reason: FinishReason) -> None:
+    def _end(self, request: LiveRequest, reason: FinishReason) -> None:
         """End every unfinished sequence of a request."""
         for sequence in request.sequences:
             if sequence.state is not SequenceState.FINISHED:
-                self._finish(sequence, SequenceOutput(sequence.index, None), reason)
+                self._finish(sequence, reason)
 
-    def _finish(self, sequence: Sequence, output: SequenceOutput, reason: FinishReason) -> None:
-        """End a sequence with its last output and free what it holds."""
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        token_id: int | None = None,
+        logprob: TokenLogprob | None = None,
+        trace: TokenTrace | None = None,
+    ) -> None:
+        """End a sequence, with its last token if there is one, and free what it holds."""
         self.scheduler.finish(sequence)
-        output.finish_reason = reason
-        self._emit(sequence, output)
+        self._emit(sequence, token_id, reason, logprob, trace)
         sequence.row = None
         request = sequence.request
         request.num_unfinished -= 1
         if not request.num_unfinished:
+            request.is_queued = False
             del self._live[request]
 
-    def _emit(self, sequence: Sequence, output: SequenceOutput) -> None:
-        if not sequence.has_output:
+    def _emit(
+        self,
+        sequence: Sequence,
+        token_id: int | None,
+        reason: FinishReason | None,
+        logprob: TokenLogprob | None = None,
+        trace: TokenTrace | None = None,
+    ) -> None:
+        if sequence.has_output:
+            output = TokenOutput(sequence.index, token_id, reason, logprob, trace)
+        else:
             sequence.has_output = True
-            output.num_cached_prompt_tokens = sequence.num_cached_prompt_tokens or 0
+            prompt_logprobs: list[TokenLogprob | None] | None = None
             if sequence.prompt_logprobs is not None and not sequence.num_missing_prompt_logprobs:
-                output.prompt_logprobs = [None, *sequence.prompt_logprobs]
+                prompt_logprobs = [None, *sequence.prompt_logprobs]
+            num_cached = sequence.num_cached_prompt_tokens or 0
+            output = TokenOutput(
+                sequence.index, token_id, reason, logprob, trace, num_cached, prompt_logprobs
+            )
         self._outputs.setdefault(sequence.request, []).append(output)

@@ -10,6 +10,7 @@ from torch import Tensor
 from models.batch import PackedBatch, SideBatch
 from models.kv_cache import KVCache
 from models.side import AttachedSide
+from serve.engine.limits import EngineLimits
 from serve.engine.scheduler import Chunk
 from serve.engine.sequence import SideStream
 
@@ -35,32 +36,26 @@ class BatchPacker:
     """Builds packed batches in buffers that every step overwrites."""
 
     def __init__(
-        self,
-        *,
-        max_batch_tokens: int,
-        max_running_sequences: int,
-        max_context_tokens: int,
-        max_blocks: int,
-        side_cache: Callable[[AttachedSide], KVCache],
+        self, limits: EngineLimits, *, side_cache: Callable[[AttachedSide], KVCache]
     ) -> None:
         """Allocate the buffers.
 
         Args:
-            max_batch_tokens: tokens in a batch at most.
-            max_running_sequences: sequences in a batch at most.
-            max_context_tokens: tokens in a sequence at most.
-            max_blocks: blocks in a sequence at most.
+            limits: fitted to the model.
             side_cache: gives the cache of a side network.
         """
-        self._token_ids = _Buffer(max_batch_tokens)
-        self._positions = _Buffer(max_batch_tokens)
-        self._output_rows = _Buffer(max_batch_tokens)
-        self._query_starts = _Buffer(max_running_sequences + 1)
-        self._context_lens = _Buffer(max_running_sequences)
-        self._block_tables = _Buffer(max_running_sequences * max_blocks)
-        self._write_starts = _Buffer(max_running_sequences)
-        self._sides = SidePacker(max_running_sequences, max_blocks, side_cache)
-        self._count_up = memoryview(array("i", range(max(max_context_tokens, max_batch_tokens))))
+        num_tokens, num_rows = limits.max_batch_tokens, limits.max_running_sequences
+        num_blocks = limits.max_sequence_blocks
+        self._token_ids = _Buffer(num_tokens)
+        self._positions = _Buffer(num_tokens)
+        self._output_rows = _Buffer(num_tokens)
+        self._query_starts = _Buffer(num_rows + 1)
+        self._context_lens = _Buffer(num_rows)
+        self._block_tables = _Buffer(num_rows * num_blocks)
+        self._write_starts = _Buffer(num_rows)
+        self._sides = SidePacker(num_rows, num_blocks, side_cache)
+        longest = max(limits.max_context_tokens, num_tokens)
+        self._count_up = memoryview(array("i", range(longest)))
 
     def pack(self, chunks: list[Chunk]) -> PackedBatch:
         """Lay out one step.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.kv_cache import KVCache
 from models.side import AttachedSide
+from serve.engine.limits import EngineLimits
 from serve.engine.model import Model
 from serve.engine.packing import BatchPacker
 from serve.engine.scheduler import Chunk
@@ -17,35 +18,24 @@ from serve.engine.sequence import ModelVariant
 class ModelRunner:
     """A base, the caches, and what lays steps out for it and its variants."""
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        num_cache_blocks: int,
-        num_side_cache_blocks: int,
-        block_size: int,
-        cache_dtype: torch.dtype | None,
-        max_batch_tokens: int,
-        max_running_sequences: int,
-        max_context_tokens: int,
-    ) -> None:
-        """Allocate the cache and the buffers; arguments as in `Engine`, sizes resolved."""
+    def __init__(self, model: Model, limits: EngineLimits) -> None:
+        """Allocate the cache and the buffers.
+
+        Args:
+            model: the base.
+            limits: fitted to it.
+        """
         self._model = model
         self._cache = model.make_cache(
-            num_blocks=num_cache_blocks, block_size=block_size, dtype=cache_dtype
-        )
+            num_blocks=limits.num_cache_blocks, block_size=limits.block_size,
+            dtype=limits.cache_dtype,
+        )  # fmt: skip
         self._make_side_cache = partial(
-            model.make_side_cache, num_blocks=num_side_cache_blocks, block_size=block_size,
-            dtype=cache_dtype,
+            model.make_side_cache, num_blocks=limits.num_side_blocks,
+            block_size=limits.block_size, dtype=limits.cache_dtype,
         )  # fmt: skip
         self._side_caches: dict[object, KVCache] = {}
-        self._packer = BatchPacker(
-            max_batch_tokens=max_batch_tokens,
-            max_running_sequences=max_running_sequences,
-            max_context_tokens=max_context_tokens,
-            max_blocks=-(-max_context_tokens // block_size),
-            side_cache=self.side_cache,
-        )
+        self._packer = BatchPacker(limits, side_cache=self.side_cache)
 
     def forward(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
         """Run the base and the variants that a step needs, one after the other.

@@ -16,7 +16,8 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 from serve.engine.cache_blocks import CacheBlocks, side_key
-from serve.engine.sequence import Request, Sequence, SequenceState, SideAdapter, SideStream
+from serve.engine.limits import EngineLimits
+from serve.engine.sequence import LiveRequest, Sequence, SequenceState, SideAdapter, SideStream
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -66,73 +67,35 @@ class Scheduler:
         num_prompt_tokens, num_cached_prompt_tokens: counters since start, over the sequences that
             were admitted.
         num_base_cached_prompt_tokens: those that the base's cache had, computed again or not.
-        num_queued_requests: requests of which nothing was admitted yet.
-        num_queued_tokens: their prompt tokens.
     """
 
-    def __init__(
-        self,
-        blocks: CacheBlocks,
-        side_blocks: CacheBlocks,
-        *,
-        block_size: int,
-        max_batch_tokens: int,
-        max_running_sequences: int,
-        max_prompt_logits: int = 128,
-        prefix_caching: bool = True,
-    ) -> None:
-        """Check the limits.
+    def __init__(self, blocks: CacheBlocks, side_blocks: CacheBlocks, limits: EngineLimits) -> None:
+        """Start with nothing to do.
 
         Args:
             blocks: of the base's cache.
             side_blocks: of the side caches; enough for the longest sequence.
-            block_size: positions in a block, >= 1.
-            max_batch_tokens: tokens a step computes at most; at least max_running_sequences.
-            max_running_sequences: sequences that own cache blocks at most, >= 1.
-            max_prompt_logits: rows of logits a step computes for prompt log probabilities at most.
-            prefix_caching: reuse blocks between sequences that start alike.
-
-        Raises:
-            ValueError: a limit is out of range.
+            limits: of the engine.
         """
-        for name, value in (
-            ("block_size", block_size),
-            ("max_running_sequences", max_running_sequences),
-            ("max_prompt_logits", max_prompt_logits),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if max_batch_tokens < max_running_sequences:
-            raise ValueError(
-                f"max_batch_tokens must be at least max_running_sequences "
-                f"({max_running_sequences}), since every running sequence decodes in each step; "
-                f"got {max_batch_tokens}"
-            )
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_prompt_tokens = 0
         self.num_base_cached_prompt_tokens = 0
-        self.num_queued_requests = 0
-        self.num_queued_tokens = 0
         self._blocks = blocks
         self._side_blocks = side_blocks
-        self._block_size = block_size
-        self._max_batch_tokens = max_batch_tokens
-        self._max_running_sequences = max_running_sequences
-        self._max_prompt_logits = max_prompt_logits
-        self._prefix_caching = prefix_caching
+        self._limits = limits
+        self._block_size = limits.block_size
 
-    def add(self, request: Request) -> None:
+    def add(self, request: LiveRequest) -> None:
         """Queue a started request.
 
         Where its sequences can share full blocks of the prompt, all but the first of each variant
         are held until that one has computed it.
         """
-        self.num_queued_requests += 1
-        self.num_queued_tokens += len(request.prompt_token_ids)
-        is_shared = self._prefix_caching and len(request.prompt_token_ids) > self._block_size
+        num_tokens = len(request.asked.prompt_token_ids)
+        is_shared = self._limits.prefix_caching and num_tokens > self._block_size
         variants: set[object] = set()
         for sequence in request.sequences:
             if is_shared and sequence.variant in variants:
@@ -158,17 +121,11 @@ class Scheduler:
         held = _held_by(sequence)
         if held:
             self._let_go(held[:1])
-        elif request.is_queued and all(
-            other.state is SequenceState.FINISHED for other in request.sequences
-        ):
-            self._leave_queue(request)
 
     def clear(self) -> None:
         """Forget every sequence, without giving blocks back."""
         self.waiting.clear()
         self.running.clear()
-        self.num_queued_requests = 0
-        self.num_queued_tokens = 0
 
     def schedule(self) -> list[Chunk]:
         """Choose the tokens of the next step: decoding first, then prompts, then new sequences.
@@ -189,8 +146,8 @@ class Scheduler:
             elif self._reserve_one(sequence):
                 chunks.append(Chunk(sequence, start, 1, 1, 0, True))
 
-        budget = self._max_batch_tokens - len(chunks)
-        num_prompt_logits = self._max_prompt_logits
+        budget = self._limits.max_batch_tokens - len(chunks)
+        num_prompt_logits = self._limits.max_prompt_logits
         for sequence in prefilling:
             if budget:
                 chunk = self._take_chunk(sequence, budget, num_prompt_logits)
@@ -218,8 +175,7 @@ class Scheduler:
                 self._publish(sequence, num_full)
             if sequence.sides:
                 self._commit_sides(sequence, num_full)
-            request = sequence.request
-            if request.held and sequence.num_computed >= len(request.prompt_token_ids):
+            if sequence.request.held and sequence.num_computed >= sequence.num_prompt_tokens:
                 self._let_go(_held_by(sequence))
 
     def _wait(self, sequence: Sequence) -> None:
@@ -230,11 +186,6 @@ class Scheduler:
         for sequence in held:
             sequence.request.held.remove(sequence)
             self._wait(sequence)
-
-    def _leave_queue(self, request: Request) -> None:
-        request.is_queued = False
-        self.num_queued_requests -= 1
-        self.num_queued_tokens -= len(request.prompt_token_ids)
 
     def _free(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.blocks)
@@ -285,7 +236,7 @@ class Scheduler:
         There must also be room for every running sequence to grow by a block, or the newcomer would
         soon be preempted again.
         """
-        if len(self.running) >= self._max_running_sequences:
+        if len(self.running) >= self._limits.max_running_sequences:
             return False
         num_blocks = -(-len(sequence.token_ids) // self._block_size)
         num_reusable = self._num_reusable_blocks(sequence)
@@ -307,16 +258,15 @@ class Scheduler:
         insort(self.running, sequence, key=_order)
         if sequence.num_cached_prompt_tokens is None:
             sequence.num_cached_prompt_tokens = sequence.num_computed
-            self.num_prompt_tokens += len(sequence.request.prompt_token_ids)
+            self.num_prompt_tokens += sequence.num_prompt_tokens
             self.num_cached_prompt_tokens += sequence.num_computed
             self.num_base_cached_prompt_tokens += sequence.write_start
-        if sequence.request.is_queued:
-            self._leave_queue(sequence.request)
+        sequence.request.is_queued = False
         return True
 
     def _num_reusable_blocks(self, sequence: Sequence) -> int:
         """Count the full blocks short of the first token whose logits are needed."""
-        if not self._prefix_caching:
+        if not self._limits.prefix_caching:
             return 0
         num_reusable = len(sequence.token_ids) - 1
         if sequence.num_missing_prompt_logprobs:
@@ -348,7 +298,7 @@ class Scheduler:
 
         A sibling whose side network finds no room computes the prompt again.
         """
-        num_shared = (len(sequence.request.prompt_token_ids) - 1) // self._block_size
+        num_shared = (sequence.num_prompt_tokens - 1) // self._block_size
         seen = {sequence.adapter.root_key} if sequence.adapter else set()
         for other in _held_by(sequence):
             adapter = other.adapter
@@ -368,12 +318,12 @@ class Scheduler:
             end = min(end, first + num_prompt_logits)
             if end <= start:
                 return None
-            num_wanted = max(0, min(end, len(sequence.request.prompt_token_ids) - 1) - first)
+            num_wanted = max(0, min(end, sequence.num_prompt_tokens - 1) - first)
         is_last = end == len(sequence.token_ids)
         return Chunk(sequence, start, end - start, num_wanted + is_last, num_wanted, is_last)
 
     def _publish(self, sequence: Sequence, num_full: int) -> None:
-        if self._prefix_caching:
+        if self._limits.prefix_caching:
             for i in range(sequence.num_published, num_full):
                 self._blocks.publish(sequence.blocks[i], sequence.block_key(i, self._block_size))
         sequence.num_published = num_full
@@ -383,12 +333,12 @@ class Scheduler:
         for side in sequence.sides:
             if num_full > side.num_published:
                 self._publish_side(sequence, side, num_full)
-        if sequence.num_computed >= len(sequence.request.prompt_token_ids):
+        if sequence.num_computed >= sequence.num_prompt_tokens:
             while self._drop_track(sequence):
                 pass
 
     def _publish_side(self, sequence: Sequence, side: SideStream, num_full: int) -> None:
-        if self._prefix_caching:
+        if self._limits.prefix_caching:
             for i in range(side.num_published, num_full):
                 key = side_key(side.adapter.root_key, sequence.block_key(i, self._block_size))
                 self._side_blocks.publish(side.blocks[i], key)

@@ -1,10 +1,10 @@
-"""A request as the engine sees it, the token streams it asks for, and what comes out of them."""
+"""The running state of requests: what a prompt's token streams run on, and how far each is."""
 
 from array import array
-from collections.abc import Sequence as TokenIds
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Literal
+from typing import NamedTuple
 
 from decoding import SamplingParams, derive_seed
 from decoding.row import Row
@@ -17,10 +17,7 @@ from serve.engine.cache_blocks import (
     variant_root_key,
 )
 from serve.engine.model import Model
-
-FinishReason = Literal["stop", "length", "abort", "error"]
-ScoredToken = tuple[float, tuple[tuple[int, float], ...]]
-"""A token's log probability, and (token id, log probability) of the most likely alternatives."""
+from serve.requests import GenerationRequest, TokenLogprob
 
 
 class SequenceState(Enum):
@@ -68,6 +65,21 @@ class SideAdapter:
         self.root_key = side_root_key(digest)
 
 
+class Attachment(NamedTuple):
+    """What the sequences of an arm need beside the base.
+
+    Attributes:
+        variant: what they run on, or None for the base.
+        side: the side network that they use, or None; made for what they run on.
+    """
+
+    variant: ModelVariant | None
+    side: SideAdapter | None
+
+
+NO_ATTACHMENT = Attachment(None, None)
+
+
 @dataclass(slots=True, eq=False)
 class SideStream:
     """A side network that reads the tokens of a sequence, and its part of the side cache.
@@ -97,6 +109,7 @@ class Sequence:
     Attributes:
         request: the request it belongs to.
         index: number of the sequence in the request, from 0.
+        num_prompt_tokens: length of the prompt.
         params: sampling parameters.
         seed: of its draws.
         variant: what it runs on, or None for the base.
@@ -117,8 +130,9 @@ class Sequence:
         prompt_logprobs: entries for prompt tokens 1, 2, ...; None when not asked for.
     """
 
-    request: "Request"
+    request: "LiveRequest"
     index: int
+    num_prompt_tokens: int
     params: SamplingParams
     seed: int
     variant: ModelVariant | None
@@ -135,13 +149,13 @@ class Sequence:
     num_cached_prompt_tokens: int | None = None
     has_output: bool = False
     row: Row | None = None
-    prompt_logprobs: list[ScoredToken] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
     _block_keys: list[bytes] = field(default_factory=list)
 
     @property
     def num_generated(self) -> int:
         """Tokens generated so far."""
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_prompt_logprobs(self) -> int:
@@ -153,7 +167,7 @@ class Sequence:
         """Prompt tokens whose log probability is asked for and still to be computed."""
         if self.prompt_logprobs is None:
             return 0
-        return len(self.request.prompt_token_ids) - 1 - len(self.prompt_logprobs)
+        return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
 
     def block_key(self, i: int, block_size: int) -> bytes:
         """Give the key of block `i`, which must be full of known tokens."""
@@ -166,83 +180,25 @@ class Sequence:
         return keys[i]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Branch:
-    """Sequences of a request that are made alike.
-
-    Attributes:
-        params: sampling parameters with `seed` and `max_tokens` set.
-        num_sequences: how many.
-        variant: what they run on, or None for the base.
-        adapter: the side network that they use, or None; made for what they run on.
-        adapter_scale: how much of it, 0 .. 1; 0: they are plain sequences of base or variant.
-    """
-
-    params: SamplingParams
-    num_sequences: int = 1
-    variant: ModelVariant | None = None
-    adapter: SideAdapter | None = None
-    adapter_scale: float = 1.0
-
-
 @dataclass(slots=True, eq=False)
-class Request:
-    """One prompt and the sequences that continue it.
+class LiveRequest:
+    """A request that is with the engine. Its own identity tells it from others of the same id.
 
     Attributes:
-        prompt_token_ids: at least one token id.
-        branches: at least one; their sequences are numbered through.
-        prompt_logprobs: None, or how many alternatives sequence 0 reports for each prompt token.
-        prompt_is_template: the prompt ends in a chat template's header.
-        is_traced: report what the decoding strategy did for each token.
+        asked: what was asked for.
+        attachments: of each of its arms.
         sequences: filled by `start`.
         held: sequences waiting for a sibling of their variant to compute the prompt.
         num_unfinished: sequences that have not finished.
-        is_queued: no sequence was admitted yet.
+        is_queued: no sequence was admitted yet, and not all have finished.
     """
 
-    prompt_token_ids: TokenIds[int]
-    branches: tuple[Branch, ...]
-    prompt_logprobs: int | None = None
-    prompt_is_template: bool = False
-    is_traced: bool = False
+    asked: GenerationRequest
+    attachments: Items[Attachment]
     sequences: list[Sequence] = field(default_factory=list)
     held: list[Sequence] = field(default_factory=list)
     num_unfinished: int = 0
     is_queued: bool = True
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences of all branches."""
-        return sum(branch.num_sequences for branch in self.branches)
-
-    def check(self, *, vocab_size: int, max_context_tokens: int) -> None:
-        """Refuse what could never run.
-
-        Raises:
-            ValueError: the prompt is empty, has ids outside the vocabulary or does not fit, or a
-                branch is not complete.
-        """
-        prompt = self.prompt_token_ids
-        if not prompt:
-            raise ValueError("the prompt must have at least one token")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise ValueError(f"prompt token ids must be 0 to {vocab_size - 1}")
-        if not self.branches:
-            raise ValueError("a request must have at least one branch")
-        for branch in self.branches:
-            max_tokens = branch.params.max_tokens
-            if branch.num_sequences < 1:
-                raise ValueError(f"num_sequences must be at least 1, got {branch.num_sequences}")
-            if max_tokens is None or branch.params.seed is None:
-                raise ValueError("max_tokens and seed must be set")
-            if not 0.0 <= branch.adapter_scale <= 1.0:
-                raise ValueError(f"adapter_scale must be 0 to 1, got {branch.adapter_scale}")
-            if len(prompt) + max_tokens > max_context_tokens:
-                raise ValueError(
-                    f"prompt and max_tokens must be at most {max_context_tokens} tokens "
-                    f"together, got {len(prompt)} + {max_tokens}"
-                )
 
     def start(self, arrival: int) -> None:
         """Make the sequences.
@@ -250,45 +206,19 @@ class Request:
         Args:
             arrival: number of the request in the order of arrival.
         """
-        prompt = array("i", self.prompt_token_ids)
-        for branch in self.branches:
-            assert branch.params.seed is not None
-            for i in range(branch.num_sequences):
+        prompt = array("i", self.asked.prompt_token_ids)
+        for arm, attachment in zip(self.asked.arms, self.attachments, strict=True):
+            assert arm.params.seed is not None
+            for i in range(arm.num_sequences):
                 index = len(self.sequences)
                 sequence = Sequence(
-                    request=self, index=index, params=branch.params,
-                    seed=derive_seed(branch.params.seed, i), variant=branch.variant,
-                    adapter=branch.adapter if branch.adapter_scale else None,
-                    adapter_scale=branch.adapter_scale, order=(arrival, index),
+                    request=self, index=index, num_prompt_tokens=len(prompt), params=arm.params,
+                    seed=derive_seed(arm.params.seed, i), variant=attachment.variant,
+                    adapter=attachment.side if arm.adapter_scale else None,
+                    adapter_scale=arm.adapter_scale, order=(arrival, index),
                     token_ids=prompt[:],
                 )  # fmt: skip
                 self.sequences.append(sequence)
         self.num_unfinished = len(self.sequences)
-        if self.prompt_logprobs is not None:
+        if self.asked.prompt_logprobs is not None:
             self.sequences[0].prompt_logprobs = []
-
-
-@dataclass(slots=True, eq=False)
-class SequenceOutput:
-    """One new token of a sequence, or its end.
-
-    Attributes:
-        index: of the sequence in its request.
-        token_id: the token; None when the sequence ended without a new one.
-        finish_reason: set on the last output of a sequence.
-        scored: the token's log probability, if asked for.
-        token_class, temperature, entropy: what the decoding strategy did; no class: not traced.
-        num_cached_prompt_tokens: on the first output, prompt tokens found in the prefix cache.
-        prompt_logprobs: on the first output of sequence 0 if asked for; the first prompt token's
-            is None.
-    """
-
-    index: int
-    token_id: int | None
-    finish_reason: FinishReason | None = None
-    scored: ScoredToken | None = None
-    token_class: str | None = None
-    temperature: float = 0.0
-    entropy: float = 0.0
-    num_cached_prompt_tokens: int = 0
-    prompt_logprobs: list[ScoredToken | None] | None = None

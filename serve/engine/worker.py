@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from serve.engine.engine import Engine, Outputs, describe_error
-from serve.engine.sequence import Request
+from serve.engine.sequence import LiveRequest
 
 logger = logging.getLogger(__name__)
 
@@ -19,14 +19,13 @@ MAX_WAIT_S = 120
 
 
 class EngineThread:
-    """Feeds an engine with commands and steps it while there is work; sleeps otherwise.
+    """Feeds an engine with requests and commands and steps it while there is work; sleeps
+    otherwise.
 
     Every method but `join` may be called from any thread and returns at once.
 
     Attributes:
-        stopped: done once the thread has ended.
-        num_queued_requests: requests of which nothing was admitted yet.
-        num_queued_tokens: prompt tokens of those requests.
+        stopped: done once the thread has ended, however it did.
         is_draining: `drain` or `stop` was called.
     """
 
@@ -38,14 +37,13 @@ class EngineThread:
             publish: called on the thread with the outputs of each step.
         """
         self.stopped: Future[None] = Future()
-        self.num_queued_requests = 0
-        self.num_queued_tokens = 0
         self.is_draining = False
         self._engine = engine
         self._publish = publish
         self._condition = threading.Condition()
         self._commands: list[Callable[[], None]] = []
-        self._submitted: list[Request] = []
+        self._submitted: dict[LiveRequest, None] = {}
+        self._queued: dict[LiveRequest, None] = {}
         self._is_stopping = False
         self._is_closed = False
         self._admission_times_s: deque[float] = deque(maxlen=64)
@@ -53,7 +51,22 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="proa-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
+    @property
+    def error(self) -> str | None:
+        """Why nothing can run any more, or None."""
+        if self._engine.error is None and not self._thread.is_alive() and not self.is_draining:
+            return "the engine's thread has ended"
+        return self._engine.error
+
+    def count_queued(self) -> tuple[int, int]:
+        """Count the requests of which nothing was admitted yet, and their prompt tokens."""
+        with self._condition:
+            lengths = [
+                len(request.asked.prompt_token_ids) for request in self._queued if request.is_queued
+            ]
+        return len(lengths), sum(lengths)
+
+    def submit(self, request: LiveRequest) -> None:
         """Queue a checked request.
 
         Raises:
@@ -62,21 +75,26 @@ class EngineThread:
         with self._condition:
             if self._is_closed:
                 raise RuntimeError("the engine has stopped")
-            if not self.num_queued_requests:
+            if not any(other.is_queued for other in self._queued):
                 self._restart_clock()
-            self.num_queued_requests += 1
-            self.num_queued_tokens += len(request.prompt_token_ids)
-            self._submitted.append(request)
-            self._commands.append(partial(self._engine.add, request))
+            self._queued[request] = self._submitted[request] = None
             self._condition.notify()
 
-    def abort(self, request: Request) -> None:
-        """End all sequences of a request before the next step; a finished one is ignored."""
+    def abort(self, request: LiveRequest) -> None:
+        """End all sequences of a request before the next step; a finished one is ignored.
+
+        One that waits leaves the queue at once, whatever step is in progress; one that the engine
+        has not even seen ends without an output.
+        """
         with self._condition:
+            self._queued.pop(request, None)
+            if request in self._submitted:
+                del self._submitted[request]
+                return
             self._commands.append(partial(self._engine.abort, request))
             self._condition.notify()
 
-    def abort_sequence(self, request: Request, index: int) -> None:
+    def abort_sequence(self, request: LiveRequest, index: int) -> None:
         """End one sequence of a request before the next step; a finished one is ignored."""
         with self._condition:
             self._commands.append(partial(self._engine.abort_sequence, request, index))
@@ -106,9 +124,11 @@ class EngineThread:
         Returns:
             Whole seconds, 1 to `MAX_WAIT_S`.
         """
-        times_s = list(self._admission_times_s)
+        num_requests, _ = self.count_queued()
+        with self._condition:
+            times_s = list(self._admission_times_s)
         seconds_each = (time.monotonic() - times_s[0]) / max(1, len(times_s) - 1)
-        return min(MAX_WAIT_S, max(1, math.ceil(self.num_queued_requests * seconds_each)))
+        return min(MAX_WAIT_S, max(1, math.ceil(num_requests * seconds_each)))
 
     def _restart_clock(self) -> None:
         self._admission_times_s.clear()
@@ -117,46 +137,52 @@ class EngineThread:
     def _run(self) -> None:
         engine = self._engine
         try:
-            while (commands := self._wait_for_commands()) is not None:
-                for command in commands:
-                    command()
-                num_queued = engine.scheduler.num_queued_requests
+            while self._take_orders():
                 outputs = engine.step()
-                num_admitted = num_queued - engine.scheduler.num_queued_requests
-                self._admission_times_s.extend([time.monotonic()] * num_admitted)
                 if outputs:
                     self._publish(outputs)
-        except Exception as error:
+        except BaseException as error:  # whatever it is, nobody above would tell the clients
             logger.error("the engine failed: %s", describe_error(error))
             engine.abandon(error)
         finally:
-            self._close()
+            try:
+                self._close()
+            finally:
+                self.stopped.set_result(None)
 
-    def _wait_for_commands(self) -> list[Callable[[], None]] | None:
-        """Sleep until there is something to do; None when the thread is to end."""
-        scheduler = self._engine.scheduler
+    def _take_orders(self) -> bool:
+        """Sleep until there is something to do, and let the engine know of it; False: end."""
+        engine = self._engine
         with self._condition:
-            self.num_queued_requests = scheduler.num_queued_requests + len(self._submitted)
-            self.num_queued_tokens = scheduler.num_queued_tokens + sum(
-                len(request.prompt_token_ids) for request in self._submitted
-            )
-            while not (self._commands or self._engine.has_work or self.is_draining):
+            self._count_admissions()
+            while not (self._submitted or self._commands or engine.has_work or self.is_draining):
                 self._condition.wait()
-            has_ended = not self._commands and not self._engine.has_work
+            has_ended = not (self._submitted or self._commands or engine.has_work)
             if self._is_stopping or (self.is_draining and has_ended):
-                return None
+                return False
+            submitted, self._submitted = self._submitted, {}
             commands, self._commands = self._commands, []
-            self._submitted.clear()
-            return commands
+        for request in submitted:
+            engine.add(request)
+        for command in commands:
+            command()
+        return True
+
+    def _count_admissions(self) -> None:
+        """Forget those that wait no more, and note when they were admitted."""
+        left = [request for request in self._queued if not request.is_queued]
+        for request in left:
+            del self._queued[request]
+        self._admission_times_s.extend([time.monotonic()] * len(left))
 
     def _close(self) -> None:
         """End what is left, so that no request is ever without an end."""
         with self._condition:
             self._is_closed = True
-            commands, self._commands = self._commands, []
-        for command in commands:
-            command()
+            submitted, self._submitted = self._submitted, {}
+            self._commands.clear()
+            self._queued.clear()
+        for request in submitted:
+            self._engine.add(request)
         self._engine.abort_all()
-        self.num_queued_requests = self.num_queued_tokens = 0
         self._publish(self._engine.take_outputs())
-        self.stopped.set_result(None)

@@ -1,14 +1,14 @@
 """Options: where their values come from, what is refused, and what "auto" becomes."""
 
 import dataclasses
-import inspect
 from pathlib import Path
 
 import pytest
 
 from serve.api.settings import ApiSettings
-from serve.backends.native import NativeBackend
+from serve.backends import BACKENDS
 from serve.config import OPTIONS, ServeConfig, build_config
+from serve.engine.limits import EngineLimits
 from serve.environment import client_settings, data_folder, environment_name, unknown_variables
 from serve.options import ConfigError
 from serve.resolve import (
@@ -46,14 +46,17 @@ def test_precedence(
     assert config.port == expected
 
 
-def test_every_option_can_be_set_from_every_source(tmp_path: Path) -> None:
+def test_every_option_can_be_set_from_every_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BACKENDS, "other", "other")
     texts = {
         "model": "m", "served_model_name": "n", "quantization": "none", "head": "nf4",
         "cache_dir": "c", "adapter": "a=d", "adapter_root": "r", "adapter_memory_bytes": "3MB",
         "variant": "b=e", "dequantize": "on",
         "admin_key": "s", "admin_key_file": "t", "host": "::1", "port": "1",
         "api_key": "k", "api_key_file": "f",
-        "allowed_host": "h", "device": "cpu", "kernels": "reference", "threads": "3",
+        "allowed_host": "h", "backend": "other", "device": "cpu", "kernels": "reference", "threads": "3",
         "kv_cache_dtype": "float32", "kv_cache_tokens": "320", "block_size": "32",
         "max_running_sequences": "5", "max_batch_tokens": "17", "max_waiting_requests": "9",
         "prefix_caching": "off", "max_context": "11",
@@ -322,8 +325,9 @@ def test_client_takes_address_and_first_key() -> None:
 def test_defaults_equal_those_of_the_parts() -> None:
     settings = {field.name: field.default for field in dataclasses.fields(ApiSettings)}
     settings |= {"allowed_host": settings["allowed_hosts"]}
-    backend = inspect.signature(NativeBackend).parameters
-    shared = {n: p.default for n, p in backend.items() if p.default is not p.empty} | settings
+    limits = {field.name: field.default for field in dataclasses.fields(EngineLimits)}
+    del limits["num_cache_blocks"]
+    shared = limits | settings
     common = shared.keys() & OPTIONS.keys()
     assert len(common) >= 11
     assert {n: shared[n] for n in common} == {n: OPTIONS[n].default for n in common}

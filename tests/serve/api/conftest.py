@@ -27,11 +27,8 @@ from serve.backends.protocol import (
     AdapterNotFoundError,
     BackendStats,
     BackendUnavailableError,
-    GenerationRequest,
-    TokenLogprob,
-    TokenOutput,
-    TokenTrace,
 )
+from serve.requests import GenerationRequest, TokenLogprob, TokenOutput, TokenTrace
 from text.tokenizer import Tokenizer
 
 CHATML = (

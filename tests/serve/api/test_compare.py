@@ -10,7 +10,8 @@ from fastapi import FastAPI
 
 from decoding import STRATEGIES, derive_seed
 from serve.api import ApiSettings, create_app
-from serve.backends.protocol import GenerationRequest, QueueFullError
+from serve.backends.protocol import QueueFullError
+from serve.requests import GenerationRequest
 from text.tokenizer import Tokenizer
 
 from .conftest import (

@@ -6,9 +6,10 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from decoding import SamplingParams
-from serve.backends.protocol import GenerationRequest, QueueFullError, TokenOutput
+from serve.backends.protocol import QueueFullError
 from serve.bench.engine import EngineStreams, stream_params
 from serve.bench.streams import BenchmarkError, Decoding, PlanError
+from serve.requests import GenerationRequest, TokenOutput
 
 
 def test_streams_are_greedy_unless_told_otherwise() -> None:

@@ -20,6 +20,7 @@ from serve.bench.measure import Plan, parse_streams
 from serve.cli.arguments import Parser, UserError
 from serve.cli.bench import add_arguments, describe_command, fit_cache, run
 from serve.config import ServeConfig
+from serve.engine.limits import EngineLimits
 
 VOCAB_SIZE = 64
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -55,7 +56,7 @@ def make_backend() -> NativeBackend:
     }
     sampler = Sampler(build_token_tables([b"a"] * VOCAB_SIZE))
     decoder = Decoder(spec, weights, kernels="reference", head="dense")
-    return NativeBackend(decoder, sampler, eos_token_ids=(0,), num_cache_blocks=16)
+    return NativeBackend(decoder, sampler, EngineLimits(num_cache_blocks=16), eos_token_ids=(0,))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 from decoding import SamplingParams
 from serve.backends.native import NativeBackend
-from serve.backends.protocol import Arm, GenerationRequest, TokenOutput
+from serve.requests import Arm, GenerationRequest, TokenOutput
 
 TIMEOUT_S = 30
 

@@ -15,9 +15,11 @@ from decoding import Sampler, SamplingParams, TokenTables, build_token_tables, d
 from decoding.logprobs import token_logprobs
 from models.batch import PackedBatch
 from models.spec import DecoderSpec, LayerSpec
+from serve.attachments.registry import AdapterRegistry
 from serve.backends.native import NativeBackend
 from serve.engine.engine import Engine
-from serve.engine.sequence import ModelVariant, Request, SideAdapter
+from serve.engine.limits import EngineLimits
+from serve.engine.sequence import LiveRequest, ModelVariant, SideAdapter
 
 VOCAB_SIZE = 48
 EOS_TOKEN_ID = 0
@@ -232,13 +234,13 @@ def make_engine(model: HistoryModel, sampler: Sampler) -> Callable[..., Engine]:
 
     def make(**settings: Any) -> Engine:
         defaults: dict[str, Any] = {
-            "eos_token_ids": (EOS_TOKEN_ID,),
             "num_cache_blocks": 64,
             "block_size": 4,
             "max_batch_tokens": 32,
             "max_running_sequences": 8,
         }
-        return Engine(model, sampler, **(defaults | settings))
+        limits = EngineLimits(**(defaults | settings))
+        return Engine(model, sampler, limits, eos_token_ids=(EOS_TOKEN_ID,))
 
     return make
 
@@ -254,18 +256,18 @@ def expect(model: HistoryModel, sampler: Sampler) -> Callable[..., Expected]:
 
 
 @pytest.fixture
-def expect_all(model: HistoryModel, sampler: Sampler) -> Callable[[Request], list[Expected]]:
+def expect_all(model: HistoryModel, sampler: Sampler) -> Callable[[LiveRequest], list[Expected]]:
     """Give a function that runs each sequence of a request naively."""
 
-    def run(request: Request) -> list[Expected]:
+    def run(request: LiveRequest) -> list[Expected]:
+        asked = request.asked
         return [
             run_naively(
-                branch.variant.model if branch.variant else model,  # type: ignore[arg-type]
-                sampler, request.prompt_token_ids, branch.params, i, branch.adapter,
-                branch.adapter_scale,
+                on.variant.model if on.variant else model,  # type: ignore[arg-type]
+                sampler, asked.prompt_token_ids, arm.params, i, on.side, arm.adapter_scale,
             )
-            for branch in request.branches
-            for i in range(branch.num_sequences)
+            for arm, on in zip(asked.arms, request.attachments, strict=True)
+            for i in range(arm.num_sequences)
         ]  # fmt: skip
 
     return run
@@ -290,15 +292,15 @@ def make_backend(
 ) -> Callable[..., NativeBackend]:
     """Give a function that builds a backend over `model`; it is closed after the test."""
 
-    def make(**settings: Any) -> NativeBackend:
+    def make(adapters: AdapterRegistry | None = None, **settings: Any) -> NativeBackend:
         defaults: dict[str, Any] = {
-            "eos_token_ids": (0,),
             "num_cache_blocks": 64,
             "block_size": 4,
             "max_batch_tokens": 16,
             "max_running_sequences": 4,
         }
-        backend = NativeBackend(model, sampler, **(defaults | settings))
+        limits = EngineLimits(**(defaults | settings))
+        backend = NativeBackend(model, sampler, limits, eos_token_ids=(0,), adapters=adapters)
 
         def close() -> None:
             if model.gate is not None:

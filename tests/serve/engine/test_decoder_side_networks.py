@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from decoding import SamplingParams
 from models.decoder import Decoder
-from serve.engine.sequence import Branch, Request, SideAdapter
+from serve.engine.sequence import LiveRequest, SideAdapter
 from tests.adapters.side_decoders import make_network
+from tests.serve.engine.engine_client import Branch, branch, branches_of, make_live
 from tests.serve.engine.tiny_decoder import (
     KERNELS,
     VOCAB_SIZE,
@@ -38,19 +38,14 @@ def adapters(decoder: Decoder) -> list[SideAdapter]:
     ]
 
 
-def branch(adapter: SideAdapter | None = None, scale: float = 1.0, **fields: Any) -> Branch:
-    settings = {"seed": 1, "temperature": 0.9, "logprobs": 1, "max_tokens": 8, "ignore_eos": True}
-    params = SamplingParams(**(settings | fields))
-    return Branch(params=params, adapter=adapter, adapter_scale=scale)
-
-
-def ask(prompt: list[int], *branches: Branch) -> Request:
-    return Request(prompt_token_ids=prompt, branches=branches)
+def ask_of(adapter: SideAdapter | None = None, scale: float = 1.0, **fields: Any) -> Branch:
+    settings = {"seed": 1, "temperature": 0.9, "logprobs": 1, "max_tokens": 8} | fields
+    return branch(adapter, scale, **settings)
 
 
 def alone(decoder: Decoder, prompt: list[int], one: Branch) -> Answer:
     """Give what a branch says in an engine of its own, which reuses nothing."""
-    return run(make_engine(decoder, prefix_caching=False), [ask(prompt, one)])[0]
+    return run(make_engine(decoder, prefix_caching=False), [make_live(prompt, one)])[0]
 
 
 def assert_same(decoder: Decoder, answer: Answer, expected: Answer) -> None:
@@ -62,20 +57,20 @@ def said(answer: Answer) -> list[int]:
     return [output.token_id for output in answer[0] if output.token_id is not None]
 
 
-def make_requests(adapters: list[SideAdapter]) -> list[Request]:
+def make_requests(adapters: list[SideAdapter]) -> list[LiveRequest]:
     rng = random.Random(4)
     requests = []
     for i in range(6):
         prompt = PROMPT[: rng.choice([0, 40, 70])]
         prompt += [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randrange(1, 30))]
         branches = [
-            branch(
+            ask_of(
                 rng.choice([None, *adapters]), rng.choice([0.5, 1.0]), seed=i,
                 max_tokens=rng.randrange(20, 50),
             )
             for _ in range(1 + 2 * (i % 3 == 0))
         ]  # fmt: skip
-        requests.append(ask(prompt, *branches))
+        requests.append(make_live(prompt, *branches))
     return requests
 
 
@@ -83,9 +78,9 @@ def make_requests(adapters: list[SideAdapter]) -> list[Request]:
 def mixed_alone(decoder: Decoder, adapters: list[SideAdapter]) -> Answer:
     """What each branch of `make_requests` gives in an engine of its own."""
     return [
-        alone(decoder, list(request.prompt_token_ids), one)[0]
+        alone(decoder, list(request.asked.prompt_token_ids), one)[0]
         for request in make_requests(adapters)
-        for one in request.branches
+        for one in branches_of(request)
     ]
 
 
@@ -118,10 +113,10 @@ def test_order_of_a_mixed_batch_changes_nothing(
     decoder: Decoder, adapters: list[SideAdapter]
 ) -> None:
     kinds = [None, *adapters]
-    expected = [alone(decoder, PROMPT, branch(kind)) for kind in kinds]
+    expected = [alone(decoder, PROMPT, ask_of(kind)) for kind in kinds]
     for shift in range(4):
         order = [(i + shift) % 4 for i in range(4)]
-        answers = run(make_engine(decoder), [ask(PROMPT, branch(kinds[i])) for i in order])
+        answers = run(make_engine(decoder), [make_live(PROMPT, ask_of(kinds[i])) for i in order])
         for i, answer in zip(order, answers, strict=True):
             assert_same(decoder, answer, expected[i])
 
@@ -130,24 +125,24 @@ def test_switching_the_adapter_of_a_conversation_equals_a_cold_run(
     decoder: Decoder, adapters: list[SideAdapter]
 ) -> None:
     engine = make_engine(decoder)
-    first, second = branch(adapters[0]), branch(adapters[2])
-    prompt = PROMPT + said(run(engine, [ask(PROMPT, first)])[0]) + PROMPT[:5]
+    first, second = ask_of(adapters[0]), ask_of(adapters[2])
+    prompt = PROMPT + said(run(engine, [make_live(PROMPT, first)])[0]) + PROMPT[:5]
     counted = engine.scheduler.num_base_cached_prompt_tokens
-    (answer,) = run(engine, [ask(prompt, second)])
+    (answer,) = run(engine, [make_live(prompt, second)])
     assert engine.scheduler.num_base_cached_prompt_tokens - counted == 96
-    assert answer[0][0].num_cached_prompt_tokens == 0
+    assert answer[0][0].cached_prompt_tokens == 0
     assert_same(decoder, answer, alone(decoder, prompt, second))
-    (again,) = run(engine, [ask(prompt, first)])
-    assert again[0][0].num_cached_prompt_tokens == 96
+    (again,) = run(engine, [make_live(prompt, first)])
+    assert again[0][0].cached_prompt_tokens == 96
     assert_same(decoder, again, alone(decoder, prompt, first))
 
 
 def test_request_to_several_adapters_equals_separate_requests(
     decoder: Decoder, adapters: list[SideAdapter]
 ) -> None:
-    branches = [branch(kind) for kind in (adapters[1], None, *adapters)]
+    branches = [ask_of(kind) for kind in (adapters[1], None, *adapters)]
     engine = make_engine(decoder, max_batch_tokens=64)
-    (answer,) = run(engine, [ask(PROMPT, *branches)])
+    (answer,) = run(engine, [make_live(PROMPT, *branches)])
     assert engine.scheduler.num_cached_prompt_tokens == 4 * 80
     for one, outputs in zip(branches, answer, strict=True):
         assert_same(decoder, [outputs], alone(decoder, PROMPT, one))
@@ -158,7 +153,7 @@ def test_scale_goes_from_the_base_to_the_adapter(
     decoder: Decoder, adapters: list[SideAdapter]
 ) -> None:
     engine = make_engine(decoder)
-    branches = [branch(adapters[0], 0.0), branch(), branch(adapters[0], 0.5), branch(adapters[0])]
-    off, base, half, full = run(engine, [ask(PROMPT, *branches)])[0]
+    branches = [ask_of(adapters[0], 0.0), ask_of(), ask_of(adapters[0], 0.5), ask_of(adapters[0])]
+    off, base, half, full = run(engine, [make_live(PROMPT, *branches)])[0]
     assert_same(decoder, [off], [base])
-    assert len({outputs[0].scored for outputs in (base, half, full)}) == 3
+    assert len({outputs[0].logprob for outputs in (base, half, full)}) == 3

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from decoding import SamplingParams
 from models.decoder import Decoder
-from serve.engine.sequence import Branch, ModelVariant, Request, SideAdapter
+from serve.engine.sequence import LiveRequest, ModelVariant, SideAdapter
 from tests.adapters.side_decoders import make_network
+from tests.serve.engine.engine_client import Branch, branch, branches_of, make_live
 from tests.serve.engine.tiny_decoder import (
     KERNELS,
     VOCAB_SIZE,
@@ -42,22 +42,17 @@ def kinds(decoder: Decoder) -> list[Kind]:
     return found
 
 
-def branch(kind: Kind, scale: float = 1.0, **fields: Any) -> Branch:
-    settings = {"seed": 1, "temperature": 0.9, "logprobs": 1, "max_tokens": 8, "ignore_eos": True}
-    params = SamplingParams(**(settings | fields))
-    return Branch(params=params, variant=kind[0], adapter=kind[1], adapter_scale=scale)
+def ask_of(kind: Kind, scale: float = 1.0, **fields: Any) -> Branch:
+    settings = {"seed": 1, "temperature": 0.9, "logprobs": 1, "max_tokens": 8} | fields
+    return branch(kind[1], scale, variant=kind[0], **settings)
 
 
-def ask(prompt: list[int], *branches: Branch) -> Request:
-    return Request(prompt_token_ids=prompt, branches=branches)
-
-
-def alone(decoder: Decoder, request: Request) -> Answer:
+def alone(decoder: Decoder, request: LiveRequest) -> Answer:
     """Give what each branch says in an engine of its own, which reuses nothing."""
-    prompt = list(request.prompt_token_ids)
+    prompt = list(request.asked.prompt_token_ids)
     return [
-        run(make_engine(decoder, prefix_caching=False), [ask(prompt, one)])[0][0]
-        for one in request.branches
+        run(make_engine(decoder, prefix_caching=False), [make_live(prompt, one)])[0][0]
+        for one in branches_of(request)
     ]
 
 
@@ -66,18 +61,18 @@ def assert_same(decoder: Decoder, answer: Answer, expected: Answer) -> None:
         assert_equal(outputs, expected_outputs, is_exact=decoder.kernels != "reference")
 
 
-def make_requests(kinds: list[Kind]) -> list[Request]:
+def make_requests(kinds: list[Kind]) -> list[LiveRequest]:
     rng = random.Random(4)
     requests = []
     for i in range(6):
         prompt = PROMPT[: rng.choice([0, 40, 70])]
         prompt += [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randrange(1, 30))]
         branches = [
-            branch(rng.choice(kinds), rng.choice([0.0, 1.0]), seed=i,
+            ask_of(rng.choice(kinds), rng.choice([0.0, 1.0]), seed=i,
                    max_tokens=rng.randrange(20, 50))
             for _ in range(1 + 2 * (i % 3 == 0))
         ]  # fmt: skip
-        requests.append(ask(prompt, *branches))
+        requests.append(make_live(prompt, *branches))
     return requests
 
 
@@ -109,7 +104,7 @@ def test_mixed_steps_equal_separate_runs(
 def test_arms_of_several_models_equal_separate_requests(
     decoder: Decoder, kinds: list[Kind]
 ) -> None:
-    request = ask(PROMPT, *(branch(kind) for kind in kinds))
+    request = make_live(PROMPT, *(ask_of(kind) for kind in kinds))
     engine = make_engine(decoder, num_cache_blocks=100, max_batch_tokens=64)
     (answer,) = run(engine, [request])
     assert engine.scheduler.num_cached_prompt_tokens == 3 * 80
@@ -118,7 +113,7 @@ def test_arms_of_several_models_equal_separate_requests(
 
 
 def test_scale_of_zero_is_the_variant_exactly(decoder: Decoder, kinds: list[Kind]) -> None:
-    request = ask(PROMPT, branch(kinds[3], 0.0), branch(kinds[2]))
+    request = make_live(PROMPT, ask_of(kinds[3], 0.0), ask_of(kinds[2]))
     off, plain = run(make_engine(decoder), [request])[0]
     assert_same(decoder, [off], [plain])
 
@@ -129,7 +124,7 @@ def test_switching_models_in_a_conversation_equals_a_cold_run(
     engine = make_engine(decoder, num_cache_blocks=100)
     prompt = list(PROMPT)
     for kind in (kinds[0], kinds[2], kinds[3], kinds[0]):
-        request = ask(prompt, branch(kind))
+        request = make_live(prompt, ask_of(kind))
         (answer,) = run(engine, [request])
         assert_same(decoder, answer, alone(decoder, request))
         prompt += [output.token_id for output in answer[0] if output.token_id is not None]

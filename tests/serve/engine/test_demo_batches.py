@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from decoding import Sampler, SamplingParams, build_token_tables, parse_strategy
+from decoding import Sampler, build_token_tables, parse_strategy
 from models.checkpoints import load_checkpoint
 from models.decoder import Decoder
 from serve.engine.engine import Engine
-from serve.engine.sequence import Branch, Request
+from serve.engine.limits import EngineLimits
+from serve.engine.sequence import LiveRequest
+from tests.serve.engine.engine_client import branch, make_live
 from text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.model
@@ -27,29 +29,25 @@ def test_demo_model_samples_the_same_tokens_alone_and_in_a_batch(quantization: s
     sampler = Sampler(build_token_tables(tokenizer.token_bytes()))
     decoder = Decoder(checkpoint.spec, checkpoint.weights, head="dense")
 
-    def make_requests() -> list[Request]:
+    def make_requests() -> list[LiveRequest]:
         strategies = ({"strategy": "fixed"}, {"strategy": "adapt", "a": 1.2, "b": 0.4})
         return [
-            Request(
-                prompt_token_ids=tokenizer.encode(prompt),
-                branches=(
-                    Branch(
-                        params=SamplingParams(
-                            temperature=1.0, top_p=0.95, seed=i, max_tokens=24, ignore_eos=True,
-                            strategy=parse_strategy(strategies[i % 2]),
-                        )
-                    ),
+            make_live(
+                tokenizer.encode(prompt),
+                branch(
+                    temperature=1.0, top_p=0.95, seed=i, max_tokens=24,
+                    strategy=parse_strategy(strategies[i % 2]),
                 ),
             )
             for i, prompt in enumerate(PROMPTS)
         ]  # fmt: skip
 
-    def run(requests: list[Request], max_batch_tokens: int) -> list[list[int]]:
-        engine = Engine(
-            decoder, sampler, eos_token_ids=checkpoint.eos_token_ids, num_cache_blocks=64,
-            max_batch_tokens=max_batch_tokens, max_running_sequences=8,
+    def run(requests: list[LiveRequest], max_batch_tokens: int) -> list[list[int]]:
+        limits = EngineLimits(
+            num_cache_blocks=64, max_batch_tokens=max_batch_tokens, max_running_sequences=8,
             cache_dtype=torch.float32,
         )  # fmt: skip
+        engine = Engine(decoder, sampler, limits, eos_token_ids=checkpoint.eos_token_ids)
         for request in requests:
             engine.add(request)
         while engine.has_work:

@@ -7,11 +7,21 @@ import pytest
 from decoding import SamplingParams
 from decoding.logprobs import token_logprobs
 from serve.engine.engine import Engine
-from serve.engine.sequence import Branch, Request, SequenceOutput
+from serve.engine.sequence import LiveRequest
+from tests.serve.engine import engine_client
+from tests.serve.engine.engine_client import (
+    Collected,
+    assert_as_expected,
+    branch,
+    reasons,
+    run,
+    step,
+    tokens,
+)
 
 MakeEngine = Callable[..., Engine]
 Expect = Callable[..., Any]
-ExpectAll = Callable[[Request], list[Any]]
+ExpectAll = Callable[[LiveRequest], list[Any]]
 SETTINGS = {
     "roomy": {},
     "short_chunks": {"max_batch_tokens": 8},
@@ -26,41 +36,10 @@ def make_params(**fields: Any) -> SamplingParams:
     return SamplingParams(**({"seed": 7, "max_tokens": 12} | fields))
 
 
-def run(engine: Engine) -> dict[Request, list[SequenceOutput]]:
-    """Step until nothing is left and collect the outputs."""
-    collected: dict[Request, list[SequenceOutput]] = {}
-    for _ in range(5000):
-        for request, outputs in engine.step().items():
-            collected.setdefault(request, []).extend(outputs)
-        if not engine.has_work:
-            return collected
-    raise AssertionError("the engine does not come to an end")
-
-
-def submit(engine: Engine, prompt: list[int], **fields: Any) -> Request:
-    request_fields = {
-        name: fields.pop(name) for name in ("prompt_logprobs", "is_traced") if name in fields
-    }
-    num_sequences = fields.pop("num_sequences", 1)
-    branch = Branch(params=make_params(**fields), num_sequences=num_sequences)
-    request = Request(prompt_token_ids=prompt, branches=(branch,), **request_fields)
-    engine.check(request)
-    engine.add(request)
-    return request
-
-
-def tokens(outputs: list[SequenceOutput], index: int = 0) -> list[int]:
-    return [o.token_id for o in outputs if o.index == index and o.token_id is not None]
-
-
-def reasons(outputs: list[SequenceOutput], index: int = 0) -> list[str]:
-    return [o.finish_reason for o in outputs if o.index == index and o.finish_reason]
-
-
-def assert_as_expected(outputs: list[SequenceOutput], expected: list[Any]) -> None:
-    for index, one in enumerate(expected):
-        assert tokens(outputs, index) == one.token_ids
-        assert reasons(outputs, index) == [one.finish_reason]
+def submit(engine: Engine, prompt: list[int], **fields: Any) -> LiveRequest:
+    own = {name: fields.pop(name) for name in ("prompt_logprobs", "is_traced") if name in fields}
+    alike = branch(**({"max_tokens": 12, "ignore_eos": False} | fields))
+    return engine_client.submit(engine, prompt, alike, **own)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -110,7 +89,7 @@ def test_sequence_that_fills_the_whole_cache_ends(
     make_engine: MakeEngine, expect_all: ExpectAll
 ) -> None:
     engine = make_engine(num_cache_blocks=5)
-    assert engine.max_context_tokens == 20
+    assert engine.limits.max_context_tokens == 20
     request = submit(engine, [1, 2, 3], max_tokens=17, ignore_eos=True)
     other = submit(engine, [1, 2, 4], max_tokens=17, ignore_eos=True)
     collected = run(engine)
@@ -139,7 +118,7 @@ def test_request_that_could_never_run_is_refused(
 
 
 def test_context_is_limited_by_the_positions_of_the_model(make_engine: MakeEngine) -> None:
-    assert make_engine(num_cache_blocks=1000).max_context_tokens == 256
+    assert make_engine(num_cache_blocks=1000).limits.max_context_tokens == 256
 
 
 def test_steps_stay_within_the_token_budget(make_engine: MakeEngine, model: Any) -> None:
@@ -156,7 +135,7 @@ def test_sequence_ends_at_max_tokens(max_tokens: int, make_engine: MakeEngine) -
     request = submit(engine, [1, 2], max_tokens=max_tokens, ignore_eos=True)
     outputs = run(engine)[request]
     assert len(tokens(outputs)) == max_tokens
-    assert reasons(outputs) == ["length"]
+    assert reasons(outputs) == {0: "length"}
 
 
 def test_max_tokens_of_zero_generates_nothing(make_engine: MakeEngine) -> None:
@@ -175,7 +154,7 @@ def test_stop_token_ends_the_sequence_and_is_reported(
     outputs = run(engine)[request]
     assert tokens(outputs)[-1] == stop
     assert tokens(outputs).count(stop) == 1
-    assert reasons(outputs) == ["stop"]
+    assert reasons(outputs) == {0: "stop"}
 
 
 def test_end_of_sequence_token_is_held_back_until_min_tokens(make_engine: MakeEngine) -> None:
@@ -195,7 +174,7 @@ def test_first_output_tells_the_cached_prompt_tokens(make_engine: MakeEngine) ->
     run(engine)
     request = submit(engine, list(range(1, 15)), ignore_eos=True)
     outputs = run(engine)[request]
-    assert [output.num_cached_prompt_tokens for output in outputs] == [12] + [0] * 11
+    assert [output.cached_prompt_tokens for output in outputs] == [12] + [0] * 11
 
 
 def test_generated_tokens_are_reused_as_a_prefix(make_engine: MakeEngine) -> None:
@@ -203,7 +182,7 @@ def test_generated_tokens_are_reused_as_a_prefix(make_engine: MakeEngine) -> Non
     first = submit(engine, [1, 2, 3], ignore_eos=True)
     said = tokens(run(engine)[first])
     again = submit(engine, [1, 2, 3, *said, 9])
-    assert run(engine)[again][0].num_cached_prompt_tokens == 12
+    assert run(engine)[again][0].cached_prompt_tokens == 12
 
 
 def test_logprobs_and_traces_come_with_the_tokens(make_engine: MakeEngine, expect: Expect) -> None:
@@ -213,11 +192,11 @@ def test_logprobs_and_traces_come_with_the_tokens(make_engine: MakeEngine, expec
     traced = submit(engine, [3, 4], is_traced=True)
     collected = run(engine)
     expected = expect([3, 4], make_params()).logprobs
-    assert all(o.scored is None and o.token_class is None for o in collected[plain])
-    assert [o.scored[0] for o in collected[scored] if o.scored] == pytest.approx(expected)
-    assert all(o.scored and len(o.scored[1]) == 2 for o in collected[scored])
-    assert {o.temperature for o in collected[traced]} == {1.0}
-    assert all(o.entropy > 0 and o.token_class for o in collected[traced])
+    assert all(o.logprob is None and o.trace is None for o in collected[plain])
+    assert [o.logprob.logprob for o in collected[scored] if o.logprob] == pytest.approx(expected)
+    assert all(o.logprob and len(o.logprob.top) == 2 for o in collected[scored])
+    assert {o.trace.temperature for o in collected[traced] if o.trace} == {1.0}
+    assert all(o.trace and o.trace.entropy > 0 and o.trace.token_class for o in collected[traced])
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 4])
@@ -231,7 +210,7 @@ def test_prompt_logprobs_cover_the_prompt_in_bounded_steps(
     model.num_outputs.clear()
     request = submit(engine, prompt, prompt_logprobs=1, max_tokens=max_tokens, num_sequences=2)
     outputs = run(engine)[request]
-    scored = next(o.prompt_logprobs for o in outputs if o.index == 0)
+    scored = next(o.prompt_logprobs for o in outputs if o.sequence_index == 0)
     assert scored is not None
     assert scored[0] is None
     expected = [
@@ -253,13 +232,11 @@ def test_prompt_logprobs_survive_preemption(make_engine: MakeEngine, model: Any)
         engine.step()
     prompt = [1 + i * i % 47 for i in range(70)]
     echo = submit(engine, prompt, prompt_logprobs=0, max_tokens=2)
-    collected: dict[Request, list[SequenceOutput]] = {}
+    collected: Collected = {}
     while not engine.scheduler.num_preemptions:
-        for request, outputs in engine.step().items():
-            collected.setdefault(request, []).extend(outputs)
+        step(engine, collected)
     assert 0 < echo.sequences[0].num_prompt_logprobs < 69
-    for request, outputs in run(engine).items():
-        collected.setdefault(request, []).extend(outputs)
+    run(engine, collected)
     scored = collected[echo][0].prompt_logprobs
     assert scored is not None
     expected = [
@@ -267,7 +244,7 @@ def test_prompt_logprobs_survive_preemption(make_engine: MakeEngine, model: Any)
         for i in range(1, 70)
     ]
     assert [entry[0] for entry in scored[1:] if entry] == pytest.approx(expected)
-    assert reasons(collected[old]) == ["length"]
+    assert reasons(collected[old]) == {0: "length"}
 
 
 def test_abort_frees_blocks_before_the_next_step(make_engine: MakeEngine) -> None:
@@ -281,8 +258,8 @@ def test_abort_frees_blocks_before_the_next_step(make_engine: MakeEngine) -> Non
     engine.abort(queued)
     assert engine.num_available_cache_blocks == engine.num_cache_blocks
     collected = run(engine)
-    assert reasons(collected[prefilling]) == ["abort"]
-    assert [reasons(collected[queued], i) for i in (0, 1)] == [["abort"]] * 2
+    assert reasons(collected[prefilling]) == {0: "abort"}
+    assert reasons(collected[queued]) == {0: "abort", 1: "abort"}
 
 
 def test_abort_of_one_sequence_leaves_its_siblings(
@@ -295,7 +272,7 @@ def test_abort_of_one_sequence_leaves_its_siblings(
     engine.abort_sequence(request, 1)
     engine.abort_sequence(request, 99)
     collected += run(engine)[request]
-    assert reasons(collected, 1) == ["abort"]
+    assert reasons(collected)[1] == "abort"
     expected = expect_all(request)
     for index in (0, 2):
         assert tokens(collected, index) == expected[index].token_ids
@@ -315,13 +292,13 @@ def test_every_request_ends_once_after_a_random_schedule(
     )
     failing = set(rng.sample(range(2, 200), 2)) if seed % 2 else set()
     model.fails = failing.__contains__
-    requests: list[Request] = []
-    collected: dict[Request, list[SequenceOutput]] = {}
+    requests: list[LiveRequest] = []
+    collected: Collected = {}
     for _ in range(150):
         choice = rng.random()
         if choice < 0.35 and len(requests) < 40:
-            length = rng.randrange(1, engine.max_context_tokens - 2)
-            most = engine.max_context_tokens - length
+            length = rng.randrange(1, engine.limits.max_context_tokens - 2)
+            most = engine.limits.max_context_tokens - length
             requests.append(
                 submit(
                     engine,
@@ -336,18 +313,16 @@ def test_every_request_ends_once_after_a_random_schedule(
             engine.abort(rng.choice(requests))
         elif choice < 0.5 and requests:
             request = rng.choice(requests)
-            engine.abort_sequence(request, rng.randrange(request.num_sequences))
+            engine.abort_sequence(request, rng.randrange(request.asked.num_sequences))
         else:
-            for request, outputs in engine.step().items():
-                collected.setdefault(request, []).extend(outputs)
-    for request, outputs in run(engine).items():
-        collected.setdefault(request, []).extend(outputs)
+            step(engine, collected)
+    run(engine, collected)
 
     assert engine.num_available_cache_blocks == engine.num_cache_blocks
-    assert (engine.scheduler.num_queued_requests, engine.scheduler.num_queued_tokens) == (0, 0)
+    assert not any(request.is_queued for request in requests)
     for request in requests:
         for index, expected in enumerate(expect_all(request)):
-            (reason,) = reasons(collected[request], index)
+            reason = reasons(collected[request])[index]
             said = tokens(collected[request], index)
             assert said == expected.token_ids[: len(said)]
             if reason in ("stop", "length"):

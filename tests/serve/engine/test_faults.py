@@ -7,7 +7,11 @@ from torch import Tensor
 
 from decoding import Sampler, SamplingParams, TokenTables
 from serve.engine.engine import Engine
-from serve.engine.sequence import Branch, Request, SequenceOutput
+from serve.engine.limits import EngineLimits
+from serve.engine.sequence import LiveRequest
+from serve.requests import TokenOutput
+from tests.serve.engine import engine_client
+from tests.serve.engine.engine_client import branch, run
 
 MakeEngine = Callable[..., Engine]
 
@@ -48,23 +52,12 @@ class FaultySampler(Sampler):
         return super().sample(logits, rows)
 
 
-def submit(engine: Engine, prompt: list[int], seed: int = 1, num_sequences: int = 1) -> Request:
-    params = SamplingParams(seed=seed, max_tokens=8, ignore_eos=True)
-    branch = Branch(params=params, num_sequences=num_sequences)
-    request = Request(prompt_token_ids=prompt, branches=(branch,))
-    engine.add(request)
-    return request
+def submit(engine: Engine, prompt: list[int], seed: int = 1, num_sequences: int = 1) -> LiveRequest:
+    alike = branch(seed=seed, max_tokens=8, num_sequences=num_sequences)
+    return engine_client.submit(engine, prompt, alike)
 
 
-def run(engine: Engine) -> dict[Request, list[SequenceOutput]]:
-    collected: dict[Request, list[SequenceOutput]] = {}
-    while engine.has_work:
-        for request, outputs in engine.step().items():
-            collected.setdefault(request, []).extend(outputs)
-    return collected
-
-
-def ends(outputs: list[SequenceOutput]) -> list[str]:
+def ends(outputs: list[TokenOutput]) -> list[str]:
     return [output.finish_reason for output in outputs if output.finish_reason]
 
 
@@ -78,15 +71,14 @@ def test_sampling_fault_ends_only_its_own_request(
     num_tokens: int,
     model: Any,
     tables: TokenTables,
-    expect_all: Callable[[Request], list[Any]],
+    expect_all: Callable[[LiveRequest], list[Any]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = Engine(
         model,
         FaultySampler(tables, place, num_tokens),
+        EngineLimits(num_cache_blocks=32, block_size=4),
         eos_token_ids=(),
-        num_cache_blocks=32,
-        block_size=4,
     )
     good = [submit(engine, [i + 1]) for i in range(3)]
     bad = submit(engine, [9], seed=FaultySampler.BAD_SEED)
@@ -123,7 +115,7 @@ def test_blocks_of_a_failed_step_are_not_reused(make_engine: MakeEngine, model: 
     submit(engine, list(range(1, 20)))
     run(engine)
     again = submit(engine, list(range(1, 20)))
-    assert run(engine)[again][0].num_cached_prompt_tokens == 0
+    assert run(engine)[again][0].cached_prompt_tokens == 0
 
 
 def test_engine_gives_up_after_three_forward_faults_in_a_row(

@@ -13,11 +13,10 @@ from serve.backends.protocol import (
     AdapterConflictError,
     AdapterLoadError,
     AdapterNotFoundError,
-    Arm,
     BackendUnavailableError,
-    TokenOutput,
 )
 from serve.engine.sequence import SideAdapter
+from serve.requests import Arm, TokenOutput
 from tests.serve.engine.backend_client import (
     TIMEOUT_S,
     all_blocks_are_back,

@@ -10,13 +10,14 @@ import pytest
 
 from decoding import SamplingParams
 from serve.backends.native import NativeBackend
-from serve.backends.protocol import AdapterConflictError, AdapterNotFoundError, Arm, TokenOutput
-from serve.engine.sequence import Branch, ModelVariant, Request, SideAdapter
+from serve.backends.protocol import AdapterConflictError, AdapterNotFoundError
+from serve.engine.sequence import NO_ATTACHMENT, Attachment, LiveRequest, ModelVariant, SideAdapter
+from serve.requests import Arm, TokenOutput
 from tests.serve.engine.backend_client import all_blocks_are_back, ask, collect, run, until
 from tests.serve.engine.scripted_adapters import Folders
 
 MakeBackend = Callable[..., NativeBackend]
-ExpectAll = Callable[[Request], list[Any]]
+ExpectAll = Callable[[LiveRequest], list[Any]]
 PROMPT = [1 + i for i in range(9)]
 DIGEST = "d" * 64
 
@@ -51,16 +52,17 @@ def test_arms_of_several_models_say_what_they_say_alone(
     variant = ModelVariant(loaded.decoder, DIGEST)
     healed = SideAdapter(loaded.decoder.attach("healed"), "healed")  # type: ignore[arg-type]
     plain = SideAdapter(folders.attach("plain"), "plain")
-    kinds = [(variant, None), (None, None), (variant, healed), (None, plain),
-             (variant, None), (variant, healed)]  # fmt: skip
+    kinds = [
+        Attachment(variant, None), NO_ATTACHMENT, Attachment(variant, healed),
+        Attachment(None, plain), Attachment(variant, healed), Attachment(variant, healed),
+    ]  # fmt: skip
+    pairs = list(zip(arms, kinds, strict=True))
 
     async def main() -> None:
-        outputs = await collect(backend, ask(prompt=PROMPT, arms=arms))
-        branches = [
-            Branch(params=arm.params, variant=on, adapter=side, adapter_scale=arm.adapter_scale)
-            for arm, (on, side) in zip(arms, kinds, strict=True)
-        ]
-        expected = expect_all(Request(prompt_token_ids=PROMPT, branches=tuple(branches)))
+        request = ask(prompt=PROMPT, arms=arms)
+        outputs = await collect(backend, request)
+        scripted = [on if arm.adapter_scale else Attachment(on.variant, None) for arm, on in pairs]
+        expected = expect_all(LiveRequest(request, scripted))
         for index, one in enumerate(expected):
             assert said(outputs, index) == one.token_ids
         assert said(outputs, 4) == said(outputs, 0)

@@ -10,19 +10,22 @@ from typing import Any
 import pytest
 
 from serve.engine.engine import Engine
-from serve.engine.sequence import Branch, Request, SequenceOutput, SideAdapter
+from serve.engine.sequence import LiveRequest, SideAdapter
 from tests.serve.engine.engine_client import (
+    Branch,
+    Collected,
     assert_all_blocks_are_back,
     assert_as_expected,
     branch,
     reasons,
     run,
+    step,
     submit,
     tokens,
 )
 
 MakeEngine = Callable[..., Engine]
-ExpectAll = Callable[[Request], list[Any]]
+ExpectAll = Callable[[LiveRequest], list[Any]]
 Adapters = list[SideAdapter]
 PROMPT = [1 + i * i % 47 for i in range(30)]
 SETTINGS = {
@@ -77,7 +80,7 @@ def test_scale_of_zero_runs_no_side_network(
     engine = make_engine()
     request = submit(engine, PROMPT, branch(adapters[0], 0.0))
     outputs = run(engine)[request]
-    assert tokens(outputs) == expect(PROMPT, request.branches[0].params).token_ids
+    assert tokens(outputs) == expect(PROMPT, request.asked.arms[0].params).token_ids
     assert set(model.num_side_tokens) == {0}
     assert model.side_shapes == []
 
@@ -98,7 +101,7 @@ def test_each_branch_draws_with_its_own_seeds(
     engine = make_engine()
     request = submit(engine, PROMPT, branch(seed=1, num_sequences=2), branch(adapters[0], seed=1))
     outputs = run(engine)[request]
-    params = request.branches[0].params
+    params = request.asked.arms[0].params
     assert tokens(outputs, 1) == expect(PROMPT, params, 1).token_ids
     assert tokens(outputs, 2) == expect(PROMPT, params, 0, adapters[0]).token_ids
 
@@ -118,7 +121,7 @@ def test_new_adapter_on_a_cached_conversation_uses_every_base_block(
     assert (sequence.num_cached_prompt_tokens, sequence.write_start) == (0, 28)
     again = submit(engine, PROMPT, branch(adapters[0]))
     collected = run(engine)
-    assert collected[again][0].num_cached_prompt_tokens == 28
+    assert collected[again][0].cached_prompt_tokens == 28
     assert_as_expected(collected[again], expect_all(again))
 
 
@@ -144,7 +147,7 @@ def test_prompt_asked_of_many_adapters_is_computed_once(
     assert_as_expected(outputs, expect_all(request))
     assert sum(model.num_tokens) == 30 + 3 * 2
     assert sum(model.num_side_tokens) == 3 * 30 + 3 * 2
-    assert [o.num_cached_prompt_tokens for o in outputs] == [0, 28, 28, 28]
+    assert [o.cached_prompt_tokens for o in outputs] == [0, 28, 28, 28]
     model.num_tokens.clear()
     again = submit(engine, PROMPT, *(branch(kind, max_tokens=1) for kind in (None, *adapters)))
     assert_as_expected(run(engine)[again], expect_all(again))
@@ -237,14 +240,12 @@ def test_lack_of_side_blocks_preempts_the_youngest_that_has_some(
     engine = make_engine(num_side_cache_blocks=10, max_context_tokens=40)
     requests = [submit(engine, [i + 1], branch(adapters[i], max_tokens=30)) for i in range(3)]
     plain = submit(engine, [9], branch(max_tokens=30))
-    collected: dict[Request, list[SequenceOutput]] = {}
+    collected: Collected = {}
     while not engine.scheduler.num_preemptions:
-        for request, outputs in engine.step().items():
-            collected.setdefault(request, []).extend(outputs)
+        step(engine, collected)
     assert engine.scheduler.waiting == requests[2].sequences
     assert plain.sequences[0] in engine.scheduler.running
-    for request, outputs in run(engine).items():
-        collected.setdefault(request, []).extend(outputs)
+    run(engine, collected)
     for request in (*requests, plain):
         assert_as_expected(collected[request], expect_all(request))
 
@@ -259,8 +260,7 @@ def test_side_network_that_reads_along_gives_way_to_one_in_use(
     request = submit(engine, PROMPT, branch(adapters[1]), branch(adapters[2]))
     num_sides = []
     while engine.has_work:
-        for one, outputs in engine.step().items():
-            collected.setdefault(one, []).extend(outputs)
+        step(engine, collected)
         if request.sequences[0].num_computed < len(PROMPT):
             num_sides.append(len(request.sequences[0].sides))
     assert num_sides[:7] == [2, 2, 2, 2, 2, 1, 1]
@@ -344,8 +344,8 @@ def test_scale_out_of_range_is_refused(
         submit(make_engine(), [1], branch(adapters[0], **fields))
 
 
-def test_request_without_branches_is_refused(make_engine: MakeEngine) -> None:
-    with pytest.raises(ValueError, match="at least one branch"):
+def test_request_without_arms_is_refused(make_engine: MakeEngine) -> None:
+    with pytest.raises(ValueError, match="at least one arm"):
         submit(make_engine(), [1])
 
 
@@ -373,13 +373,13 @@ def test_blocks_balance_after_a_random_schedule(
     )
     failing = set(rng.sample(range(2, 200), 2)) if seed % 2 else set()
     model.fails = failing.__contains__
-    requests: list[Request] = []
-    collected: dict[Request, list[SequenceOutput]] = {}
+    requests: list[LiveRequest] = []
+    collected: Collected = {}
     for _ in range(150):
         choice = rng.random()
         if choice < 0.35 and len(requests) < 40:
-            length = rng.randrange(1, engine.max_context_tokens - 2)
-            most = min(engine.max_context_tokens - length, 20)
+            length = rng.randrange(1, engine.limits.max_context_tokens - 2)
+            most = min(engine.limits.max_context_tokens - length, 20)
             branches = [
                 branch(
                     rng.choice([None, *adapters]), rng.choice([0.0, 0.7, 1.0]),
@@ -395,12 +395,10 @@ def test_blocks_balance_after_a_random_schedule(
             engine.abort(rng.choice(requests))
         elif choice < 0.5 and requests:
             request = rng.choice(requests)
-            engine.abort_sequence(request, rng.randrange(request.num_sequences))
+            engine.abort_sequence(request, rng.randrange(request.asked.num_sequences))
         else:
-            for request, outputs in engine.step().items():
-                collected.setdefault(request, []).extend(outputs)
-    for request, outputs in run(engine).items():
-        collected.setdefault(request, []).extend(outputs)
+            step(engine, collected)
+    run(engine, collected)
 
     assert_all_blocks_are_back(engine)
     for request in requests:

@@ -11,19 +11,21 @@ import pytest
 
 from serve.engine.engine import MAX_FORWARD_FAILURES, Engine
 from serve.engine.runner import group_by_variant
-from serve.engine.sequence import ModelVariant, Request, SequenceOutput, SideAdapter
+from serve.engine.sequence import LiveRequest, ModelVariant, SideAdapter
 from tests.serve.engine.engine_client import (
+    Collected,
     assert_all_blocks_are_back,
     assert_as_expected,
     branch,
     reasons,
     run,
+    step,
     submit,
     tokens,
 )
 
 MakeEngine = Callable[..., Engine]
-ExpectAll = Callable[[Request], list[Any]]
+ExpectAll = Callable[[LiveRequest], list[Any]]
 Adapters = list[SideAdapter]
 Variants = list[ModelVariant]
 PROMPT = [1 + i * i % 47 for i in range(30)]
@@ -108,7 +110,7 @@ def test_prefix_cache_never_mixes_models(
         for variant in (None, *variants):
             request = submit(engine, PROMPT, branch(variant=variant))
             outputs = run(engine)[request]
-            assert outputs[0].num_cached_prompt_tokens == (28 if is_known else 0)
+            assert outputs[0].cached_prompt_tokens == (28 if is_known else 0)
             assert_as_expected(outputs, expect_all(request))
 
 
@@ -117,7 +119,7 @@ def test_names_of_one_variant_share_a_prefix(make_engine: MakeEngine, variants: 
     submit(engine, PROMPT, branch(variant=variants[0]))
     run(engine)
     again = submit(engine, PROMPT, branch(variant=ModelVariant(variants[0].model, "small")))
-    assert run(engine)[again][0].num_cached_prompt_tokens == 28
+    assert run(engine)[again][0].cached_prompt_tokens == 28
 
 
 def test_side_blocks_of_an_adapter_are_those_of_its_variant(
@@ -128,7 +130,7 @@ def test_side_blocks_of_an_adapter_are_those_of_its_variant(
         for variant in (None, *variants):
             request = submit(engine, PROMPT, branch(adapters[0], variant=variant))
             outputs = run(engine)[request]
-            assert outputs[0].num_cached_prompt_tokens == (28 if is_known else 0)
+            assert outputs[0].cached_prompt_tokens == (28 if is_known else 0)
             assert_as_expected(outputs, expect_all(request))
 
 
@@ -157,7 +159,7 @@ def test_each_variant_computes_a_shared_prompt_once(
     outputs = run(engine)[request]
     assert_as_expected(outputs, expect_all(request))
     assert request.held == []
-    cached = {o.index: o.num_cached_prompt_tokens for o in outputs}
+    cached = {o.sequence_index: o.cached_prompt_tokens for o in outputs}
     assert cached == {0: 0, 1: 28, 2: 0, 3: 28, 4: 28, 5: 0, 6: 28}
     assert sum(model.num_tokens) == 30 + 2 * 2
     assert [sum(model_of(v).num_tokens) for v in variants] == [30 + 2 * 2, 30]
@@ -180,7 +182,7 @@ def test_side_networks_read_along_for_siblings_of_their_variant_only(
     assert model_of(variants[0]).num_side_tokens == [2 * 30]
     outputs += run(engine)[request]
     assert_as_expected(outputs, expect_all(request))
-    cached = {o.index: o.num_cached_prompt_tokens for o in reversed(outputs)}
+    cached = {o.sequence_index: o.cached_prompt_tokens for o in reversed(outputs)}
     assert cached == {0: 0, 1: 28, 2: 0, 3: 28, 4: 28}
 
 
@@ -229,7 +231,7 @@ def test_aborted_request_leaves_nothing_held(make_engine: MakeEngine, variants: 
     collected = run(engine)
     for request in requests:
         assert reasons(collected[request]) == dict.fromkeys(range(6), "abort")
-    assert (engine.scheduler.num_queued_requests, engine.scheduler.num_queued_tokens) == (0, 0)
+    assert not any(request.is_queued for request in requests)
 
 
 def test_preempted_sequence_goes_on_with_its_variant(
@@ -321,13 +323,13 @@ def test_blocks_balance_after_a_random_schedule(
         prefix_caching=seed % 4 != 0,
     )
     model_of(variants[0]).fails = {rng.randrange(2, 60)}.__contains__
-    requests: list[Request] = []
-    collected: dict[Request, list[SequenceOutput]] = {}
+    requests: list[LiveRequest] = []
+    collected: Collected = {}
     for _ in range(150):
         choice = rng.random()
         if choice < 0.35 and len(requests) < 40:
-            length = rng.randrange(1, engine.max_context_tokens - 2)
-            most = min(engine.max_context_tokens - length, 20)
+            length = rng.randrange(1, engine.limits.max_context_tokens - 2)
+            most = min(engine.limits.max_context_tokens - length, 20)
             branches = [
                 branch(
                     rng.choice([None, None, *adapters]), rng.choice([0.0, 0.7, 1.0]),
@@ -343,12 +345,10 @@ def test_blocks_balance_after_a_random_schedule(
             engine.abort(rng.choice(requests))
         elif choice < 0.5 and requests:
             request = rng.choice(requests)
-            engine.abort_sequence(request, rng.randrange(request.num_sequences))
+            engine.abort_sequence(request, rng.randrange(request.asked.num_sequences))
         else:
-            for request, outputs in engine.step().items():
-                collected.setdefault(request, []).extend(outputs)
-    for request, outputs in run(engine).items():
-        collected.setdefault(request, []).extend(outputs)
+            step(engine, collected)
+    run(engine, collected)
 
     assert_all_blocks_are_back(engine)
     for request in requests:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from decoding import SamplingParams
 from models.decoder import Decoder
-from serve.engine.sequence import Branch, Request
+from serve.engine.sequence import LiveRequest
+from tests.serve.engine.engine_client import branch, make_live
 from tests.serve.engine.tiny_decoder import (
     KERNELS,
     VOCAB_SIZE,
@@ -15,7 +15,6 @@ from tests.serve.engine.tiny_decoder import (
     assert_equal,
     make_decoder,
     make_engine,
-    make_request,
     run,
 )
 
@@ -25,29 +24,23 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
     return make_decoder(request.param)
 
 
-def make_requests() -> list[Request]:
+def make_requests() -> list[LiveRequest]:
     rng = random.Random(5)
     shared = [rng.randrange(1, VOCAB_SIZE) for _ in range(70)]
     requests = []
     for i in range(9):
         start = shared[: rng.choice([0, 40, 70])]
         prompt = start + [rng.randrange(1, VOCAB_SIZE) for _ in range(rng.randrange(1, 40))]
-        params = SamplingParams(
+        alike = branch(
             seed=i,
             temperature=(0.0, 0.8, 1.2)[i % 3],
             top_k=(0, 20)[i % 2],
             repetition_penalty=(1.0, 1.1)[i % 4 == 3],
             logprobs=2,
             max_tokens=rng.randrange(4, 30),
-            ignore_eos=True,
+            num_sequences=1 + 2 * (i == 4),
         )
-        requests.append(
-            Request(
-                prompt_token_ids=prompt,
-                branches=(Branch(params=params, num_sequences=1 + 2 * (i == 4)),),
-                prompt_logprobs=1 if i == 7 else None,
-            )
-        )
+        requests.append(make_live(prompt, alike, prompt_logprobs=1 if i == 7 else None))
     return requests
 
 
@@ -83,12 +76,11 @@ def test_text_does_not_depend_on_the_batch(
 
 def test_greedy_text_equals_a_whole_forward_for_each_token(decoder: Decoder) -> None:
     prompt = [5, 9, 17, 33, 60, 2, 41]
-    params = SamplingParams(seed=0, temperature=0.0, max_tokens=12, ignore_eos=True)
     engine = make_engine(decoder, max_batch_tokens=64)
-    answers = run(engine, [make_request(prompt, params)])
+    answers = run(engine, [make_live(prompt, branch(temperature=0.0, max_tokens=12))])
     said = [output.token_id for output in answers[0][0]]
+    one = branch(temperature=0.0, max_tokens=1)
     for i in range(12):
-        one = SamplingParams(seed=0, temperature=0.0, max_tokens=1, ignore_eos=True)
         fresh = make_engine(decoder, max_batch_tokens=64)
-        (answer,) = run(fresh, [make_request([*prompt, *said[:i]], one)])
+        (answer,) = run(fresh, [make_live([*prompt, *said[:i]], one)])
         assert answer[0][0].token_id == said[i]

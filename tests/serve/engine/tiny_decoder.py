@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from decoding import Sampler, SamplingParams, build_token_tables
+from decoding import Sampler, build_token_tables
 from models.decoder import Decoder, KernelChoice
 from models.kernels.native.executor import is_native_available
 from models.pruning import MODULES, LayerSelection, prune_spec, slice_weight, widths_of
@@ -14,7 +14,9 @@ from models.quantization import quantize_4bit
 from models.spec import DecoderSpec, LayerSpec, RotarySpec, canonical_weights
 from models.weights import Weight
 from serve.engine.engine import Engine
-from serve.engine.sequence import Branch, Request, SequenceOutput
+from serve.engine.limits import EngineLimits
+from serve.engine.sequence import LiveRequest
+from serve.requests import TokenOutput
 
 VOCAB_SIZE = 96
 KERNELS = [
@@ -26,7 +28,7 @@ KERNELS = [
         ),
     ),
 ]
-Answer = list[list[SequenceOutput]]
+Answer = list[list[TokenOutput]]
 
 
 def _make_parts() -> tuple[DecoderSpec, dict[str, torch.Tensor]]:
@@ -87,38 +89,34 @@ def make_variant(decoder: Decoder, seed: int) -> Decoder:
 
 def make_engine(decoder: Decoder, **settings: Any) -> Engine:
     tables = build_token_tables([None, *(bytes([32 + i]) for i in range(VOCAB_SIZE - 1))])
-    defaults: dict[str, Any] = {"eos_token_ids": (0,), "num_cache_blocks": 64}
-    return Engine(decoder, Sampler(tables, eos_token_ids=(0,)), **(defaults | settings))
+    limits = EngineLimits(**({"num_cache_blocks": 64} | settings))
+    return Engine(decoder, Sampler(tables, eos_token_ids=(0,)), limits, eos_token_ids=(0,))
 
 
-def make_request(prompt: list[int], params: SamplingParams) -> Request:
-    return Request(prompt_token_ids=prompt, branches=(Branch(params=params),))
-
-
-def run(engine: Engine, requests: list[Request]) -> list[Answer]:
+def run(engine: Engine, requests: list[LiveRequest]) -> list[Answer]:
     """Run requests, two more joining at each step, and give each one's outputs by sequence."""
-    answers = {request: [[] for _ in range(request.num_sequences)] for request in requests}
+    answers = {request: [[] for _ in range(request.asked.num_sequences)] for request in requests}
     waiting = list(requests)
     while waiting or engine.has_work:
         for request in waiting[:2]:
-            engine.check(request)
+            engine.check(request.asked)
             engine.add(request)
         del waiting[:2]
         for request, outputs in engine.step().items():
             for output in outputs:
-                answers[request][output.index].append(output)
+                answers[request][output.sequence_index].append(output)
     return list(answers.values())
 
 
 def assert_equal(
-    outputs: list[SequenceOutput], expected: list[SequenceOutput], *, is_exact: bool
+    outputs: list[TokenOutput], expected: list[TokenOutput], *, is_exact: bool
 ) -> None:
     assert [o.token_id for o in outputs] == [o.token_id for o in expected]
     tolerance = 0.0 if is_exact else 1e-4
-    scored = [(o.scored, e.scored) for o, e in zip(outputs, expected, strict=True)]
+    scored = [(o.logprob, e.logprob) for o, e in zip(outputs, expected, strict=True)]
     scored += zip(outputs[0].prompt_logprobs or [], expected[0].prompt_logprobs or [], strict=True)
     for ours, theirs in scored:
         assert (ours is None) == (theirs is None)
         if ours is not None and theirs is not None:
-            assert ours[0] == pytest.approx(theirs[0], abs=tolerance, rel=0)
-            assert [pair[0] for pair in ours[1]] == [pair[0] for pair in theirs[1]]
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=tolerance, rel=0)
+            assert [pair[0] for pair in ours.top] == [pair[0] for pair in theirs.top]
