@@ -220,6 +220,36 @@ def test_broken_engine_ends_the_server_with_status_1(monkeypatch: pytest.MonkeyP
     assert "error: the engine broke: out of order" in lines
 
 
+def test_engine_thread_that_ends_takes_the_server_down(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(scheduler: Any) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr("serve.engine.scheduler.Scheduler.schedule", fail)
+    monkeypatch.setattr("serve.server.HEALTH_CHECK_S", 0.01)
+    config = ServeConfig(model=str(tiny_llama_folder), quantization="none")
+    lines: list[str] = []
+
+    async def main() -> tuple[int, list[int]]:
+        with bind("127.0.0.1", 0) as listener:
+            service = build_service(config, report=ignore)
+            settings = uvicorn.Config(service.app, log_config=None)
+            serving = asyncio.create_task(
+                server_module._serve(service, settings, listener, lines.append)
+            )
+            transport = httpx.ASGITransport(app=service.app)
+            url = "http://localhost"
+            async with httpx.AsyncClient(transport=transport, base_url=url) as client:
+                ready = (await client.get("/readyz")).status_code
+                failed = (await client.post("/v1/completions", json={"prompt": "a"})).status_code
+                broken = (await client.get("/readyz")).status_code
+            return await serving, [ready, failed, broken]
+
+    assert asyncio.run(main()) == (1, [200, 500, 503])
+    assert "error: the engine broke: the engine failed: SystemExit" in lines
+
+
 # Slow enough that the server is still busy when it is looked at.
 BUSY = ("--quantization", "none", "--kernels", "reference")
 

@@ -17,7 +17,7 @@ from serve.backends.protocol import (
     AdapterNotFoundError,
 )
 from tests.adapters.side_decoders import make_network
-from tests.serve.engine.backend_client import run, until
+from tests.serve.backends.backend_client import run, until
 from tests.serve.engine.scripted_adapters import NUM_BYTES, Folders
 from tests.serve.engine.tiny_decoder import make_decoder
 

@@ -16,7 +16,7 @@ from serve.backends.protocol import (
     AdapterNotFoundError,
 )
 from serve.engine.cache_blocks import variant_root_key
-from tests.serve.engine.backend_client import run, until
+from tests.serve.backends.backend_client import run, until
 from tests.serve.engine.scripted_adapters import NUM_BYTES, Folders
 
 DIGEST = "d" * 64

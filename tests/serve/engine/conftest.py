@@ -15,8 +15,6 @@ from decoding import Sampler, SamplingParams, TokenTables, build_token_tables, d
 from decoding.logprobs import token_logprobs
 from models.batch import PackedBatch
 from models.spec import DecoderSpec, LayerSpec
-from serve.attachments.registry import AdapterRegistry
-from serve.backends.native import NativeBackend
 from serve.engine.engine import Engine
 from serve.engine.limits import EngineLimits
 from serve.engine.sequence import LiveRequest, ModelVariant, SideAdapter
@@ -284,30 +282,3 @@ def adapters() -> list[SideAdapter]:
 def variants() -> list[ModelVariant]:
     """Give two variants of `model`."""
     return [ModelVariant(HistoryModel(name=name), name) for name in ("small", "smaller")]
-
-
-@pytest.fixture
-def make_backend(
-    model: Any, sampler: Sampler, request: pytest.FixtureRequest
-) -> Callable[..., NativeBackend]:
-    """Give a function that builds a backend over `model`; it is closed after the test."""
-
-    def make(adapters: AdapterRegistry | None = None, **settings: Any) -> NativeBackend:
-        defaults: dict[str, Any] = {
-            "num_cache_blocks": 64,
-            "block_size": 4,
-            "max_batch_tokens": 16,
-            "max_running_sequences": 4,
-        }
-        limits = EngineLimits(**(defaults | settings))
-        backend = NativeBackend(model, sampler, limits, eos_token_ids=(0,), adapters=adapters)
-
-        def close() -> None:
-            if model.gate is not None:
-                model.gate.release(1000)
-            backend.close()
-
-        request.addfinalizer(close)
-        return backend
-
-    return make

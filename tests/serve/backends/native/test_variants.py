@@ -12,8 +12,8 @@ from decoding import SamplingParams
 from serve.backends.native import NativeBackend
 from serve.backends.protocol import AdapterConflictError, AdapterNotFoundError
 from serve.engine.sequence import NO_ATTACHMENT, Attachment, LiveRequest, ModelVariant, SideAdapter
-from serve.requests import Arm, TokenOutput
-from tests.serve.engine.backend_client import all_blocks_are_back, ask, collect, run, until
+from serve.requests import Arm
+from tests.serve.backends.backend_client import all_blocks_are_back, ask, collect, run, said, until
 from tests.serve.engine.scripted_adapters import Folders
 
 MakeBackend = Callable[..., NativeBackend]
@@ -30,10 +30,6 @@ def folders(tmp_path: Path) -> Folders:
 def make_arm(adapter: str | None = None, scale: float = 1.0, **fields: Any) -> Arm:
     params = SamplingParams(**({"seed": 5, "max_tokens": 6, "ignore_eos": True} | fields))
     return Arm(params=params, adapter=adapter, adapter_scale=scale)
-
-
-def said(outputs: list[TokenOutput], index: int = 0) -> list[int | None]:
-    return [output.token_id for output in outputs if output.sequence_index == index]
 
 
 def test_arms_of_several_models_say_what_they_say_alone(

@@ -9,7 +9,7 @@ from serve.backends.native import NativeBackend
 from serve.backends.protocol import (
     BackendUnavailableError,
 )
-from tests.serve.engine.backend_client import (
+from tests.serve.backends.backend_client import (
     TIMEOUT_S,
     all_blocks_are_back,
     ask,
@@ -114,6 +114,62 @@ def test_fault_of_the_engine_itself_ends_every_request(
         for outputs in await asyncio.gather(*tasks):
             assert outputs[-1].finish_reason == "error"
         with pytest.raises(BackendUnavailableError, match="the engine failed: AssertionError"):
+            await collect(backend, ask())
+        await backend.drain(TIMEOUT_S)
+
+    run(main())
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_whatever_ends_the_thread_ends_every_request(
+    error: type[BaseException],
+    make_backend: MakeBackend,
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(batch: Any, cache: Any) -> Any:
+        forward(batch, cache)
+        raise error
+
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", fail)
+    model.gate = threading.Semaphore(0)
+    backend = make_backend(max_running_sequences=1)
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(collect(backend, ask(str(i)))) for i in range(3)]
+        await until(model.is_inside.is_set)
+        model.gate.release(1000)
+        for outputs in await asyncio.gather(*tasks):
+            assert [output.finish_reason for output in outputs] == ["error"]
+        assert backend.stats().error == f"the engine failed: {error.__name__}"
+        with pytest.raises(BackendUnavailableError, match="the engine failed"):
+            await collect(backend, ask())
+
+    run(main())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("method", ["abandon", "abort_all"])
+def test_thread_that_dies_of_its_own_fault_is_noticed(
+    method: str, make_backend: MakeBackend, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise SystemExit
+
+    model.gate = threading.Semaphore(0)
+    backend = make_backend(max_running_sequences=1)
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(collect(backend, ask(str(i)))) for i in range(3)]
+        await until(model.is_inside.is_set)
+        for name in (f"engine.Engine.{method}", "scheduler.Scheduler.schedule"):
+            monkeypatch.setattr(f"serve.engine.{name}", fail)
+        model.gate.release(1000)
+        for outputs in await asyncio.gather(*tasks):
+            assert outputs[-1].finish_reason in ("abort", "error")
+        await until(lambda: backend.stats().error is not None)
+        with pytest.raises(BackendUnavailableError, match="the engine"):
             await collect(backend, ask())
         await backend.drain(TIMEOUT_S)
 

@@ -10,7 +10,7 @@ import pytest
 from serve.backends.native import NativeBackend
 from serve.backends.protocol import QueueFullError
 from serve.requests import GenerationRequest, TokenOutput
-from tests.serve.engine.backend_client import (
+from tests.serve.backends.backend_client import (
     all_blocks_are_back,
     ask,
     collect,
@@ -162,29 +162,6 @@ def test_leaving_early_frees_the_blocks_within_a_step(
     run(main())
 
 
-def test_aborted_sequence_ends_and_its_sibling_goes_on(
-    make_backend: MakeBackend, model: Any
-) -> None:
-    model.gate = threading.Semaphore(2)
-    backend = make_backend()
-
-    async def main() -> None:
-        outputs: list[TokenOutput] = []
-        async with aclosing(backend.generate(ask(num_sequences=2))) as steps:
-            async for step in steps:
-                outputs += step
-                if len(outputs) == 4:
-                    backend.abort_sequence("a", 0)
-                    backend.abort_sequence("a", 7)
-                    backend.abort_sequence("unknown", 0)
-                    model.gate.release(100)
-        ends = {o.sequence_index: o.finish_reason for o in outputs if o.finish_reason}
-        assert ends == {0: "abort", 1: "length"}
-        assert sum(output.sequence_index == 1 for output in outputs) == 6
-
-    run(main())
-
-
 @pytest.mark.parametrize(
     "limits",
     [{"max_waiting_requests": 2}, {"max_waiting_tokens": 7}],
@@ -250,29 +227,66 @@ def test_waiting_time_is_estimated_from_the_pace_of_admissions(
     run(main())
 
 
-def test_requests_that_could_never_run_are_refused(make_backend: MakeBackend) -> None:
-    backend = make_backend(num_cache_blocks=4)
+def test_requests_that_are_left_are_out_of_the_queue_while_a_step_runs(
+    make_backend: MakeBackend, model: Any
+) -> None:
+    model.gate = threading.Semaphore(0)
+    backend = make_backend(max_running_sequences=1, max_waiting_requests=4)
 
     async def main() -> None:
-        with pytest.raises(ValueError, match="at most 16 tokens together"):
-            await collect(backend, ask(prompt=[1] * 14))
-        assert len(await collect(backend, ask())) == 6
+        tasks = {"running": asyncio.create_task(collect(backend, ask("running")))}
+        await until(model.is_inside.is_set)
 
-    assert (backend.vocab_size, backend.max_context_tokens) == (48, 16)
+        async def wait(*names: str) -> None:
+            for name in names:
+                tasks[name] = asyncio.create_task(collect(backend, ask(name)))
+            await asyncio.sleep(0)
+
+        await wait("known", "left")
+        model.is_inside.clear()
+        model.gate.release()
+        await until(model.is_inside.is_set)  # by now the engine has them
+        await wait("new", "also left")
+        assert backend.stats().num_waiting_requests == 4
+        with pytest.raises(QueueFullError, match="4 requests are waiting"):
+            await collect(backend, ask("refused"))
+        gone = [tasks.pop(name) for name in ("left", "also left")]
+        for task in gone:
+            task.cancel()
+        await asyncio.wait(gone)
+        assert backend.stats().num_waiting_requests == 2
+        await wait("left", "late")
+        assert backend.stats().num_waiting_requests == 4
+        model.gate.release(1000)
+        assert [len(outputs) for outputs in await asyncio.gather(*tasks.values())] == [6] * 5
+        await until(lambda: all_blocks_are_back(backend))
+        assert model.num_calls == 30
+
     run(main())
 
 
-def test_request_id_in_use_is_refused(make_backend: MakeBackend, model: Any) -> None:
+def test_waiting_time_leaves_out_those_who_left(
+    make_backend: MakeBackend, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr("serve.engine.worker.time", SimpleNamespace(monotonic=lambda: now_s))
     model.gate = threading.Semaphore(0)
-    backend = make_backend()
+    backend = make_backend(max_running_sequences=1, max_waiting_tokens=30)
 
     async def main() -> None:
-        first = asyncio.create_task(collect(backend, ask("same")))
+        nonlocal now_s
+        running = asyncio.create_task(collect(backend, ask("running")))
         await until(model.is_inside.is_set)
-        with pytest.raises(ValueError, match="request_id 'same' is in use"):
-            await collect(backend, ask("same"))
+        waiting = [asyncio.create_task(collect(backend, ask(str(i)))) for i in range(9)]
+        await until(lambda: backend.stats().num_waiting_requests == 9)
+        for task in waiting[1:]:
+            task.cancel()
+        await asyncio.wait(waiting[1:])
+        now_s = 1010.0
+        with pytest.raises(QueueFullError, match="1 requests are waiting") as caught:
+            await collect(backend, ask("late", prompt=[1] * 28))
+        assert caught.value.retry_after_s == 10
         model.gate.release(1000)
-        assert len(await first) == 6
-        assert len(await collect(backend, ask("same"))) == 6
+        await asyncio.gather(running, waiting[0])
 
     run(main())

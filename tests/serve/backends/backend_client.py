@@ -1,4 +1,4 @@
-"""What the tests of the native backend ask of it."""
+"""What the tests of backends ask of one."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -6,7 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 from decoding import SamplingParams
-from serve.backends.native import NativeBackend
+from serve.backends.protocol import Backend
 from serve.requests import Arm, GenerationRequest, TokenOutput
 
 TIMEOUT_S = 30
@@ -24,7 +24,7 @@ def ask(request_id: str = "a", prompt: list[int] | None = None, **fields: Any) -
     return GenerationRequest(request_id=request_id, prompt_token_ids=prompt or [1, 2, 3], **fields)
 
 
-async def collect(backend: NativeBackend, request: GenerationRequest) -> list[TokenOutput]:
+async def collect(backend: Backend, request: GenerationRequest) -> list[TokenOutput]:
     async with aclosing(backend.generate(request)) as steps:
         return [output async for outputs in steps for output in outputs]
 
@@ -39,10 +39,25 @@ def run(coroutine: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
 
 
-def all_blocks_are_back(backend: NativeBackend) -> bool:
+def all_blocks_are_back(backend: Backend) -> bool:
     stats = backend.stats()
     return (
         stats.num_free_cache_blocks == stats.num_cache_blocks
         and stats.num_free_side_cache_blocks == stats.num_side_cache_blocks
         and stats.num_running_sequences == stats.num_waiting_requests == 0
     )
+
+
+def said(outputs: list[TokenOutput], index: int = 0) -> list[int]:
+    """Return the tokens of one sequence."""
+    return [o.token_id for o in outputs if o.sequence_index == index and o.token_id is not None]
+
+
+def ends(outputs: list[TokenOutput]) -> dict[int, str]:
+    """Return why each sequence has ended; it ends once, with its last output."""
+    found: dict[int, str] = {}
+    for output in outputs:
+        assert output.sequence_index not in found
+        if output.finish_reason is not None:
+            found[output.sequence_index] = output.finish_reason
+    return found

@@ -16,13 +16,14 @@ from serve.backends.protocol import (
     BackendUnavailableError,
 )
 from serve.engine.sequence import SideAdapter
-from serve.requests import Arm, TokenOutput
-from tests.serve.engine.backend_client import (
+from serve.requests import Arm
+from tests.serve.backends.backend_client import (
     TIMEOUT_S,
     all_blocks_are_back,
     ask,
     collect,
     run,
+    said,
     until,
 )
 from tests.serve.engine.scripted_adapters import Folders
@@ -46,10 +47,6 @@ def as_side(folders: Folders, name: str) -> SideAdapter:
     return SideAdapter(folders.attach(name), name)
 
 
-def said(outputs: list[TokenOutput], index: int = 0) -> list[int | None]:
-    return [output.token_id for output in outputs if output.sequence_index == index]
-
-
 def test_arms_say_what_they_say_alone(
     make_backend: MakeBackend, folders: Folders, expect: Expect
 ) -> None:
@@ -70,26 +67,6 @@ def test_arms_say_what_they_say_alone(
         assert (stats.cached_prompt_tokens, stats.base_cached_prompt_tokens) == (24, 24)
         assert all_blocks_are_back(backend)
         assert [info.num_running for info in backend.adapters()] == [0, 0]
-
-    run(main())
-
-
-def test_adapter_is_attached_used_and_detached_at_run_time(
-    make_backend: MakeBackend, folders: Folders
-) -> None:
-    backend = make_backend(adapters=folders.registry())
-    folders.write("x")
-
-    async def main() -> None:
-        info = await backend.attach_adapter("x", "x")
-        assert backend.adapters() == [info]
-        assert len(await collect(backend, ask(arms=(make_arm("x"),)))) == 6
-        await backend.detach_adapter("x")
-        for _ in range(2):
-            with pytest.raises(AdapterNotFoundError, match="no adapter is called 'x'"):
-                await backend.detach_adapter("x")
-        with pytest.raises(AdapterNotFoundError, match="no adapter is called 'x'"):
-            await collect(backend, ask(arms=(make_arm(), make_arm("x"))))
 
     run(main())
 
