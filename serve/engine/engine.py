@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+from collections.abc import Container
 from collections.abc import Sequence as TokenIds
 
 import torch
@@ -13,7 +14,7 @@ from decoding.sampler import Sampled, Sampler
 from serve.engine.cache_blocks import CacheBlocks
 from serve.engine.limits import EngineLimits
 from serve.engine.model import Model
-from serve.engine.runner import ModelRunner
+from serve.engine.runner import ModelRunner, group_by_variant
 from serve.engine.scheduler import Chunk, Scheduler
 from serve.engine.sequence import LiveRequest, Sequence, SequenceState
 from serve.requests import FinishReason, GenerationRequest, TokenLogprob, TokenOutput, TokenTrace
@@ -168,31 +169,48 @@ class Engine:
             with torch.inference_mode():
                 computed = self._forward(chunks)
                 if computed is not None:
-                    self.scheduler.commit(chunks)
+                    self.scheduler.commit(computed[0])
                     self._read_logits(*computed)
         if not self._live:
             self._runner.forget()
         return self.take_outputs()
 
     def _forward(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor] | None:
-        """Run the chunks; on a fault end all requests that run and return None."""
-        try:
-            computed = self._runner.forward(chunks)
-        except Exception as error:
-            logger.error("forward failed: %s", describe_error(error))
+        """Run the base and the variants that a step needs, one after the other.
+
+        A fault ends the requests whose chunks it meets. The engine gives up after some steps in a
+        row of which nothing could be computed.
+
+        Returns:
+            The chunks of the requests that go on, those of a variant together, and their logits in
+            this order; None where nothing was computed.
+        """
+        computed: list[Chunk] = []
+        parts: list[Tensor] = []
+        failed: dict[LiveRequest, None] = {}
+        name = ""
+        for group in group_by_variant(chunks):
+            try:
+                parts.append(self._runner.forward(group))
+                computed += group
+            except Exception as error:
+                logger.error("forward failed: %s", describe_error(error))
+                name = type(error).__name__
+                failed |= {chunk.sequence.request: None for chunk in group}
+        if parts:
+            self._num_failures = 0
+            self.num_steps += 1
+        else:
             self._num_failures += 1
-            failed = {sequence.request: None for sequence in self.scheduler.running}
             if self._num_failures >= MAX_FORWARD_FAILURES:
-                self.error = (
-                    f"forward failed {self._num_failures} times in a row: {type(error).__name__}"
-                )
+                self.error = f"forward failed {self._num_failures} times in a row: {name}"
                 failed = dict(self._live)
-            for request in failed:
-                self._end(request, "error")
+        for request in failed:
+            self._end(request, "error")
+        if not parts:
             return None
-        self._num_failures = 0
-        self.num_steps += 1
-        return computed
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _leave_out(failed, computed, logits) if failed else (computed, logits)
 
     def _has_side_caches(self, request: LiveRequest) -> bool:
         """Make the side caches that a request needs; False if there is no memory for one."""
@@ -350,3 +368,18 @@ class Engine:
                 sequence.index, token_id, reason, logprob, trace, num_cached, prompt_logprobs
             )
         self._outputs.setdefault(sequence.request, []).append(output)
+
+
+def _leave_out(
+    requests: Container[LiveRequest], chunks: list[Chunk], logits: Tensor
+) -> tuple[list[Chunk], Tensor]:
+    """Take the chunks of some requests out of a step, and their rows out of its logits."""
+    kept: list[Chunk] = []
+    rows: list[int] = []
+    num_read = 0
+    for chunk in chunks:
+        if chunk.sequence.request not in requests:
+            kept.append(chunk)
+            rows += range(num_read, num_read + chunk.num_logits)
+        num_read += chunk.num_logits
+    return kept, logits[rows]

@@ -1,9 +1,7 @@
 """Run the chunks of a step: the base, its variants and their side networks, over the caches."""
 
 from functools import partial
-from itertools import chain
 
-import torch
 from torch import Tensor
 
 from models.kv_cache import KVCache
@@ -37,17 +35,15 @@ class ModelRunner:
         self._side_caches: dict[object, KVCache] = {}
         self._packer = BatchPacker(limits, side_cache=self.side_cache)
 
-    def forward(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor]:
-        """Run the base and the variants that a step needs, one after the other.
+    def forward(self, chunks: list[Chunk]) -> Tensor:
+        """Run what chunks of one variant, or of the base, need.
 
         Returns:
-            The chunks, those of a variant together, and their logits in this order.
+            (L, V) their logits.
         """
-        groups = group_by_variant(chunks)
-        if len(groups) == 1:
-            return chunks, self._run(chunks)
-        parts = [self._run(group) for group in groups]
-        return list(chain.from_iterable(groups)), torch.cat(parts)
+        variant = chunks[0].sequence.variant
+        model = self._model if variant is None else variant.model
+        return model.forward(self._packer.pack(chunks), self._cache)
 
     def side_cache(self, side: AttachedSide) -> KVCache:
         """Return the cache that side networks of this shape share, made for the first of them."""
@@ -59,12 +55,6 @@ class ModelRunner:
     def forget(self) -> None:
         """Hold no side network any more, so that one that left is freed."""
         self._packer.forget()
-
-    def _run(self, chunks: list[Chunk]) -> Tensor:
-        """Run what chunks of one variant need."""
-        variant = chunks[0].sequence.variant
-        model = self._model if variant is None else variant.model
-        return model.forward(self._packer.pack(chunks), self._cache)
 
 
 def group_by_variant(chunks: list[Chunk]) -> list[list[Chunk]]:

@@ -263,16 +263,35 @@ def test_prompt_logprobs_are_those_of_the_variant(
     assert ours != score(engine, None, variants[0])
 
 
-def test_fault_of_a_variant_ends_what_runs_and_nothing_else(
+def test_fault_of_a_variant_ends_its_requests_and_no_others(
     make_engine: MakeEngine, expect_all: ExpectAll, variants: Variants
 ) -> None:
     engine = make_engine()
-    faulty = model_of(variants[0])
-    faulty.fails = lambda call: call == 2
-    failed = submit(engine, PROMPT, branch(), branch(variant=variants[0]))
-    ends = reasons(run(engine)[failed])
-    assert ends == {0: "error", 1: "error"}
+    model_of(variants[0]).fails = lambda call: call <= MAX_FORWARD_FAILURES + 1
+    spared = [submit(engine, PROMPT[:9], branch(variant=kind)) for kind in (None, variants[1])]
+    mixed = submit(engine, PROMPT, branch(), branch(variant=variants[0]))
+    failed = [
+        submit(engine, PROMPT[:5], branch(variant=variants[0], num_sequences=2)) for _ in range(2)
+    ]
+    collected = engine.step()
+    for _ in range(MAX_FORWARD_FAILURES):
+        failed.append(submit(engine, PROMPT, branch(variant=variants[0], num_sequences=2)))
+        step(engine, collected)
+    run(engine, collected)
+    for request in (mixed, *failed):
+        assert reasons(collected[request]) == {0: "error", 1: "error"}
+    for request in spared:
+        assert_as_expected(collected[request], expect_all(request))
     assert engine.error is None
+
+
+def test_variant_that_failed_runs_again(
+    make_engine: MakeEngine, expect_all: ExpectAll, variants: Variants
+) -> None:
+    engine = make_engine()
+    model_of(variants[0]).fails = lambda call: call == 2
+    failed = submit(engine, PROMPT, branch(), branch(variant=variants[0]))
+    assert reasons(run(engine)[failed]) == {0: "error", 1: "error"}
     again = submit(engine, PROMPT, branch(), branch(variant=variants[0]))
     assert_as_expected(run(engine)[again], expect_all(again))
 
