@@ -1,20 +1,13 @@
 """Sequences of several variants of the base in one engine, over scripted models."""
 
-import gc
-import random
-import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
-
-import pytest
 
 from serve.engine.engine import MAX_FORWARD_FAILURES, Engine
 from serve.engine.runner import group_by_variant
 from serve.engine.sequence import LiveRequest, ModelVariant, SideAdapter
 from tests.serve.engine.engine_client import (
-    Collected,
-    assert_all_blocks_are_back,
     assert_as_expected,
     branch,
     reasons,
@@ -29,50 +22,11 @@ ExpectAll = Callable[[LiveRequest], list[Any]]
 Adapters = list[SideAdapter]
 Variants = list[ModelVariant]
 PROMPT = [1 + i * i % 47 for i in range(30)]
-SETTINGS = {
-    "roomy": {},
-    "short_chunks": {"max_batch_tokens": 8},
-    "few_at_once": {"max_running_sequences": 2},
-    "few_blocks": {"num_cache_blocks": 14},
-    "few_side_blocks": {"num_side_cache_blocks": 16, "max_context_tokens": 40},
-    "no_prefix_caching": {"num_cache_blocks": 20, "prefix_caching": False},
-}
 
 
 def model_of(variant: ModelVariant) -> Any:
     """Give the scripted model of a variant."""
     return variant.model
-
-
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_mixed_step_equals_the_same_sequences_alone(
-    settings: dict[str, Any],
-    make_engine: MakeEngine,
-    expect_all: ExpectAll,
-    adapters: Adapters,
-    variants: Variants,
-) -> None:
-    engine = make_engine(**settings)
-    rng = random.Random(5)
-    requests = []
-    for i in range(14):
-        start = PROMPT[: rng.randrange(18)] if i % 3 else []
-        prompt = start + [rng.randrange(1, 48) for _ in range(rng.randrange(1, 14))]
-        branches = [
-            branch(
-                rng.choice([None, None, *adapters]), rng.choice([0.0, 0.5, 1.0]), seed=i,
-                variant=rng.choice([None, *variants]), max_tokens=rng.randrange(1, 9),
-                num_sequences=rng.choice([1, 1, 2]),
-            )
-            for _ in range(rng.choice([1, 1, 4]))
-        ]  # fmt: skip
-        requests.append(submit(engine, prompt, *branches))
-    collected = run(engine)
-    for request in requests:
-        assert_as_expected(collected[request], expect_all(request))
-    assert min(model_of(variant).num_calls for variant in variants) > 0
-    if settings == SETTINGS["few_blocks"]:
-        assert engine.scheduler.num_preemptions > 0
 
 
 def test_step_runs_only_what_it_needs(
@@ -132,17 +86,6 @@ def test_side_blocks_of_an_adapter_are_those_of_its_variant(
             outputs = run(engine)[request]
             assert outputs[0].cached_prompt_tokens == (28 if is_known else 0)
             assert_as_expected(outputs, expect_all(request))
-
-
-def test_scale_of_zero_is_the_variant(
-    make_engine: MakeEngine, expect_all: ExpectAll, adapters: Adapters, variants: Variants
-) -> None:
-    engine = make_engine()
-    off = submit(engine, PROMPT, branch(adapters[0], 0.0, variant=variants[0]))
-    outputs = run(engine)[off]
-    plain = submit(engine, PROMPT, branch(variant=variants[0]))
-    assert tokens(outputs) == tokens(run(engine)[plain])
-    assert set(model_of(variants[0]).num_side_tokens) == {0}
 
 
 def test_each_variant_computes_a_shared_prompt_once(
@@ -206,20 +149,6 @@ def test_next_sibling_of_its_variant_follows_an_aborted_one(
     assert sum(model.num_tokens) == 30 + 2
 
 
-@pytest.mark.parametrize("max_tokens", [0, 1])
-def test_sequence_that_ends_with_the_prompt_leaves_it_to_siblings_of_its_variant(
-    max_tokens: int, make_engine: MakeEngine, expect_all: ExpectAll, variants: Variants
-) -> None:
-    engine = make_engine()
-    request = submit(
-        engine, PROMPT, branch(variant=variants[0], max_tokens=max_tokens), branch(),
-        branch(variant=variants[0]), branch(),
-    )  # fmt: skip
-    outputs = run(engine)[request]
-    assert_as_expected(outputs, expect_all(request))
-    assert sum(model_of(variants[0]).num_tokens) == 30 + 2 + 5
-
-
 def test_aborted_request_leaves_nothing_held(make_engine: MakeEngine, variants: Variants) -> None:
     engine = make_engine(max_batch_tokens=16)
     branches = [branch(variant=kind, num_sequences=2) for kind in (None, *variants)]
@@ -246,21 +175,6 @@ def test_preempted_sequence_goes_on_with_its_variant(
     assert engine.scheduler.num_preemptions > 0
     for request in requests:
         assert_as_expected(collected[request], expect_all(request))
-
-
-def test_prompt_logprobs_are_those_of_the_variant(
-    make_engine: MakeEngine, expect: Callable[..., Any], variants: Variants
-) -> None:
-    def score(engine: Engine, *kinds: ModelVariant | None) -> Any:
-        branches = [branch(variant=kind) for kind in kinds]
-        request = submit(engine, PROMPT, *branches, prompt_logprobs=1)
-        return run(engine)[request][0].prompt_logprobs
-
-    engine = make_engine()
-    ours = score(engine, variants[0], None)
-    assert ours == score(make_engine(prefix_caching=False), variants[0])
-    assert ours == score(engine, variants[0], variants[1])
-    assert ours != score(engine, None, variants[0])
 
 
 def test_fault_of_a_variant_ends_its_requests_and_no_others(
@@ -307,73 +221,3 @@ def test_engine_gives_up_on_a_variant_that_always_fails(
         assert reasons(run(engine)[request]) == {0: "error"}
     assert engine.error is not None
     assert "forward failed 3 times in a row" in engine.error
-
-
-def test_variant_that_nobody_uses_any_more_is_freed(make_engine: MakeEngine, model: Any) -> None:
-    engine = make_engine()
-    variant_model = type(model)(name="small")
-    reference = weakref.ref(variant_model)
-    request = submit(engine, PROMPT, branch(variant=ModelVariant(variant_model, "small")))
-    submit(engine, [1], branch(max_tokens=30))
-    engine.step()
-    engine.abort(request)
-    engine.step()
-    assert engine.has_work
-    del variant_model, request
-    gc.collect()
-    assert reference() is None
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_blocks_balance_after_a_random_schedule(
-    seed: int,
-    make_engine: MakeEngine,
-    expect_all: ExpectAll,
-    adapters: Adapters,
-    variants: Variants,
-) -> None:
-    rng = random.Random(seed)
-    engine = make_engine(
-        num_cache_blocks=rng.choice([12, 30]),
-        num_side_cache_blocks=rng.choice([30, 60]),
-        block_size=rng.choice([2, 4]),
-        max_batch_tokens=rng.choice([4, 9, 40]),
-        max_running_sequences=rng.choice([1, 4]),
-        prefix_caching=seed % 4 != 0,
-    )
-    model_of(variants[0]).fails = {rng.randrange(2, 60)}.__contains__
-    requests: list[LiveRequest] = []
-    collected: Collected = {}
-    for _ in range(150):
-        choice = rng.random()
-        if choice < 0.35 and len(requests) < 40:
-            length = rng.randrange(1, engine.limits.max_context_tokens - 2)
-            most = min(engine.limits.max_context_tokens - length, 20)
-            branches = [
-                branch(
-                    rng.choice([None, None, *adapters]), rng.choice([0.0, 0.7, 1.0]),
-                    variant=rng.choice([None, *variants]), seed=rng.randrange(1000),
-                    max_tokens=rng.randrange(0, most), num_sequences=rng.choice([1, 1, 2]),
-                    ignore_eos=False,
-                )
-                for _ in range(rng.choice([1, 1, 3, 5]))
-            ]  # fmt: skip
-            prompt = [1 + i % 3 for i in range(length - 1)] + [rng.randrange(1, 48)]
-            requests.append(submit(engine, prompt, *branches))
-        elif choice < 0.42 and requests:
-            engine.abort(rng.choice(requests))
-        elif choice < 0.5 and requests:
-            request = rng.choice(requests)
-            engine.abort_sequence(request, rng.randrange(request.asked.num_sequences))
-        else:
-            step(engine, collected)
-    run(engine, collected)
-
-    assert_all_blocks_are_back(engine)
-    for request in requests:
-        ends = reasons(collected[request])
-        for index, expected in enumerate(expect_all(request)):
-            said = tokens(collected[request], index)
-            assert said == expected.token_ids[: len(said)]
-            if ends[index] in ("stop", "length"):
-                assert (ends[index], len(said)) == (expected.finish_reason, len(expected.token_ids))
