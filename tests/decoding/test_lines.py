@@ -3,7 +3,6 @@
 import random
 
 import pytest
-import torch
 
 from decoding.lines import LINE_STATES, STATE_INDEX, LineState, Place
 
@@ -38,29 +37,15 @@ def test_token_automaton_equals_the_character_oracle(vocabulary, brackets):
         assert LINE_STATES[state] == oracle(vocabulary.text_of(token_ids), brackets=brackets)
 
 
-def test_incremental_and_vectorised_advance_equal_one_shot(vocabulary):
+def test_incremental_equals_one_shot(vocabulary):
     automaton = vocabulary.tables.line_automaton(is_bracket_opener=False)
     chooser = random.Random(3)
-    size = len(vocabulary.texts)
-    rows = torch.tensor([chooser.choices(range(size), k=12) for _ in range(50)])
-    states = torch.full((50,), STATE_INDEX[LineState()])
-    for column in rows.T:
-        states = automaton.advance(states, column)
-    expected = [automaton.run(STATE_INDEX[LineState()], row) for row in rows.tolist()]
-    assert states.tolist() == expected
-    for row, state in zip(rows.tolist(), expected, strict=True):
-        current = STATE_INDEX[LineState()]
-        for token_id in row:
-            current = automaton.next_state(current, token_id)
-        assert current == state
-
-
-def test_vectorised_advance_of_every_state_and_token_equals_next_state(vocabulary):
-    automaton = vocabulary.tables.line_automaton(is_bracket_opener=True)
-    states = torch.arange(automaton.num_states)
-    for token_id in range(len(vocabulary.texts)):
-        after = automaton.advance(states, torch.full_like(states, token_id)).tolist()
-        assert after == [automaton.next_state(state, token_id) for state in states.tolist()]
+    for _ in range(50):
+        token_ids = chooser.choices(range(len(vocabulary.texts)), k=12)
+        state = STATE_INDEX[LineState()]
+        for token_id in token_ids:
+            state = automaton.next_state(state, token_id)
+        assert state == automaton.run(STATE_INDEX[LineState()], token_ids)
 
 
 @pytest.mark.parametrize(
