@@ -89,7 +89,14 @@ MAY_IMPORT = {
         "decoding",
         "stats",
     ),
-    "serve.bench": ("serve.bench", "serve.backends.protocol", "decoding", "client", "stats"),
+    "serve.bench": (
+        "serve.bench",
+        "serve.backends.protocol",
+        "serve.requests",
+        "decoding",
+        "client",
+        "stats",
+    ),
     "serve.experiments": ("serve.experiments", "stats"),
     "serve.ui": ("serve.ui", "client"),
 }

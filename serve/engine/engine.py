@@ -149,6 +149,7 @@ class Engine:
                 if sequence.state is not SequenceState.FINISHED:
                     sequence.state = SequenceState.FINISHED
                     self._emit(sequence, None, "error")
+            request.sequences = []
         self._live.clear()
         self.scheduler.clear()
 
@@ -346,6 +347,7 @@ class Engine:
         request.num_unfinished -= 1
         if not request.num_unfinished:
             request.is_queued = False
+            request.sequences = []  # a circle would keep them until the next garbage collection
             del self._live[request]
 
     def _emit(

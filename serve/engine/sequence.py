@@ -187,7 +187,7 @@ class LiveRequest:
     Attributes:
         asked: what was asked for.
         attachments: of each of its arms.
-        sequences: filled by `start`.
+        sequences: from `start` until all have finished.
         held: sequences waiting for a sibling of their variant to compute the prompt.
         num_unfinished: sequences that have not finished.
         is_queued: no sequence was admitted yet, and not all have finished.

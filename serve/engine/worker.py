@@ -135,20 +135,23 @@ class EngineThread:
         self._admission_times_s.append(time.monotonic())
 
     def _run(self) -> None:
-        engine = self._engine
         try:
             while self._take_orders():
-                outputs = engine.step()
-                if outputs:
-                    self._publish(outputs)
+                self._step()
         except BaseException as error:  # whatever it is, nobody above would tell the clients
             logger.error("the engine failed: %s", describe_error(error))
-            engine.abandon(error)
+            self._engine.abandon(error)
         finally:
             try:
                 self._close()
             finally:
                 self.stopped.set_result(None)
+
+    def _step(self) -> None:
+        """Take a step; in a method, so that nothing of it is held while the thread sleeps."""
+        outputs = self._engine.step()
+        if outputs:
+            self._publish(outputs)
 
     def _take_orders(self) -> bool:
         """Sleep until there is something to do, and let the engine know of it; False: end."""

@@ -50,9 +50,10 @@ def test_demo_model_samples_the_same_tokens_alone_and_in_a_batch(quantization: s
         engine = Engine(decoder, sampler, limits, eos_token_ids=checkpoint.eos_token_ids)
         for request in requests:
             engine.add(request)
+        sequences = [request.sequences[0] for request in requests]
         while engine.has_work:
             engine.step()
-        return [request.sequences[0].token_ids for request in requests]
+        return [list(sequence.token_ids) for sequence in sequences]
 
     alone = [run([request], 512)[0] for request in make_requests()]
     assert run(make_requests(), 512) == alone

@@ -171,11 +171,11 @@ def test_side_network_that_reads_along_gives_way_to_one_in_use(
     old = [submit(engine, [1, 2, 3], branch(kind, seed=1, max_tokens=10)) for kind in kinds]
     collected = engine.step()
     request = submit(engine, PROMPT, branch(adapters[1]), branch(adapters[2]))
-    num_sides = []
+    first, num_sides = request.sequences[0], []
     while engine.has_work:
         step(engine, collected)
-        if request.sequences[0].num_computed < len(PROMPT):
-            num_sides.append(len(request.sequences[0].sides))
+        if first.num_computed < len(PROMPT):
+            num_sides.append(len(first.sides))
     assert num_sides[:7] == [2, 2, 2, 2, 2, 1, 1]
     assert engine.scheduler.num_preemptions == 0
     for one in (*old, request):

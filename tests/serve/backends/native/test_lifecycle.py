@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from serve.backends.native import NativeBackend
 from serve.backends.protocol import (
     BackendUnavailableError,
 )
+from serve.engine.sequence import LiveRequest, Sequence
 from tests.serve.backends.backend_client import (
     TIMEOUT_S,
     all_blocks_are_back,
@@ -201,6 +203,25 @@ def test_event_loop_that_dies_under_its_requests_frees_them(
 
     run(until(lambda: all_blocks_are_back(backend)))
     assert model.num_calls < 10
+
+
+def test_request_that_has_ended_is_freed_at_once(make_backend: MakeBackend) -> None:
+    backend = make_backend()
+
+    def count() -> int:
+        return sum(type(thing) in (LiveRequest, Sequence) for thing in gc.get_objects())
+
+    async def main() -> None:
+        for number in range(3):
+            await collect(backend, ask(str(number), num_sequences=2))
+        await until(lambda: count() == 0)
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(main())
+    finally:
+        gc.enable()
 
 
 def test_stats_count_the_work(make_backend: MakeBackend) -> None:
