@@ -13,6 +13,7 @@ from decoding.errors import ParameterError
 Kind = Literal["number", "integer", "boolean", "choice", "token_ids", "strings", "token_biases"]
 
 MAX_TOKEN_ID = 2**31 - 1
+MAX_TOKEN_IDS = 2**16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +27,7 @@ class Option:
         is_minimum_excluded: the minimum itself is not allowed.
         is_optional: None is allowed.
         choices: allowed values of a `choice`.
-        max_items: longest list of `strings`.
+        max_items: longest list of `strings` or `token_ids`.
         max_chars: longest string of `strings`.
     """
 
@@ -37,7 +38,7 @@ class Option:
     is_minimum_excluded: bool = False
     is_optional: bool = False
     choices: tuple[str, ...] = ()
-    max_items: int | None = None
+    max_items: int = MAX_TOKEN_IDS
     max_chars: int | None = None
 
     @property
@@ -57,7 +58,8 @@ class Option:
         if self.kind == "choice":
             return "one of " + ", ".join(repr(choice) for choice in self.choices)
         if self.kind == "token_ids":
-            return f"a list of token ids (integers from 0 to {MAX_TOKEN_ID})"
+            ids = f"token ids (integers from 0 to {MAX_TOKEN_ID})"
+            return f"a list of at most {self.max_items} {ids}"
         if self.kind == "strings":
             return f"a list of at most {self.max_items} strings of 1 to {self.max_chars} characters"
         return f"a map from token ids (integers from 0 to {MAX_TOKEN_ID}) to numbers{span}"
@@ -138,14 +140,13 @@ def _normalise(spec: Option, value: object) -> object:
         return _normalise_biases(spec, value)
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         return _REFUSED
+    if len(value) > spec.max_items:
+        return _REFUSED
     if spec.kind == "token_ids":
         return tuple(value) if all(map(_is_token_id, value)) else _REFUSED
-    assert spec.max_items is not None
     assert spec.max_chars is not None
     longest = spec.max_chars
-    is_good = len(value) <= spec.max_items and all(
-        isinstance(text, str) and 1 <= len(text) <= longest for text in value
-    )
+    is_good = all(isinstance(text, str) and 1 <= len(text) <= longest for text in value)
     return tuple(value) if is_good else _REFUSED
 
 
@@ -181,7 +182,7 @@ def _is_in_range(spec: Option, value: float) -> bool:
 
 
 def _shorten(value: object) -> str:
-    text = repr(value)
+    text = repr(value[:80] if isinstance(value, list | tuple) else value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -201,6 +202,7 @@ def schema_of(spec: Option, default: object) -> dict[str, object]:
         schema["enum"] = list(spec.choices)
     elif spec.kind == "token_ids":
         schema["items"] = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
+        schema["maxItems"] = spec.max_items
     elif spec.kind == "strings":
         schema["items"] = {"type": "string", "minLength": 1, "maxLength": spec.max_chars}
         schema["maxItems"] = spec.max_items

@@ -94,9 +94,11 @@ class SamplingParams:
         is_optional=True,
     )
     stop: tuple[str, ...] = option(
-        (), "Texts that end the sequence.", "strings", max_items=4, max_chars=256
+        (), "Texts that end the sequence.", "strings", max_items=32, max_chars=256
     )
-    stop_token_ids: tuple[int, ...] = option((), "Token ids that end the sequence.", "token_ids")
+    stop_token_ids: tuple[int, ...] = option(
+        (), "Token ids that end the sequence.", "token_ids", max_items=4096
+    )
     include_stop_str_in_output: bool = option(
         False, "Keep the stop text at the end of the output.", "boolean"
     )

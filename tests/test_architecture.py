@@ -238,6 +238,23 @@ def test_scheduler_has_no_clock() -> None:
     assert names.isdisjoint({"time", "datetime", "asyncio", "torch"})
 
 
+def test_endpoints_do_not_import_one_another() -> None:
+    endpoints = {
+        path
+        for path, text in SOURCES.items()
+        if path.startswith("serve/api/") and re.search(r"^def build_\w+_router", text, re.MULTILINE)
+    }
+    assert len(endpoints) > 5
+    modules = {module_name(path) for path in endpoints}
+    breaches = [
+        f"{path}:{line} imports {name}"
+        for path in endpoints
+        for name, line in imported(TREES[path])
+        if name in modules
+    ]
+    assert breaches == []
+
+
 def test_imports_inside_functions_are_slow_or_optional_ones() -> None:
     breaches = []
     for path, tree in TREES.items():

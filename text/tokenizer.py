@@ -205,6 +205,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, str]],
         *,
         add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
         limit: int | None = None,
     ) -> list[int]:
         """Return the token ids of a conversation.
@@ -232,9 +233,16 @@ class Tokenizer:
         if held:
             slots = re.compile(re.escape(self._mark) + "([0-9]+)\ue002")
             text = slots.sub(lambda match: held[int(match[1])], text)
-        return self._encode_marked(text, add_special_tokens=False)
+        return self._encode_marked(text, add_special_tokens=add_special_tokens)
 
-    def encode_infill(self, prefix: str, suffix: str, *, limit: int | None = None) -> list[int]:
+    def encode_infill(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        add_special_tokens: bool = True,
+        limit: int | None = None,
+    ) -> list[int]:
         """Return the prompt that asks for the text between `prefix` and `suffix`.
 
         Raises:
@@ -246,7 +254,7 @@ class Tokenizer:
         if fim is None:
             raise TokenizerError("the model has no fill-in-the-middle tokens")
         return [
-            *self.encode("", add_special_tokens=True),
+            *self.encode("", add_special_tokens=add_special_tokens),
             fim.prefix_id,
             *self.encode(prefix),
             fim.suffix_id,

@@ -1,20 +1,13 @@
 """Send or collect the answer to a generation; shared by all endpoints that generate."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from typing import TypeVar
 
 from serve.api.chunks import DONE, ChunkWriter, Details
-from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
 from serve.api.schema import StreamOptions
-from text.tokenizer import TextTooLongError
 
-_LONG_TEXT_CHARS = 20_000
 _NO_DETAILS = Details()
-
-Result = TypeVar("Result")
 
 
 async def stream_answer(
@@ -106,20 +99,3 @@ async def collect_answers(generation: Generation, num_choices: int) -> list[Answ
     for answer, parts in zip(answers, texts, strict=True):
         answer.text = "".join(parts)
     return answers
-
-
-async def run_text_work(num_chars: int, work: Callable[[], Result], *, param: str) -> Result:
-    """Run tokenising work, in a thread where it would hold up other requests.
-
-    Raises:
-        ApiError: the text, which is the field `param`, cannot fit the context.
-    """
-    try:
-        return work() if num_chars < _LONG_TEXT_CHARS else await asyncio.to_thread(work)
-    except TextTooLongError as error:
-        raise ApiError(
-            f"The context is {error.limit} tokens, but {param} has at least {error.num_tokens}; "
-            "shorten it.",
-            param=param,
-            code="context_length_exceeded",
-        ) from None

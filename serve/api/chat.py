@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.api.answers import Answer, collect_answers, run_text_work, stream_answer
+from serve.api.answers import Answer, collect_answers, stream_answer
 from serve.api.body import read_request
 from serve.api.chunks import Details, make_chat_writer
 from serve.api.context import ApiContext
@@ -16,20 +16,20 @@ from serve.api.generation import Generation, Piece
 from serve.api.identity import make_id
 from serve.api.logprobs import make_chat_entry, make_trace_entry
 from serve.api.openapi import describe_body
+from serve.api.prompts import encode_chat
 from serve.api.resolve import (
     MAX_LOGPROBS,
     ModelChoice,
-    build_params,
+    build_arm,
     check_num_sequences,
     check_stream_options,
-    resolve_adapter_scale,
     resolve_max_tokens,
-    resolve_strategy,
     split_model,
 )
-from serve.api.schema import ChatBody, Message
+from serve.api.schema import ChatBody
 from serve.api.transport import EventStream, JsonWhenDone
-from serve.requests import Arm, GenerationRequest
+from serve.requests import GenerationRequest
+from serve.requests import GenerationRequest
 from text.tokenizer import Tokenizer
 
 
@@ -42,7 +42,7 @@ def build_chat_router(context: ApiContext) -> APIRouter:
         body = await read_request(request, ChatBody, context.settings)
         choice = split_model(body.model, context)
         check_stream_options(body)
-        asked = await _make_request(context, body, choice, make_id("chatcmpl"))
+        asked = await _make_request(context, body, choice)
         describe = None
         if body.logprobs or body.return_decoding_trace:
             describe = partial(_describe, context.tokenizer, body)
@@ -71,13 +71,13 @@ def build_chat_router(context: ApiContext) -> APIRouter:
 
 
 async def _make_request(
-    context: ApiContext, body: ChatBody, choice: ModelChoice, request_id: str
+    context: ApiContext, body: ChatBody, choice: ModelChoice
 ) -> GenerationRequest:
     num_sequences = check_num_sequences(body.n, 1, context.settings)
-    strategy = resolve_strategy(body.decoding, choice.strategy)
-    adapter_scale = resolve_adapter_scale(body.adapter_scale, has_side=choice.has_side)
     logprobs = _resolve_logprobs(body)
-    token_ids = await encode_messages(context, body.messages)
+    token_ids = await encode_chat(
+        context, body.messages, add_special_tokens=body.add_special_tokens
+    )
     max_tokens = resolve_max_tokens(
         {"max_tokens": body.max_tokens, "max_completion_tokens": body.max_completion_tokens},
         default=None,
@@ -86,24 +86,18 @@ async def _make_request(
         prompt_param="messages",
         context=context.backend.max_context_tokens,
     )
-    params = build_params(
+    arm = build_arm(
         body,
-        strategy=strategy,
+        choice,
+        context,
         max_tokens=max_tokens,
+        num_sequences=num_sequences,
         logprobs=logprobs,
-        vocab_size=context.backend.vocab_size,
     )
     return GenerationRequest(
-        request_id=request_id,
+        request_id=make_id("chatcmpl"),
         prompt_token_ids=token_ids,
-        arms=(
-            Arm(
-                params=params,
-                num_sequences=num_sequences,
-                adapter=choice.adapter,
-                adapter_scale=adapter_scale,
-            ),
-        ),
+        arms=(arm,),
         is_traced=bool(body.return_decoding_trace),
         prompt_is_template=True,
     )
@@ -124,28 +118,6 @@ def _resolve_logprobs(body: ChatBody) -> int | None:
             code="invalid_value",
         )
     return top
-
-
-async def encode_messages(
-    context: ApiContext, messages: list[Message], *, add_generation_prompt: bool = True
-) -> list[int]:
-    """Return the token ids of a conversation.
-
-    Raises:
-        ApiError: there is no message, or they cannot fit the context.
-        ChatTemplateError: the model's template refuses the conversation.
-    """
-    if not messages:
-        raise ApiError("messages must not be empty.", param="messages", code="invalid_value")
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    work = partial(
-        context.tokenizer.apply_chat_template,
-        turns,
-        add_generation_prompt=add_generation_prompt,
-        limit=context.backend.max_context_tokens,
-    )
-    num_chars = sum(len(turn["content"]) + 32 for turn in turns)
-    return await run_text_work(num_chars, work, param="messages")
 
 
 def _describe(tokenizer: Tokenizer, body: ChatBody, piece: Piece) -> Details:

@@ -1,39 +1,42 @@
 """POST /v1/compare: one prompt, answered by several arms at once."""
 
+import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator
-from functools import partial
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from decoding import ParameterError, SamplingParams, derive_seed
-from serve.api.answers import Answer, collect_answers, run_text_work, stream_answer
+from serve.api.answers import Answer, collect_answers, stream_answer
 from serve.api.body import read_request
-from serve.api.chat import encode_messages
 from serve.api.chunks import Details, make_comparison_writer
-from serve.api.completions import DEFAULT_MAX_TOKENS, encode_prompt
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
 from serve.api.identity import COMPARISON_PREFIX, make_id
 from serve.api.logprobs import make_trace_entry
 from serve.api.openapi import describe_body
+from serve.api.prompts import encode_chat, encode_prompts
 from serve.api.resolve import (
+    DEFAULT_MAX_TOKENS,
     ModelChoice,
-    build_params,
+    build_arm,
     resolve_adapter_scale,
     resolve_max_tokens,
-    resolve_strategy,
     split_model,
 )
 from serve.api.schema import CompareBody, ComparisonArm, SamplingFields, StreamOptions
 from serve.api.transport import EventStream, JsonWhenDone
-from serve.api.votes import remember_comparison
 from serve.experiments.comparison import ArmIdentity, Comparison, build_identity
+from serve.experiments.store import VoteStoreError
 from serve.requests import Arm, GenerationRequest
+from serve.requests import Arm, GenerationRequest
+
+_LOG = logging.getLogger("proa.api")
 
 
 def build_compare_router(context: ApiContext) -> APIRouter:
@@ -77,12 +80,12 @@ async def _make_request(
     context: ApiContext, body: CompareBody
 ) -> tuple[GenerationRequest, tuple[ArmIdentity, ...]]:
     """Return what the backend is asked, and what votes will know of the arms."""
+    add = body.add_special_tokens
     if body.messages is not None:
-        token_ids = await encode_messages(context, body.messages)
+        token_ids = await encode_chat(context, body.messages, add_special_tokens=add)
     else:
         assert body.prompt is not None
-        work = partial(encode_prompt, context, body.prompt)
-        token_ids = await run_text_work(len(body.prompt), work, param="prompt")
+        (token_ids,) = await encode_prompts(context, [body.prompt], add_special_tokens=add)
     seed = secrets.randbits(63) if body.seed is None else body.seed
     SamplingParams(seed=seed)  # refuses one out of range, which a derived seed would hide
     is_common = body.common_random_numbers is not False
@@ -145,15 +148,7 @@ def _make_arm(
         prompt_param="messages" if body.prompt is None else "prompt",
         context=context.backend.max_context_tokens,
     )
-    params = build_params(
-        fields,
-        strategy=resolve_strategy(fields.decoding, choice.strategy),
-        max_tokens=max_tokens,
-        logprobs=None,
-        vocab_size=context.backend.vocab_size,
-    )
-    scale = resolve_adapter_scale(fields.adapter_scale, has_side=choice.has_side)
-    return Arm(params=params, adapter=choice.adapter, adapter_scale=scale)
+    return build_arm(fields, choice, context, max_tokens=max_tokens)
 
 
 def _at_arm(error: ApiError | ParameterError, index: int, arm: ComparisonArm) -> Exception:
@@ -225,7 +220,16 @@ class _Comparison:
         )
 
     async def _remember(self) -> None:
-        await remember_comparison(self._context, self._comparison)
+        """Keep the answered comparison, so that it can be voted on.
+
+        What goes wrong is logged: the answer matters more.
+        """
+        if self._context.votes is None:
+            return
+        try:
+            await asyncio.to_thread(self._context.votes.remember, self._comparison)
+        except VoteStoreError as error:
+            _LOG.error("a comparison cannot be kept for votes: %s", error)
 
     def _usage(self) -> dict[str, object]:
         arms = [self._generation.choice_usage(index) for index in range(self._num_arms)]

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.api.answers import Answer, collect_answers, run_text_work, stream_answer
+from serve.api.answers import Answer, collect_answers, stream_answer
 from serve.api.body import read_request
 from serve.api.chunks import ChunkWriter, Details, make_completion_writer
 from serve.api.context import ApiContext
@@ -17,22 +17,20 @@ from serve.api.generation import Generation, Piece
 from serve.api.identity import make_id
 from serve.api.logprobs import LegacyLogprobs, make_trace_entry
 from serve.api.openapi import describe_body
+from serve.api.prompts import encode_prompts
 from serve.api.resolve import (
+    DEFAULT_MAX_TOKENS,
     ModelChoice,
-    build_params,
+    build_arm,
     check_num_sequences,
     check_stream_options,
-    check_token_ids,
-    resolve_adapter_scale,
     resolve_max_tokens,
-    resolve_strategy,
     split_model,
 )
 from serve.api.schema import CompletionBody
 from serve.api.transport import EventStream, JsonWhenDone
-from serve.requests import Arm, GenerationRequest
-
-DEFAULT_MAX_TOKENS = 16
+from serve.requests import GenerationRequest
+from serve.requests import GenerationRequest
 
 
 def build_completions_router(context: ApiContext) -> APIRouter:
@@ -76,11 +74,8 @@ async def _make_requests(
     context: ApiContext, body: CompletionBody, choice: ModelChoice, answer_id: str
 ) -> list[GenerationRequest]:
     num_sequences = check_num_sequences(body.n, len(body.prompt), context.settings)
-    strategy = resolve_strategy(body.decoding, choice.strategy)
-    adapter_scale = resolve_adapter_scale(body.adapter_scale, has_side=choice.has_side)
-    num_chars = sum(len(prompt) for prompt in body.prompt) + len(body.suffix or "")
-    prompts = await run_text_work(
-        num_chars, partial(_encode_prompts, context, body), param="prompt"
+    prompts = await encode_prompts(
+        context, body.prompt, suffix=body.suffix, add_special_tokens=body.add_special_tokens
     )
     max_tokens = resolve_max_tokens(
         {"max_tokens": body.max_tokens},
@@ -90,18 +85,14 @@ async def _make_requests(
         prompt_param="prompt",
         context=context.backend.max_context_tokens,
     )
-    params = build_params(
+    prompt_logprobs = body.logprobs if body.echo else None
+    arm = build_arm(
         body,
-        strategy=strategy,
+        choice,
+        context,
         max_tokens=max_tokens,
-        logprobs=body.logprobs,
-        vocab_size=context.backend.vocab_size,
-    )
-    arm = Arm(
-        params=params,
         num_sequences=num_sequences,
-        adapter=choice.adapter,
-        adapter_scale=adapter_scale,
+        logprobs=body.logprobs,
     )
     return [
         GenerationRequest(
@@ -109,56 +100,10 @@ async def _make_requests(
             prompt_token_ids=prompt,
             arms=(arm,),
             is_traced=bool(body.return_decoding_trace),
-            prompt_logprobs=body.logprobs if body.echo else None,
+            prompt_logprobs=prompt_logprobs,
         )
         for index, prompt in enumerate(prompts)
     ]
-
-
-def _encode_prompts(context: ApiContext, body: CompletionBody) -> list[list[int]]:
-    if not body.prompt:
-        raise _empty()
-    if body.suffix and context.tokenizer.fim_tokens is None:
-        raise ApiError(
-            "suffix is not supported: the model has no fill-in-the-middle tokens.",
-            param="suffix",
-            code="unsupported_field",
-        )
-    return [encode_prompt(context, prompt, body.suffix) for prompt in body.prompt]
-
-
-def encode_prompt(
-    context: ApiContext, prompt: str | list[int], suffix: str | None = None
-) -> list[int]:
-    """Return the token ids of a prompt, which is text or token ids already.
-
-    Raises:
-        ApiError: it is empty, has ids that the vocabulary lacks, or is ids and has a suffix.
-        TextTooLongError: it cannot fit the context.
-    """
-    if not prompt:
-        raise _empty()
-    if not isinstance(prompt, str):
-        check_token_ids(prompt, vocab_size=context.backend.vocab_size, param="prompt")
-        if suffix:
-            raise ApiError(
-                "suffix needs a prompt that is text.", param="suffix", code="invalid_value"
-            )
-        return prompt
-    tokenizer, limit = context.tokenizer, context.backend.max_context_tokens
-    if suffix:
-        token_ids = tokenizer.encode_infill(prompt, suffix, limit=limit)
-    else:
-        token_ids = tokenizer.encode(
-            prompt, allow_special=True, add_special_tokens=True, limit=limit
-        )
-    if not token_ids:
-        raise _empty()
-    return token_ids
-
-
-def _empty() -> ApiError:
-    return ApiError("prompt must not be empty.", param="prompt", code="invalid_value")
 
 
 class _Completion:

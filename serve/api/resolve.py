@@ -11,8 +11,11 @@ from serve.api.context import ApiContext
 from serve.api.errors import ApiError
 from serve.api.schema import GenerationBody, SamplingFields
 from serve.api.settings import ApiSettings
+from serve.requests import Arm
 
 DEFAULT_STRATEGY = SamplingParams().strategy
+DEFAULT_MAX_TOKENS = 16
+"""Of a text; a chat fills the context."""
 MAX_LOGPROBS = int(options_of(SamplingParams)["logprobs"][0].maximum or 0)
 _MAX_NAMES = 20
 _SUFFIXES = re.compile(r"(?::([^:@]*))?(?:@([^:@]*))?")
@@ -97,7 +100,7 @@ def resolve_adapter_scale(scale: float | None, *, has_side: bool) -> float:
     raise ApiError(message, param="adapter_scale", code="invalid_value")
 
 
-def resolve_strategy(decoding: Mapping[str, Any] | None, suffix: str | None) -> Strategy:
+def _resolve_strategy(decoding: Mapping[str, Any] | None, suffix: str | None) -> Strategy:
     """Return the strategy that the `decoding` object and the model id's suffix agree on.
 
     Raises:
@@ -116,17 +119,19 @@ def resolve_strategy(decoding: Mapping[str, Any] | None, suffix: str | None) -> 
     return parse_strategy(fields)
 
 
-def build_params(
+def build_arm(
     body: SamplingFields,
+    choice: ModelChoice,
+    context: ApiContext,
     *,
-    strategy: Strategy,
     max_tokens: int,
-    logprobs: int | None,
-    vocab_size: int,
-) -> SamplingParams:
-    """Return the sampling parameters of a request; an unset seed is drawn.
+    num_sequences: int = 1,
+    logprobs: int | None = None,
+) -> Arm:
+    """Return what a request asks of a model; an unset seed is drawn.
 
     Raises:
+        ApiError: the fields do not go with the model id.
         ParameterError: a value is out of range.
     """
     fields = {name: getattr(body, name) for name in _PLAIN_FIELDS}
@@ -135,10 +140,15 @@ def build_params(
         seed=secrets.randbits(63) if body.seed is None else body.seed,
         max_tokens=max_tokens,
         logprobs=logprobs,
-        strategy=strategy,
+        strategy=_resolve_strategy(body.decoding, choice.strategy),
     )
-    params.check_vocabulary(vocab_size)
-    return params
+    params.check_vocabulary(context.backend.vocab_size)
+    return Arm(
+        params=params,
+        num_sequences=num_sequences,
+        adapter=choice.adapter,
+        adapter_scale=resolve_adapter_scale(body.adapter_scale, has_side=choice.has_side),
+    )
 
 
 def resolve_max_tokens(
@@ -207,22 +217,6 @@ def check_num_sequences(n: int | None, num_prompts: int, settings: ApiSettings) 
             code="invalid_value",
         )
     return n
-
-
-def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -> None:
-    """Check that ids are in the vocabulary.
-
-    Raises:
-        ApiError: one is not.
-    """
-    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-        bad = next(i for i in token_ids if not 0 <= i < vocab_size)
-        name = str(bad) if abs(bad) < 10**12 else "a huge number"
-        raise ApiError(
-            f"{param} must have token ids from 0 to {vocab_size - 1}, got {name}.",
-            param=param,
-            code="invalid_value",
-        )
 
 
 def check_stream_options(body: GenerationBody) -> None:

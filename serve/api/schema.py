@@ -48,6 +48,10 @@ MAX_ARMS = 16
 MAX_LABEL_CHARS = 128
 _MAX_METADATA = 16
 _MODEL = "The served id, id:adapter, or either with @strategy."
+_SPECIAL = (
+    "Add what the tokenizer puts around a text, such as the begin token. Default: true with "
+    "prompt; false with messages, where the chat template writes it."
+)
 _TRACE = "Give each choice a decoding_trace: one entry for each generated token."
 
 
@@ -224,6 +228,7 @@ class GenerationBody(SamplingFields):
     n: int | None = Field(None, description="How many answers to each prompt. Default: 1.")
     stream: bool | None = Field(None, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = None
+    add_special_tokens: bool | None = Field(None, description=_SPECIAL)
     return_decoding_trace: bool | None = Field(None, description=_TRACE)
     user: str | None = Field(None, description="Accepted, no effect.")
     metadata: Metadata = Field(None, description="Accepted, no effect.")
@@ -353,6 +358,7 @@ class CompareBody(SamplingFields):
     arms: Annotated[list[ComparisonArm], FailFast()] = Field(
         min_length=1, max_length=MAX_ARMS, description="Their fields win over the shared ones."
     )
+    add_special_tokens: bool | None = Field(None, description=_SPECIAL)
     common_random_numbers: bool | None = Field(
         None, description="All arms draw with the same seed. Default: true."
     )
@@ -393,7 +399,7 @@ class TokenizeBody(WireModel):
     prompt: str | None = None
     content: str | None = None
     messages: Annotated[list[Message] | None, FailFast()] = None
-    add_special_tokens: bool | None = Field(None, description="With prompt; default true.")
+    add_special_tokens: bool | None = Field(None, description=_SPECIAL)
     add_special: bool | None = Field(None, description="With content; default false.")
     parse_special: bool | None = Field(None, description="With content; default true.")
     add_generation_prompt: bool | None = Field(None, description="With messages; default true.")

@@ -1,28 +1,25 @@
 """POST /tokenize and /detokenize, with the bodies of vLLM and of llama.cpp."""
 
-from functools import partial
-
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.api.answers import run_text_work
 from serve.api.body import read_request
-from serve.api.chat import encode_messages
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError, encode_json
 from serve.api.logprobs import name_token
 from serve.api.openapi import describe_body
-from serve.api.resolve import check_token_ids, split_model
+from serve.api.prompts import decode_tokens, encode_chat, encode_text
+from serve.api.resolve import split_model
 from serve.api.schema import DetokenizeBody, TokenizeBody
 
 # Which of prompt, content and messages an option goes with.
-_OPTION_OF = {
-    "add_special_tokens": "prompt",
-    "add_special": "content",
-    "parse_special": "content",
-    "with_pieces": "content",
-    "add_generation_prompt": "messages",
+_OWNERS_OF = {
+    "add_special_tokens": ("prompt", "messages"),
+    "add_special": ("content",),
+    "parse_special": ("content",),
+    "with_pieces": ("content",),
+    "add_generation_prompt": ("messages",),
 }
 
 
@@ -59,10 +56,7 @@ def build_tokenization_router(context: ApiContext) -> APIRouter:
         split_model(body.model, context)
         if body.tokens is None:
             raise ApiError("tokens must be a list.", param="tokens", code="invalid_type")
-        vocab_size = context.backend.vocab_size
-        check_token_ids(body.tokens, vocab_size=vocab_size, param="tokens")
-        work = partial(context.tokenizer.decode, body.tokens)
-        text = await run_text_work(len(body.tokens), work, param="tokens")
+        text = await decode_tokens(context, body.tokens, param="tokens")
         return _json({"prompt": text, "content": text})
 
     return router
@@ -76,28 +70,25 @@ async def _tokenize(context: ApiContext, body: TokenizeBody) -> list[int]:
             param=given[1] if given else "prompt",
             code="invalid_value",
         )
-    for option, owner in _OPTION_OF.items():
-        if getattr(body, option) is not None and owner != given[0]:
-            raise ApiError(f"{option} needs {owner}.", param=option, code="invalid_value")
+    for option, owners in _OWNERS_OF.items():
+        if getattr(body, option) is not None and given[0] not in owners:
+            needed = " or ".join(owners)
+            raise ApiError(f"{option} needs {needed}.", param=option, code="invalid_value")
     if body.messages is not None:
-        return await encode_messages(
+        return await encode_chat(
             context,
             body.messages,
-            add_generation_prompt=body.add_generation_prompt is not False,
+            add_special_tokens=body.add_special_tokens,
+            add_generation_prompt=body.add_generation_prompt,
         )
     if body.prompt is not None:
         text, allow, add = body.prompt, True, body.add_special_tokens is not False
     else:
         assert body.content is not None
         text, allow, add = body.content, body.parse_special is not False, bool(body.add_special)
-    work = partial(
-        context.tokenizer.encode,
-        text,
-        allow_special=allow,
-        add_special_tokens=add,
-        limit=context.backend.max_context_tokens,
+    return await encode_text(
+        context, text, allow_special=allow, add_special_tokens=add, param=given[0]
     )
-    return await run_text_work(len(text), work, param=given[0])
 
 
 def _json(value: object) -> Response:

@@ -16,7 +16,7 @@ from serve.api.errors import ApiError, encode_json
 from serve.api.identity import COMPARISON_PREFIX, is_id
 from serve.api.openapi import describe_body
 from serve.api.schema import VoteBody
-from serve.experiments.comparison import Comparison, Vote
+from serve.experiments.comparison import Vote
 from serve.experiments.store import VoteStore, VoteStoreError
 from serve.experiments.tally import PairTally, pairs_of, tally_pairs
 from stats.proportions import CONFIDENCE
@@ -45,19 +45,6 @@ def build_votes_router(context: ApiContext) -> APIRouter:
         return await _answer(context, _list_votes)
 
     return router
-
-
-async def remember_comparison(context: ApiContext, comparison: Comparison) -> None:
-    """Keep an answered comparison, so that it can be voted on.
-
-    What goes wrong is logged: the answer matters more.
-    """
-    if context.votes is None:
-        return
-    try:
-        await asyncio.to_thread(context.votes.remember, comparison)
-    except VoteStoreError as error:
-        _LOG.error("a comparison cannot be kept for votes: %s", error)
 
 
 async def _answer(context: ApiContext, work: Callable[[VoteStore], object]) -> Response:

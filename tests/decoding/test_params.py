@@ -20,10 +20,10 @@ REFUSED = {
     "repetition_penalty": [0.0, 2.1, *NOT_NUMBERS],
     "logit_bias": [{1: 101}, {1: -101}, {1: math.nan}, {-1: 0}, {"1": 0}, {True: 0}, [1], None],
     "seed": [-(2**63) - 1, 2**63, 1.0, "1", False],
-    "stop": ["abc", [""], ["a"] * 5, ["a" * 257], [1], None, b"abc"],
+    "stop": ["abc", [""], ["a"] * 33, ["a" * 257], [1], None, b"abc"],
     "include_stop_str_in_output": [0, 1, "true", None],
     "ignore_eos": [0, None],
-    "stop_token_ids": [[-1], [1.0], ["1"], 3, [True], [2**31], None],
+    "stop_token_ids": [[0] * 4097, [-1], [1.0], ["1"], 3, [True], [2**31], None],
     "min_tokens": [-1, 1.5, True, None],
     "max_tokens": [-1, 1.5, True],
     "logprobs": [-1, 21, 1.0, True],
@@ -39,7 +39,7 @@ ACCEPTED = {
     "repetition_penalty": [0.1, 2],
     "logit_bias": [{}, {0: -100, 5: 100}],
     "seed": [None, -(2**63), 2**63 - 1],
-    "stop": [[], ("a",), ["a" * 256] * 4],
+    "stop": [[], ("a",), ["a" * 256] * 32],
     "include_stop_str_in_output": [True],
     "ignore_eos": [True],
     "stop_token_ids": [[], [0, 7]],
@@ -208,5 +208,5 @@ def test_schema_of_params_has_every_default_and_range():
     }
     assert schemas["top_p"]["exclusiveMinimum"] == 0.0
     assert schemas["seed"]["type"] == ["integer", "null"]
-    assert schemas["stop"]["maxItems"] == 4
+    assert schemas["stop"]["maxItems"] == 32
     assert schemas["logit_bias"]["additionalProperties"]["maximum"] == 100.0

@@ -246,7 +246,7 @@ def test_text_that_cannot_fit_the_context_is_not_encoded(
     def refuse(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("the text was encoded")
 
-    monkeypatch.setattr("serve.text.tokenizer._encode", refuse)
+    monkeypatch.setattr("text.tokenizer._encode", refuse)
     text = "a" * 1_000_000
     value = [{"role": "user", "content": text}] if field == "messages" else text
     response = client.post(path, {field: value})

@@ -224,3 +224,11 @@ def test_best_of_that_equals_n_is_accepted(
 def test_best_of_that_differs_from_n_is_refused(client: Client) -> None:
     message = check_error(client.complete(best_of=3, n=2), 400, param="best_of")
     assert "only where it equals n" in message
+
+
+def test_completion_takes_the_stop_strings_of_code_benchmarks(
+    client: Client, backend: FakeBackend
+) -> None:
+    stop = ["\nclass", "\n#", "\nif", "\nprint", "\n```", "\n```\n\n", "<|eot_id|>", "</s>"] * 2
+    assert client.complete(stop=stop).status_code == 200
+    assert list(backend.requests[0].arms[0].params.stop) == stop
