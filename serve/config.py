@@ -20,6 +20,7 @@ from serve.options import (
     INTEGER,
     INTEGER_OR_AUTO,
     NAMED_FOLDER,
+    ORIGIN,
     PATH,
     SECONDS,
     TEXT,
@@ -127,12 +128,45 @@ class ServeConfig:
     )
     allowed_host: tuple[str, ...] = option(
         ("localhost", "127.0.0.1", "::1"),
-        "A name or address that Host and Origin headers may have while there is no API key; others "
-        "are refused, so that no web page reaches the server through its visitor's browser. May "
-        "be given several times.",
+        "A name or address that the Host header, and with the same port the Origin header, may "
+        "have while there is no API key; others are refused, so that no web page reaches the "
+        "server through its visitor's browser. May be given several times.",
         kind=TEXT,
         group=NETWORK,
         is_repeatable=True,
+    )
+    allowed_origin: tuple[str, ...] = option(
+        (),
+        "An origin whose web pages may use the server, such as https://app.example: their browsers "
+        "are told that they may read the answers. May be given several times.",
+        kind=ORIGIN,
+        group=NETWORK,
+        is_repeatable=True,
+    )
+    max_connections: int | str = option(
+        "auto",
+        "Connections held at once; further ones get status 503. auto is 1024, or fewer where the "
+        "process may open few files.",
+        kind=INTEGER_OR_AUTO,
+        group=NETWORK,
+        minimum=1,
+        maximum=1_000_000,
+    )
+    max_header_bytes: int = option(
+        64 * 2**10,
+        "Longest request line and headers together; longer ones get status 431.",
+        kind=BYTES,
+        group=NETWORK,
+        minimum=1024,
+        maximum=2**20,
+    )
+    write_timeout_s: float = option(
+        60.0,
+        "How long a client may leave its answer unread before its connection is closed.",
+        kind=SECONDS,
+        group=NETWORK,
+        minimum=1,
+        maximum=86400,
     )
     backend: str = option(
         "native",

@@ -57,9 +57,21 @@ def _parse_integer_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def _parse_origin(text: str) -> str:
+    if re.fullmatch(r"https?://[^/?#@\s]+", text) is None:
+        raise ValueError(text)
+    return text.lower()
+
+
 TEXT = Kind(parse=str, types=(str,), expected="text", metavar="TEXT")
 PATH = Kind(parse=str, types=(str,), expected="a path", metavar="PATH")
 NAMED_FOLDER = Kind(parse=str, types=(str,), expected="NAME=DIR", metavar="NAME=DIR")
+ORIGIN = Kind(
+    parse=_parse_origin,
+    types=(str,),
+    expected="an origin such as https://app.example",
+    metavar="ORIGIN",
+)
 FLAG = Kind(parse=_parse_flag, types=(bool,), expected="true or false", metavar="BOOL")
 INTEGER = Kind(parse=int, types=(int,), expected="a whole number", metavar="N")
 SECONDS = Kind(

@@ -6,6 +6,10 @@ from pathlib import Path
 from serve.config import ServeConfig
 from serve.options import ConfigError
 
+MAX_CONNECTIONS = 1024
+"""Connections at once, where the number is left open."""
+RESERVED_FILES = 96
+"""Files that the server needs for other things than connections, at most."""
 TOKENS_PER_SEQUENCE = 192
 """KV cache tokens for each running sequence, where the size is left open."""
 
@@ -46,6 +50,27 @@ def _read_keys(option: str, path: str | None) -> tuple[str, ...]:
     if not found:
         raise ConfigError(f"{option}: {path} holds no key")
     return found
+
+
+def resolve_connections(config: ServeConfig, *, max_files: int) -> ServeConfig:
+    """Set the number of connections, within the files that the process may open.
+
+    Args:
+        config: what was asked for.
+        max_files: the process's limit of open files; -1: none.
+
+    Raises:
+        ConfigError: there are not enough files for the number asked for.
+    """
+    most = max(1, max_files - RESERVED_FILES) if max_files >= 0 else MAX_CONNECTIONS
+    if config.max_connections == "auto":
+        return replace(config, max_connections=min(MAX_CONNECTIONS, most))
+    if int(config.max_connections) > most and max_files >= 0:
+        raise ConfigError(
+            f"max_connections: {config.max_connections} is more than {most}, which the limit of "
+            f"{max_files} open files leaves; raise it with ulimit -n"
+        )
+    return config
 
 
 def resolve_adapters(config: ServeConfig) -> ServeConfig:

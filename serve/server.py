@@ -5,12 +5,14 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,15 +25,18 @@ from serve.api.settings import UnknownFields
 from serve.backends.building import Report, build_backend
 from serve.backends.protocol import Backend
 from serve.config import ServeConfig
+from serve.connections import ConnectionLimits, LimitedProtocol
 from serve.environment import data_folder, let_gradio_stay_silent
 from serve.event_loop import run_on_loop
 from serve.experiments.store import VoteStore, VoteStoreError
 from serve.options import ConfigError
-from serve.resolve import resolve_access, resolve_adapters, resolve_votes
+from serve.resolve import resolve_access, resolve_adapters, resolve_connections, resolve_votes
 from serve.ui.mount import PATH, UserInterface
 
 HEALTH_CHECK_S = 1.0
 CLOSE_TIMEOUT_S = 5
+# Longer than clients keep theirs, so that none is closed as it is used again.
+KEEP_ALIVE_S = 15
 MAX_SHOWN_ADAPTERS = 8
 
 
@@ -117,6 +122,7 @@ def _api_settings(config: ServeConfig, model_id: str) -> ApiSettings:
         admin_keys=config.admin_key,
         adapter_root=config.adapter_root,
         allowed_hosts=config.allowed_host,
+        allowed_origins=config.allowed_origin,
         unknown_fields=cast(UnknownFields, config.unknown_fields),
         max_body_bytes=config.max_body_bytes,
         max_sequences_per_prompt=config.max_sequences_per_prompt,
@@ -146,6 +152,7 @@ def run_server(config: ServeConfig, *, report: Report) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = resolve_adapters(resolve_access(config))
     config = resolve_votes(config, data_folder=data_folder(os.environ))
+    config = resolve_connections(config, max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     # Bound before the model is loaded: an address in use is told at once.
     listener = bind(config.host, config.port)
     with listener, closing(open_votes(config)) as votes:
@@ -153,7 +160,8 @@ def run_server(config: ServeConfig, *, report: Report) -> int:
         interface = _add_interface(service, listener) if config.ui else None
         settings = uvicorn.Config(
             service.app,
-            http="httptools",
+            http=cast(Any, partial(LimitedProtocol, limits=_connection_limits(service.config))),
+            timeout_keep_alive=KEEP_ALIVE_S,
             ws="none",
             log_config=None,
             log_level="debug" if config.log_level == "debug" else "warning",
@@ -162,6 +170,14 @@ def run_server(config: ServeConfig, *, report: Report) -> int:
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )
         return run_on_loop(_serve(service, settings, listener, report, interface))
+
+
+def _connection_limits(config: ServeConfig) -> ConnectionLimits:
+    return ConnectionLimits(
+        max_connections=int(config.max_connections),
+        max_head_bytes=config.max_header_bytes,
+        write_timeout_s=config.write_timeout_s,
+    )
 
 
 def _add_interface(service: Service, listener: socket.socket) -> UserInterface:

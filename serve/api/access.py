@@ -14,8 +14,7 @@ from serve.api.settings import ApiSettings
 
 _IS_ADMIN = "proa.is_admin"
 _OPEN_PATHS = frozenset({"/", "/ui", "/health", "/livez", "/readyz"})
-# The web interface: a browser sends no key for a page. What the page does needs one.
-_OPEN_BELOW = "/ui/"
+_INTERFACE = "/ui/"
 
 
 class AccessMiddleware:
@@ -23,9 +22,10 @@ class AccessMiddleware:
 
     With keys, everything but health and the pages of the web interface needs one; an admin key
     opens the same and more.
-    Without API keys, the peer must be a loopback address (or a Unix socket), and `Host` and
-    `Origin` must name an allowed host: that keeps out web pages that reach for the visitor's own
-    machine.
+    Without API keys, the peer must be a loopback address (or a Unix socket), `Host` must name an
+    allowed host, and `Origin` one with the same port or an allowed origin: that keeps out web pages
+    that reach for the visitor's own machine. The interface, which no key protects, takes nothing
+    from other pages in any case.
     """
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
@@ -33,6 +33,7 @@ class AccessMiddleware:
         self._digests = tuple(_digest(key.encode()) for key in settings.api_keys)
         self._admin_digests = tuple(_digest(key.encode()) for key in settings.admin_keys)
         self._hosts = frozenset(host.lower() for host in settings.allowed_hosts)
+        self._origins = frozenset(settings.allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -46,19 +47,23 @@ class AccessMiddleware:
     def _check(self, scope: Scope) -> None:
         is_known, is_admin = self._match_key(_header(scope, b"authorization"))
         scope[_IS_ADMIN] = is_admin
+        hosts = [value.decode("latin-1") for value in _header(scope, b"host")]
+        origins = [value.decode("latin-1") for value in _header(scope, b"origin")]
+        host = _split(f"//{hosts[0]}") if len(hosts) == 1 else None
         if self._digests:
-            if not (is_known or is_admin or _is_open(scope["path"])):
+            path = scope["path"]
+            if is_below_interface(path) and not all(_split(origin) == host for origin in origins):
+                raise _forbidden("The interface takes nothing from pages of other origins.")
+            if not (is_known or is_admin or is_below_interface(path) or path in _OPEN_PATHS):
                 raise _unauthorized("A valid API key")
             return
         client = scope.get("client")
         if client is not None and not is_loopback(client[0]):
             raise _forbidden("Without an API key only loopback addresses are served.")
-        hosts = [value.decode("latin-1") for value in _header(scope, b"host")]
-        origins = [value.decode("latin-1") for value in _header(scope, b"origin")]
-        if len(hosts) != 1 or not self._is_allowed(f"//{hosts[0]}"):
+        if host is None or host[0] not in self._hosts:
             raise _forbidden("The Host header names no allowed host.")
-        if not all(self._is_allowed(origin) for origin in origins):
-            raise _forbidden("The Origin header names no allowed host.")
+        if not all(self._is_allowed(origin, host[1]) for origin in origins):
+            raise _forbidden("The Origin header names no allowed host with the server's own port.")
 
     def _match_key(self, headers: list[bytes]) -> tuple[bool, bool]:
         """Return whether the one key is an API key, and whether it is an admin key."""
@@ -70,14 +75,23 @@ class AccessMiddleware:
         is_bearer = scheme.lower() == b"bearer"
         return is_bearer and any(known), is_bearer and any(admin)
 
-    def _is_allowed(self, url: str) -> bool:
-        try:
-            parts = urlsplit(url)
-            _ = parts.port
-        except ValueError:
-            return False
-        is_plain = not (parts.path or parts.query or parts.fragment or "@" in parts.netloc)
-        return is_plain and (parts.hostname or "") in self._hosts
+    def _is_allowed(self, origin: str, port: int | None) -> bool:
+        if origin in self._origins:
+            return True
+        found = _split(origin)
+        return found is not None and found[0] in self._hosts and found[1] == port
+
+
+def _split(url: str) -> tuple[str, int | None] | None:
+    """Return host and port of an origin or a `//host`; a scheme's own port is None."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
+        return None
+    return parts.hostname or "", None if port in (80, 443) else port
 
 
 def make_admin_check(settings: ApiSettings) -> Callable[[Request], None]:
@@ -97,8 +111,12 @@ def make_admin_check(settings: ApiSettings) -> Callable[[Request], None]:
     return check_admin
 
 
-def _is_open(path: str) -> bool:
-    return path in _OPEN_PATHS or path.startswith(_OPEN_BELOW)
+def is_below_interface(path: str) -> bool:
+    """Return whether a path is the web interface's: a browser sends no key for a page.
+
+    What the page does needs one.
+    """
+    return path.startswith(_INTERFACE)
 
 
 def is_loopback(address: str) -> bool:

@@ -10,9 +10,10 @@ from serve.api.chat import build_chat_router
 from serve.api.compare import build_compare_router
 from serve.api.completions import build_completions_router
 from serve.api.context import ApiContext
+from serve.api.cors import CorsMiddleware
 from serve.api.errors import ApiError, handle_error
 from serve.api.metrics import Metrics
-from serve.api.middleware import RequestMiddleware
+from serve.api.middleware import BodyMiddleware, FailureMiddleware, RequestMiddleware
 from serve.api.models import build_models_router
 from serve.api.openapi import build_openapi
 from serve.api.operations import build_operations_router
@@ -89,6 +90,10 @@ def create_app(
     for build_router in _ROUTERS:
         app.include_router(build_router(context))
     app.openapi = lambda: build_openapi(app)  # type: ignore[method-assign]
+    # The last one added is the outermost.
+    app.add_middleware(BodyMiddleware, settings=settings)
     app.add_middleware(AccessMiddleware, settings=settings)
+    app.add_middleware(FailureMiddleware)
+    app.add_middleware(CorsMiddleware, origins=settings.allowed_origins)
     app.add_middleware(RequestMiddleware, metrics=metrics)
     return app

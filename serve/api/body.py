@@ -3,6 +3,7 @@
 import asyncio
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -13,10 +14,15 @@ from serve.api.errors import ApiError
 from serve.api.schema import UNSUPPORTED_FIELDS, WireModel
 from serve.api.settings import ApiSettings
 
+_LONG_BODY_BYTES = 32_768
 _MAX_DEPTH = 32
+_MAX_NESTED = 2**15
+_MAX_VALUES = 2**20
 _MAX_KEYS = 4096
 _MAX_ERRORS = 5
 _MAX_NAME_CHARS = 64
+
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"')
 
 Model = TypeVar("Model", bound=WireModel)
 
@@ -25,41 +31,17 @@ async def read_request(request: Request, model: type[Model], settings: ApiSettin
     """Return the validated body of a request.
 
     Raises:
-        ApiError: the body is too long or late, is no JSON object, or breaks the schema.
+        ApiError: the body is no JSON object, or breaks the schema.
         ClientDisconnect: the client left.
     """
-    return validate(parse_json(await _read_body(request, settings)), model, settings)
+    data = await request.body()
+    if len(data) < _LONG_BODY_BYTES:
+        return _parse(data, model, settings)
+    return await asyncio.to_thread(_parse, data, model, settings)
 
 
-async def _read_body(request: Request, settings: ApiSettings) -> bytes:
-    limit = settings.max_body_bytes
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > limit:
-        raise _too_large(limit)
-    data = bytearray()
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            async for piece in request.stream():
-                data += piece
-                if len(data) > limit:
-                    raise _too_large(limit)
-    except TimeoutError:
-        raise ApiError(
-            f"The request body did not arrive within {settings.body_timeout_s:g} s.",
-            status=408,
-            code="body_timeout",
-            headers={"Connection": "close"},
-        ) from None
-    return bytes(data)
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(
-        f"The request body is longer than {limit} bytes.",
-        status=413,
-        code="body_too_large",
-        headers={"Connection": "close"},
-    )
+def _parse(data: bytes, model: type[Model], settings: ApiSettings) -> Model:
+    return validate(parse_json(data), model, settings)
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -73,6 +55,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise _bad_json(f"not UTF-8 at byte {error.start}") from None
+    _check_counts(text)
     try:
         value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_make_object)
     except json.JSONDecodeError as error:
@@ -115,6 +98,17 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise _bad_json(f"key {_shorten(key)!r} is given twice")
             seen.add(key)
     return value
+
+
+def _check_counts(text: str) -> None:
+    """Refuse more lists, objects and values than any request has, before they are made."""
+    if max(text.count("[") + text.count("{"), text.count(",")) <= _MAX_NESTED:
+        return
+    bare = _STRING.sub("", text)
+    if bare.count("[") + bare.count("{") > _MAX_NESTED:
+        raise _bad_json(f"it has more than {_MAX_NESTED} lists and objects")
+    if bare.count(",") > _MAX_VALUES:
+        raise _bad_json(f"it has more than {_MAX_VALUES} values")
 
 
 def _check_depth(value: object) -> None:

@@ -29,7 +29,6 @@ from serve.api.resolve import (
 from serve.api.schema import ChatBody
 from serve.api.transport import EventStream, JsonWhenDone
 from serve.requests import GenerationRequest
-from serve.requests import GenerationRequest
 from text.tokenizer import Tokenizer
 
 

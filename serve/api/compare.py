@@ -34,7 +34,6 @@ from serve.api.transport import EventStream, JsonWhenDone
 from serve.experiments.comparison import ArmIdentity, Comparison, build_identity
 from serve.experiments.store import VoteStoreError
 from serve.requests import Arm, GenerationRequest
-from serve.requests import Arm, GenerationRequest
 
 _LOG = logging.getLogger("proa.api")
 

@@ -30,7 +30,6 @@ from serve.api.resolve import (
 from serve.api.schema import CompletionBody
 from serve.api.transport import EventStream, JsonWhenDone
 from serve.requests import GenerationRequest
-from serve.requests import GenerationRequest
 
 
 def build_completions_router(context: ApiContext) -> APIRouter:

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from decoding import ParameterError
 from serve.backends.protocol import (
@@ -146,6 +147,20 @@ def log_failure(error: BaseException) -> None:
     _LOG.error("request failed: %s at %s", type(error).__name__, places or "unknown place")
 
 
-async def handle_error(_request: Request, error: Exception) -> Response:
+async def handle_error(request: Request, error: Exception) -> Response:
     """Exception handler of the application."""
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        allowed = {"Allow": ", ".join(_find_methods(request))}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=allowed)
+        error = HTTPException(405, headers=allowed)
     return to_api_error(error).response()
+
+
+def _find_methods(request: Request) -> list[str]:
+    """Return the methods of a path, which several routes may share."""
+    found = {"OPTIONS"}
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return sorted(found | {"HEAD"} if "GET" in found else found)

@@ -45,6 +45,7 @@ UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
 
 _OPTIONS = options_of(SamplingParams)
 MAX_ARMS = 16
+MAX_MESSAGES = 2**14
 MAX_LABEL_CHARS = 128
 _MAX_METADATA = 16
 _MODEL = "The served id, id:adapter, or either with @strategy."
@@ -315,7 +316,22 @@ class ResponseFormat(WireModel):
     type: Literal["text"]
 
 
-Messages = Annotated[list[Message], FailFast()]
+def _check_number(value: object) -> object:
+    if isinstance(value, list) and len(value) > MAX_MESSAGES:
+        raise ValueError(f"must be at most {MAX_MESSAGES} messages")
+    return value
+
+
+_NUMBER = {"minItems": 1, "maxItems": MAX_MESSAGES}
+Messages = Annotated[
+    list[Message], FailFast(), BeforeValidator(_check_number), Field(json_schema_extra=_NUMBER)
+]
+MaybeMessages = Annotated[
+    list[Message] | None,
+    FailFast(),
+    BeforeValidator(_check_number),
+    Field(json_schema_extra=_NUMBER),
+]
 
 
 class ChatBody(GenerationBody):
@@ -353,7 +369,7 @@ class ComparisonArm(SamplingFields):
 class CompareBody(SamplingFields):
     """Body of /v1/compare: one of messages and prompt; sampling fields hold for every arm."""
 
-    messages: Annotated[list[Message] | None, FailFast()] = None
+    messages: MaybeMessages = None
     prompt: Annotated[OnePrompt | None, Field(description="Text or token ids.")] = None
     arms: Annotated[list[ComparisonArm], FailFast()] = Field(
         min_length=1, max_length=MAX_ARMS, description="Their fields win over the shared ones."
@@ -398,7 +414,7 @@ class TokenizeBody(WireModel):
     model: str | None = None
     prompt: str | None = None
     content: str | None = None
-    messages: Annotated[list[Message] | None, FailFast()] = None
+    messages: MaybeMessages = None
     add_special_tokens: bool | None = Field(None, description=_SPECIAL)
     add_special: bool | None = Field(None, description="With content; default false.")
     parse_special: bool | None = Field(None, description="With content; default true.")

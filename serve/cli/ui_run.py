@@ -4,20 +4,24 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import RedirectResponse
 from starlette.routing import Mount, Route
 
 from client.api import ApiClient
+from serve.api import ApiSettings
+from serve.api.access import AccessMiddleware
+from serve.api.middleware import BodyMiddleware
 from serve.cli.arguments import CommandError, UserError
+from serve.connections import ConnectionLimits, LimitedProtocol
 from serve.server import ServerError, bind, local_url
 from serve.ui.mount import PATH, UserInterface
 
-ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]"]
 CLOSE_TIMEOUT_S = 3
 
 
@@ -41,23 +45,29 @@ def run_ui(url: str, host: str, port: int, *, report: Callable[[str], None]) -> 
     except ValueError as error:
         raise UserError(f"--url: {error}") from None
     interface = UserInterface(lambda: client.url)
+    # Without keys: for this machine only, and for no page but its own.
+    settings = ApiSettings(model_id="interface")
     app = Starlette(
         routes=[
             Route("/", lambda _: RedirectResponse(f"{PATH}/")), Mount(PATH, interface),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=ALLOWED_HOSTS)],
+        middleware=[
+            Middleware(AccessMiddleware, settings=settings),
+            Middleware(BodyMiddleware, settings=settings),
+        ],
     )  # fmt: skip
     try:
         listener = bind(host, port)
     except ServerError as error:
         raise CommandError(str(error)) from None
     with listener:
-        settings = uvicorn.Config(
-            app, ws="none", log_level="warning", server_header=False,
+        http = cast(Any, partial(LimitedProtocol, limits=ConnectionLimits()))
+        config = uvicorn.Config(
+            app, http=http, ws="none", log_level="warning", server_header=False,
             timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )  # fmt: skip
         report(f"the interface of {client.url} is on {local_url(listener)}/")
-        asyncio.run(_serve(uvicorn.Server(settings), listener, interface))
+        asyncio.run(_serve(uvicorn.Server(config), listener, interface))
     return 0
 
 

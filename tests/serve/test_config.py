@@ -15,6 +15,7 @@ from serve.resolve import (
     resolve_access,
     resolve_adapters,
     resolve_capacity,
+    resolve_connections,
     resolve_votes,
 )
 
@@ -56,8 +57,9 @@ def test_every_option_can_be_set_from_every_source(
         "variant": "b=e", "dequantize": "on",
         "admin_key": "s", "admin_key_file": "t", "host": "::1", "port": "1",
         "api_key": "k", "api_key_file": "f",
-        "allowed_host": "h", "backend": "other", "device": "cpu", "kernels": "reference",
-        "threads": "3",
+        "allowed_host": "h", "allowed_origin": "https://o", "max_connections": "7",
+        "max_header_bytes": "3KiB", "write_timeout_s": "2.5",
+        "backend": "other", "device": "cpu", "kernels": "reference", "threads": "3",
         "kv_cache_dtype": "float32", "kv_cache_tokens": "320", "block_size": "32",
         "max_running_sequences": "5", "max_batch_tokens": "17", "max_waiting_requests": "9",
         "prefix_caching": "off", "max_context": "11",
@@ -337,3 +339,25 @@ def test_defaults_equal_those_of_the_parts() -> None:
 def test_smaller_batch_than_running_sequences_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_batch_tokens: 8 is less than max_running_sequences"):
         ServeConfig(max_batch_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "max_files", "expected"),
+    [("auto", 256, 160), ("auto", 50_000, 1024), ("auto", -1, 1024), (9, 256, 9), (9000, -1, 9000)],
+)
+def test_connections_leave_files_for_other_things(
+    asked: int | str, max_files: int, expected: int
+) -> None:
+    config = resolve_connections(ServeConfig(max_connections=asked), max_files=max_files)
+    assert config.max_connections == expected
+
+
+def test_more_connections_than_files_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max_connections: 200 is more than 160"):
+        resolve_connections(ServeConfig(max_connections=200), max_files=256)
+
+
+@pytest.mark.parametrize("text", ["*", "app.example", "https://app.example/", "ftp://a", "null"])
+def test_what_is_no_origin_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not an origin such as"):
+        build_config({"allowed_origin": [text]}, environ={})

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from serve.backends.protocol import (
     BackendStats,
     BackendUnavailableError,
 )
+from serve.connections import ConnectionLimits, LimitedProtocol
 from serve.requests import GenerationRequest, TokenLogprob, TokenOutput, TokenTrace
 from text.tokenizer import Tokenizer
 
@@ -347,7 +349,8 @@ def serve(app: FastAPI) -> Iterator[str]:
     """Run the application on a real socket and give its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        http: Any = partial(LimitedProtocol, limits=ConnectionLimits())
+        server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="error", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:

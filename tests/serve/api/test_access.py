@@ -138,11 +138,22 @@ def test_allowed_hosts_are_a_setting(backend: FakeBackend, tokenizer: Tokenizer)
     check_error(client.get("/livez"), 403)
 
 
-def test_no_origin_is_told_that_it_may_read(client: Client) -> None:
-    headers = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
-    for method in ("GET", "OPTIONS"):
-        response = client.request(method, "/v1/models", headers=headers)
-        assert not [name for name in response.headers if name.startswith("access-control")]
+@pytest.mark.parametrize("origin", ["http://localhost:8000", "http://127.0.0.1:8000"])
+def test_pages_of_the_servers_own_port_are_served_without_keys(client: Client, origin: str) -> None:
+    headers = {"Origin": origin, "Host": "localhost:8000"}
+    assert client.post("/tokenize", {"content": "a"}, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "http://localhost", "null"])
+def test_pages_of_other_ports_are_refused_without_keys(client: Client, origin: str) -> None:
+    headers = {"Origin": origin, "Host": "localhost:8000"}
+    response = client.post("/tokenize", {"content": "a"}, headers=headers)
+    assert "port" in check_error(response, 403, code="forbidden")
+
+
+def test_bad_origin_setting_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"allowed_origins: '\*' is not like https://"):
+        ApiSettings(model_id="m", allowed_origins=("*",))
 
 
 @pytest.mark.parametrize(
