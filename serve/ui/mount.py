@@ -1,15 +1,20 @@
 """The interface as an ASGI application: made at its first request, with the rest of Gradio shut."""
 
 import asyncio
+import json
+import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from starlette.datastructures import MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.datastructures import MutableHeaders, QueryParams
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from client.api import ApiClient
+from serve.ui.sessions import SessionError, Sessions
 
 if TYPE_CHECKING:
     from gradio.routes import App
@@ -21,6 +26,10 @@ _GET = frozenset({"", "/", "/config", "/theme.css", "/gradio_api/queue/data",
 _GET_BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
 _POST = frozenset({"/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/cancel",
                    "/gradio_api/reset"})  # fmt: skip
+_HEARTBEAT = "/gradio_api/heartbeat/"
+_RUNS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
+_SWEEP_EVERY_S = 30.0
+_NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 # Templates of gr.HTML are compiled in the page, hence eval. Nothing comes from, or goes, elsewhere.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -50,6 +59,7 @@ class UserInterface:
         self._living: asyncio.Task[None] | None = None
         self._app: FastAPI | None = None
         self._gradio: App | None = None
+        self._sessions: Sessions | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,14 +68,68 @@ class UserInterface:
             await PlainTextResponse("Not found\n", status_code=404)(scope, receive, send)
             return
         app = await self._load()
+        assert self._sessions is not None
+        is_whole = False
 
         async def send_guarded(message: Message) -> None:
+            nonlocal is_whole
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
+            elif not message.get("more_body", False):
+                is_whole = True
             await send(message)
 
+        path = scope["path"].removeprefix(PATH)
+        try:
+            name, receive = await self._admit(path, scope, receive)
+        except SessionError as error:
+            answer = JSONResponse({"detail": str(error)}, status_code=error.status)
+            await answer(scope, receive, send_guarded)
+            return
         # The application below is mounted at the same path, from the root.
-        await app({**scope, "root_path": "", "app_root_path": ""}, receive, send_guarded)
+        inner = {**scope, "root_path": "", "app_root_path": ""}
+        if name is None:
+            await app(inner, receive, send_guarded)
+            return
+        with self._sessions.opened(name):
+            await app(inner, receive, send_guarded)
+        if is_whole and not path.startswith(_HEARTBEAT) and path != _RUNS[0]:
+            self._sessions.settle(name)
+
+    async def _admit(self, path: str, scope: Scope, receive: Receive) -> tuple[str | None, Receive]:
+        """Return the session that a request belongs to, and how the request is read.
+
+        Raises:
+            SessionError: the page would never ask so, or there is no room for it.
+        """
+        assert self._sessions is not None
+        if path.startswith(_HEARTBEAT):
+            return _check_name(path.removeprefix(_HEARTBEAT)), receive
+        if path == "/gradio_api/queue/data":
+            return _check_name(QueryParams(scope["query_string"]).get("session_hash")), receive
+        if scope["method"] != "POST":
+            return None, receive
+        body = await Request(scope, receive).body()
+        is_sent = False
+
+        async def receive_again() -> Message:
+            nonlocal is_sent
+            if is_sent:
+                return await receive()
+            is_sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        fields = await asyncio.to_thread(_parse, body)
+        for key in ("session_hash", "event_id"):
+            if fields.get(key) is not None:
+                _check_name(fields[key])
+        if path not in _RUNS:
+            return None, receive_again
+        name = _check_name(fields.get("session_hash"))
+        if not self._sessions.has_function(name, fields.get("fn_index")):
+            raise SessionError("fn_index names no function of the page.", 400)
+        await self._sessions.admit(name, body)
+        return name, receive_again
 
     def end_streams(self) -> None:
         """End the streams of open pages, which would go on for ever."""
@@ -82,7 +146,8 @@ class UserInterface:
     async def _load(self) -> ASGIApp:
         async with self._lock:
             if self._app is None:
-                app, self._gradio = await asyncio.to_thread(_build, self._url())
+                app, gradio = await asyncio.to_thread(_build, self._url())
+                self._gradio, self._sessions = gradio, Sessions(gradio)
                 ready = asyncio.Event()
                 # A task of its own, because what enters a lifespan has to leave it.
                 self._living = asyncio.create_task(self._live(app, ready))
@@ -93,7 +158,11 @@ class UserInterface:
     async def _live(self, app: FastAPI, ready: asyncio.Event) -> None:
         async with app.router.lifespan_context(app):
             ready.set()
-            await self._ended.wait()
+            assert self._sessions is not None
+            while not self._ended.is_set():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._ended.wait(), _SWEEP_EVERY_S)
+                await self._sessions.forget_expired()
 
 
 def _build(url: str) -> tuple[FastAPI, "App"]:
@@ -115,3 +184,19 @@ def _is_needed(method: str, path: str) -> bool:
     if method in ("GET", "HEAD"):
         return path in _GET or path.startswith(_GET_BELOW)
     return method == "POST" and path in _POST
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        raise SessionError("The body is not JSON.", 400) from None
+    if not isinstance(fields, dict):
+        raise SessionError("The body must be a JSON object.", 400)
+    return fields
+
+
+def _check_name(name: object) -> str:
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+        raise SessionError("session_hash and event_id are short names.", 400)
+    return name

@@ -5,13 +5,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
 from starlette.responses import RedirectResponse
 
 from serve.api import ApiSettings, create_app
+from serve.connections import ConnectionLimits, LimitedProtocol
 from serve.experiments.store import VoteStore
 from serve.ui.mount import PATH, UserInterface
 from tests.browser import Browser, find_chromium
@@ -67,8 +70,11 @@ class LiveServer:
         self.interface = UserInterface(lambda: self.url)
         app.add_route("/", lambda _: RedirectResponse(f"{PATH}/"))
         app.mount(PATH, self.interface)
+        http: Any = partial(LimitedProtocol, limits=ConnectionLimits())
         self._server = uvicorn.Server(
-            uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+            uvicorn.Config(
+                app, http=http, log_level="error", lifespan="off", timeout_graceful_shutdown=1
+            )
         )
         self._thread = threading.Thread(target=self._run)
         self._thread.start()

@@ -1,6 +1,7 @@
 """The interface as an application: what it serves, to whom, and what it does not."""
 
 import asyncio
+import json
 from typing import Any
 
 import httpx
@@ -29,10 +30,13 @@ def make_app(tokenizer: Tokenizer, **settings: Any) -> FastAPI:
     return app
 
 
-def ask(app: FastAPI, method: str, path: str, **options: Any) -> httpx.Response:
+def ask(
+    app: FastAPI, method: str, path: str, body: object = None, **options: Any
+) -> httpx.Response:
     async def send() -> httpx.Response:
         async with make_client(app, **options) as client:
-            return await client.request(method, path)
+            content = body if isinstance(body, bytes) else json.dumps(body)
+            return await client.request(method, path, content=None if body is None else content)
 
     return asyncio.run(send())
 
@@ -72,3 +76,55 @@ def test_settings_keep_gradio_to_itself() -> None:
     assert (settings["allowed_paths"], settings["max_file_size"]) == ([], 0)
     fonts = [*settings["theme"]._font, *settings["theme"]._font_mono]
     assert [font for font in fonts if "Google" in type(font).__name__] == []
+
+
+JOIN = f"{PATH}/gradio_api/queue/join"
+
+
+def make_run(**fields: Any) -> dict[str, Any]:
+    return {"data": [], "fn_index": 0, "session_hash": "abc", "trigger_id": None, **fields}
+
+
+def test_interface_takes_no_longer_body_than_the_api(tokenizer: Tokenizer) -> None:
+    app = make_app(tokenizer, api_keys=("secret",), max_body_bytes=2000)
+    assert ask(app, "POST", JOIN, make_run(data=["a" * 3000])).status_code == 413
+    assert ask(app, "POST", f"{PATH}/nothing", b"a" * 3000).status_code == 413
+
+
+def test_interface_takes_nothing_from_other_pages(tokenizer: Tokenizer) -> None:
+    for keys in ((), ("secret",)):
+        app = make_app(tokenizer, api_keys=keys)
+        headers = {"Origin": "http://localhost:3000"}
+        assert ask(app, "POST", JOIN, make_run(), headers=headers).status_code == 403
+
+
+BAD_RUNS = {
+    "function-beyond": (make_run(fn_index=10_000), 400),
+    "function-negative": (make_run(fn_index=-1), 400),
+    "function-text": (make_run(fn_index="0"), 400),
+    "function-missing": (make_run(fn_index=None), 400),
+    "session-long": (make_run(session_hash="a" * 65), 400),
+    "session-missing": (make_run(session_hash=None), 400),
+    "event-long": (make_run(event_id="a" * 65), 400),
+    "list": ([], 400),
+    "broken": (b"{", 400),
+    "deep": (b"[" * 100_000, 400),
+    "heavy": (make_run(data=[[]] * 300_000), 413),
+}
+
+
+@pytest.mark.parametrize("path", [JOIN, f"{PATH}/gradio_api/run/predict"])
+def test_what_no_page_sends_is_refused(tokenizer: Tokenizer, path: str) -> None:
+    async def send_all() -> dict[str, httpx.Response]:
+        async with make_client(make_app(tokenizer)) as client:
+            return {
+                name: await client.post(
+                    path, content=body if isinstance(body, bytes) else json.dumps(body)
+                )
+                for name, (body, _) in BAD_RUNS.items()
+            }
+
+    responses = asyncio.run(send_all())
+    statuses = {name: status for name, (_, status) in BAD_RUNS.items()}
+    assert {name: response.status_code for name, response in responses.items()} == statuses
+    assert all(list(response.json()) == ["detail"] for response in responses.values())
