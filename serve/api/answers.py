@@ -1,13 +1,19 @@
 """Send or collect the answer to a generation; shared by all endpoints that generate."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from typing import TypeVar
 
 from serve.api.chunks import DONE, ChunkWriter, Details
+from serve.api.errors import encode_json
 from serve.api.generation import Generation, Piece
 from serve.api.schema import StreamOptions
 
+Result = TypeVar("Result")
+
 _NO_DETAILS = Details()
+_MANY_VALUES = 20_000
 
 
 async def stream_answer(
@@ -19,6 +25,7 @@ async def stream_answer(
     describe: Callable[[Piece], Details] | None,
     options: StreamOptions | None,
     usage: Callable[[], dict[str, object]] | None = None,
+    prepare: Callable[[list[Piece]], Awaitable[None]] | None = None,
     on_end: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events of a streamed answer, one item for each step.
@@ -31,6 +38,7 @@ async def stream_answer(
         describe: gives log probabilities and trace of a piece, if the client asked for any.
         options: which usage to send.
         usage: gives it; None is the usage of the generation.
+        prepare: awaited before a step's pieces are written.
         on_end: awaited when all choices have ended, before the client is told.
     """
     count = usage or generation.usage
@@ -40,6 +48,8 @@ async def stream_answer(
     async with aclosing(generation.steps()) as steps:
         async for pieces in steps:
             so_far = writer.usage_field(count()) if is_continuous else None
+            if prepare is not None:
+                await prepare(pieces)
             events = []
             for piece in pieces:
                 index = piece.choice
@@ -99,3 +109,42 @@ async def collect_answers(generation: Generation, num_choices: int) -> list[Answ
     for answer, parts in zip(answers, texts, strict=True):
         answer.text = "".join(parts)
     return answers
+
+
+async def encode_whole(
+    head: dict[str, object],
+    field: str,
+    make: Callable[[int, Answer], dict[str, object]],
+    answers: Sequence[Answer],
+    usage: dict[str, object],
+    *,
+    num_values: int,
+) -> bytes:
+    """Return the JSON of a whole answer, made in a thread where it would hold up other requests.
+
+    Args:
+        head: fields before the choices.
+        field: name of the list of choices.
+        make: writes a choice, given its index and what was generated.
+        answers: of all choices.
+        usage: the last field.
+        num_values: log probabilities, trace entries and the like, about.
+    """
+
+    def encode() -> bytes:
+        # Choice by choice: a single call would not let other threads run.
+        choices = b",".join(encode_json(make(i, answer)) for i, answer in enumerate(answers))
+        start, end = encode_json(head)[:-1], encode_json({"usage": usage})[1:]
+        return b'%s,"%s":[%s],%s' % (start, field.encode(), choices, end)
+
+    return await run_work(encode, size=num_values)
+
+
+def count_tokens(answers: Sequence[Answer]) -> int:
+    """Return how many tokens answers have."""
+    return sum(len(answer.pieces) for answer in answers)
+
+
+async def run_work(work: Callable[[], Result], *, size: int) -> Result:
+    """Run work on so many values, in a thread where it would hold up other requests."""
+    return work() if size < _MANY_VALUES else await asyncio.to_thread(work)

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.api.answers import Answer, collect_answers, stream_answer
+from serve.api.answers import Answer, collect_answers, count_tokens, encode_whole, stream_answer
 from serve.api.body import read_request
 from serve.api.chunks import Details, make_chat_writer
 from serve.api.context import ApiContext
@@ -129,12 +129,16 @@ def _describe(tokenizer: Tokenizer, body: ChatBody, piece: Piece) -> Details:
 
 async def _answer(
     context: ApiContext, body: ChatBody, generation: Generation, head: dict[str, object]
-) -> dict[str, object]:
+) -> bytes:
     answers = await collect_answers(generation, generation.num_choices)
-    choices = [
-        _make_choice(context.tokenizer, body, index, answer) for index, answer in enumerate(answers)
-    ]
-    return {**head, "choices": choices, "usage": generation.usage()}
+    return await encode_whole(
+        head,
+        "choices",
+        partial(_make_choice, context.tokenizer, body),
+        answers,
+        generation.usage(),
+        num_values=count_tokens(answers) * (1 + (body.top_logprobs or 0)),
+    )
 
 
 def _make_choice(

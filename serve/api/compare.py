@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from decoding import ParameterError, SamplingParams, derive_seed
-from serve.api.answers import Answer, collect_answers, stream_answer
+from serve.api.answers import Answer, collect_answers, count_tokens, encode_whole, stream_answer
 from serve.api.body import read_request
 from serve.api.chunks import Details, make_comparison_writer
 from serve.api.context import ApiContext
@@ -183,12 +183,18 @@ class _Comparison:
             "created": self._comparison.created,
         }
 
-    async def answer(self) -> dict[str, object]:
+    async def answer(self) -> bytes:
         """Return the whole answer."""
         answers = await collect_answers(self._generation, self._num_arms)
         await self._remember()
-        arms = [self._make_entry(index, answer) for index, answer in enumerate(answers)]
-        return {**self._head, "arms": arms, "usage": self._generation.usage()}
+        return await encode_whole(
+            self._head,
+            "arms",
+            self._make_entry,
+            answers,
+            self._generation.usage(),
+            num_values=count_tokens(answers),
+        )
 
     def _make_entry(self, index: int, answer: Answer) -> dict[str, object]:
         arm = self._comparison.arms[index]

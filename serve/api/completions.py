@@ -8,7 +8,14 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.api.answers import Answer, collect_answers, stream_answer
+from serve.api.answers import (
+    Answer,
+    collect_answers,
+    count_tokens,
+    encode_whole,
+    run_work,
+    stream_answer,
+)
 from serve.api.body import read_request
 from serve.api.chunks import ChunkWriter, Details, make_completion_writer
 from serve.api.context import ApiContext
@@ -30,6 +37,8 @@ from serve.api.resolve import (
 from serve.api.schema import CompletionBody
 from serve.api.transport import EventStream, JsonWhenDone
 from serve.requests import GenerationRequest
+
+_MAX_PROMPT_LOGPROBS = 2**20
 
 
 def build_completions_router(context: ApiContext) -> APIRouter:
@@ -85,6 +94,9 @@ async def _make_requests(
         context=context.backend.max_context_tokens,
     )
     prompt_logprobs = body.logprobs if body.echo else None
+    if prompt_logprobs is not None:
+        num_tokens = num_sequences * sum(map(len, prompts))
+        _check_num_logprobs(num_tokens * (1 + prompt_logprobs), body)
     arm = build_arm(
         body,
         choice,
@@ -105,6 +117,17 @@ async def _make_requests(
     ]
 
 
+def _check_num_logprobs(number: int, body: CompletionBody) -> None:
+    if number > _MAX_PROMPT_LOGPROBS:
+        raise ApiError(
+            f"echo with logprobs {body.logprobs} and n {body.n or 1} asks for {number} log "
+            f"probabilities of prompt tokens; the most is {_MAX_PROMPT_LOGPROBS}. Lower one of "
+            "them, or send fewer prompts.",
+            param="logprobs",
+            code="invalid_value",
+        )
+
+
 class _Completion:
     """The answer to one request."""
 
@@ -118,24 +141,38 @@ class _Completion:
         self._requests = requests
         self._generation = Generation(context, requests, is_dry=is_dry)
         self._echoes = [self._echo(prompt) for prompt in body.prompt]
+        self._echoed: dict[int, LegacyLogprobs] = {}
 
     def _echo(self, prompt: str | Sequence[int]) -> str:
         if not self._body.echo:
             return ""
         return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
 
-    async def answer(self, head: dict[str, object]) -> dict[str, object]:
+    async def answer(self, head: dict[str, object]) -> bytes:
         """Return the whole answer."""
         answers = await collect_answers(self._generation, self._generation.num_choices)
-        choices = [self._make_choice(index, answer) for index, answer in enumerate(answers)]
-        return {**head, "choices": choices, "usage": self._generation.usage()}
+        for prompt in range(len(self._requests)):
+            await self._prepare(prompt)
+        num_tokens = count_tokens(answers)
+        if self._echoed:
+            num_tokens += self._generation.num_sequences * sum(
+                len(request.prompt_token_ids) for request in self._requests
+            )
+        return await encode_whole(
+            head,
+            "choices",
+            self._make_choice,
+            answers,
+            self._generation.usage(),
+            num_values=num_tokens * (1 + (self._body.logprobs or 0)),
+        )
 
     def _make_choice(self, index: int, answer: Answer) -> dict[str, object]:
         prompt = index // self._generation.num_sequences
         echo = self._echoes[prompt]
         logprobs = None
         if self._body.logprobs is not None:
-            logprobs = self._prompt_logprobs(prompt)
+            logprobs = LegacyLogprobs(self._tokenizer, self._echoed.get(prompt))
             for piece in answer.pieces:
                 logprobs.add_piece(piece, len(echo))
         choice: dict[str, object] = {
@@ -150,14 +187,24 @@ class _Completion:
             ]
         return choice
 
-    def _prompt_logprobs(self, prompt: int) -> LegacyLogprobs:
-        logprobs = LegacyLogprobs(self._tokenizer)
+    async def _prepare(self, prompt: int) -> None:
+        """Write the log probabilities of an echoed prompt, once for all its choices."""
         found = self._generation.prompt_logprobs[prompt]
-        if found is not None:
-            logprobs.add_prompt(
-                self._requests[prompt].prompt_token_ids, found, self._echoes[prompt]
-            )
-        return logprobs
+        if found is None or prompt in self._echoed:
+            return
+        token_ids, text = self._requests[prompt].prompt_token_ids, self._echoes[prompt]
+
+        def write() -> LegacyLogprobs:
+            logprobs = LegacyLogprobs(self._tokenizer)
+            logprobs.add_prompt(token_ids, found, text)
+            return logprobs
+
+        size = len(token_ids) * (1 + (self._body.logprobs or 0))
+        self._echoed[prompt] = await run_work(write, size=size)
+
+    async def _prepare_pieces(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            await self._prepare(piece.choice // self._generation.num_sequences)
 
     def stream(self, head: dict[str, object]) -> AsyncGenerator[bytes, None]:
         """Return the events of the streamed answer."""
@@ -173,6 +220,7 @@ class _Completion:
                 self._describe if body.logprobs is not None or body.return_decoding_trace else None
             ),
             options=options,
+            prepare=self._prepare_pieces,
         )
 
     def _open(self, writer: ChunkWriter, index: int, usage: str | None) -> str:
@@ -181,7 +229,7 @@ class _Completion:
             return ""
         value = None
         if self._body.logprobs is not None:
-            value = self._prompt_logprobs(prompt).value()
+            value = (self._echoed.get(prompt) or LegacyLogprobs(self._tokenizer)).value()
         return writer.detailed(index, self._echoes[prompt], Details(value), usage)
 
     def _describe(self, piece: Piece) -> Details:

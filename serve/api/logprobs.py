@@ -73,15 +73,17 @@ class LegacyLogprobs:
 
     `text_offset` counts characters of the choice's text. The token itself is always among its
     `top_logprobs`.
+
+    Args:
+        tokenizer: names the tokens.
+        before: tokens that come first, such as an echoed prompt's.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: "LegacyLogprobs | None" = None) -> None:
         self._tokenizer = tokenizer
+        names = ("text_offset", "token_logprobs", "tokens", "top_logprobs")
         self._value: dict[str, list[object]] = {
-            "text_offset": [],
-            "token_logprobs": [],
-            "tokens": [],
-            "top_logprobs": [],
+            name: [] if before is None else list(before._value[name]) for name in names
         }
 
     def add(self, token_id: int, logprob: TokenLogprob | None, offset: int) -> None:

@@ -1,9 +1,12 @@
 """POST /tokenize and /detokenize, with the bodies of vLLM and of llama.cpp."""
 
+from functools import partial
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serve.api.answers import run_work
 from serve.api.body import read_request
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError, encode_json
@@ -32,23 +35,9 @@ def build_tokenization_router(context: ApiContext) -> APIRouter:
         body = await read_request(request, TokenizeBody, context.settings)
         split_model(body.model, context)
         token_ids = await _tokenize(context, body)
-        names = None
-        if body.return_token_strs:
-            names = [name_token(context.tokenizer, token_id) for token_id in token_ids]
-        tokens: list[object] = list(token_ids)
-        if body.with_pieces:
-            tokens = [
-                {"id": token_id, "piece": name_token(context.tokenizer, token_id)}
-                for token_id in token_ids
-            ]
-        return _json(
-            {
-                "count": len(token_ids),
-                "max_model_len": context.backend.max_context_tokens,
-                "tokens": tokens,
-                "token_strs": names,
-            }
-        )
+        work = partial(_describe_tokens, context, body, token_ids)
+        answer = await run_work(work, size=len(token_ids))
+        return Response(answer, media_type="application/json")
 
     @router.post("/detokenize", openapi_extra=describe_body(DetokenizeBody))
     async def detokenize(request: Request) -> Response:
@@ -57,7 +46,8 @@ def build_tokenization_router(context: ApiContext) -> APIRouter:
         if body.tokens is None:
             raise ApiError("tokens must be a list.", param="tokens", code="invalid_type")
         text = await decode_tokens(context, body.tokens, param="tokens")
-        return _json({"prompt": text, "content": text})
+        answer = encode_json({"prompt": text, "content": text})
+        return Response(answer, media_type="application/json")
 
     return router
 
@@ -91,5 +81,18 @@ async def _tokenize(context: ApiContext, body: TokenizeBody) -> list[int]:
     )
 
 
-def _json(value: object) -> Response:
-    return Response(encode_json(value), media_type="application/json")
+def _describe_tokens(context: ApiContext, body: TokenizeBody, token_ids: list[int]) -> bytes:
+    names = None
+    if body.return_token_strs or body.with_pieces:
+        names = [name_token(context.tokenizer, token_id) for token_id in token_ids]
+    tokens: list[object] = list(token_ids)
+    if names is not None and body.with_pieces:
+        tokens = [{"id": i, "piece": name} for i, name in zip(token_ids, names, strict=True)]
+    return encode_json(
+        {
+            "count": len(token_ids),
+            "max_model_len": context.backend.max_context_tokens,
+            "tokens": tokens,
+            "token_strs": names if body.return_token_strs else None,
+        }
+    )

@@ -60,24 +60,24 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 class JsonWhenDone(Response):
-    """Send a JSON value once it has been computed.
+    """Send JSON once it has been computed.
 
     Args:
-        work: computes the value.
+        work: computes it.
     """
 
     media_type = "application/json"
 
-    def __init__(self, work: Coroutine[Any, Any, object]) -> None:
+    def __init__(self, work: Coroutine[Any, Any, bytes]) -> None:
         super().__init__()
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            value = await run_while_connected(receive, self._work)
+            body = await run_while_connected(receive, self._work)
         except ClientGoneError:
             return
-        response = Response(encode_json(value), media_type=self.media_type)
+        response = Response(body, media_type=self.media_type)
         with suppress(OSError):
             await response(scope, receive, send)
 

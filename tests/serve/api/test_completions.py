@@ -1,8 +1,11 @@
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serve.api import ApiSettings, create_app
+from serve.api.logprobs import LegacyLogprobs
 from text.tokenizer import Tokenizer
 
 from .conftest import CONTEXT, END, Client, FakeBackend, check_error, read_events, write_tokenizer
@@ -175,6 +178,37 @@ def test_echo_of_several_choices_waits_for_the_prompt(client: Client, backend: F
         assert choices[0]["text"] == "the fox"
         assert choices[0]["logprobs"]["token_logprobs"][0] is None
         assert "".join(choice["text"] for choice in choices) == "the foxhello fox"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
+def test_prompts_log_probabilities_are_written_once_and_off_the_loop(
+    client: Client, monkeypatch: pytest.MonkeyPatch, is_streamed: bool
+) -> None:
+    threads = []
+    add_prompt = LegacyLogprobs.add_prompt
+
+    def note(self: LegacyLogprobs, *arguments: Any) -> None:
+        threads.append(threading.current_thread())
+        add_prompt(self, *arguments)
+
+    monkeypatch.setattr(LegacyLogprobs, "add_prompt", note)
+    prompts = [[5] * 250, [6] * 250]
+    fields = {"echo": True, "logprobs": 20, "n": 16, "max_tokens": 1, "stream": is_streamed}
+    assert client.complete(prompt=prompts, **fields).status_code == 200
+    assert len(threads) == 2
+    assert threading.main_thread() in threads  # 5,250 values are few
+    monkeypatch.setattr("serve.api.answers._MANY_VALUES", 5000)
+    del threads[:]
+    assert client.complete(prompt=prompts, **fields).status_code == 200
+    assert threading.main_thread() not in threads
+
+
+def test_more_prompt_log_probabilities_than_an_answer_holds_are_refused(client: Client) -> None:
+    fields = {"echo": True, "logprobs": 20, "max_tokens": 0}
+    response = client.complete(prompt=[[5] * 256] * 8, n=128, **fields)
+    message = check_error(response, 400, param="logprobs", code="invalid_value")
+    assert "logprobs 20 and n 128 asks for 5505024" in message
+    assert client.complete(prompt=[5] * 256, n=128, **fields).status_code == 200
 
 
 def test_echo_of_token_ids_is_their_text(client: Client, tokenizer: Tokenizer) -> None:
