@@ -8,7 +8,6 @@ from serve.api.access import make_admin_check
 from serve.api.body import read_request
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError
-from serve.api.openapi import describe_body
 from serve.api.schema import AdapterBody, LoadAdapterBody, UnloadAdapterBody
 from serve.backends.protocol import AdapterInfo, AdapterLoadError, BackendUnavailableError
 
@@ -65,7 +64,7 @@ def build_adapters_router(context: ApiContext) -> APIRouter:
                 return describe(info)
         raise ApiError("There is no such adapter.", status=404, code="adapter_not_found")
 
-    @router.post("/v1/adapters", dependencies=only_admin, openapi_extra=describe_body(AdapterBody))
+    @router.post("/v1/adapters", dependencies=only_admin)
     async def attach_adapter(request: Request) -> dict[str, object]:
         body = await read_request(request, AdapterBody, context.settings)
         return describe(await attach(body.name, body.path))
@@ -78,7 +77,6 @@ def build_adapters_router(context: ApiContext) -> APIRouter:
     @router.post(
         "/v1/load_lora_adapter",
         dependencies=only_admin,
-        openapi_extra=describe_body(LoadAdapterBody),
     )
     async def load_adapter(request: Request) -> Response:
         body = await read_request(request, LoadAdapterBody, context.settings)
@@ -88,7 +86,6 @@ def build_adapters_router(context: ApiContext) -> APIRouter:
     @router.post(
         "/v1/unload_lora_adapter",
         dependencies=only_admin,
-        openapi_extra=describe_body(UnloadAdapterBody),
     )
     async def unload_adapter(request: Request) -> Response:
         body = await read_request(request, UnloadAdapterBody, context.settings)

@@ -89,7 +89,7 @@ def create_app(
     )
     for build_router in _ROUTERS:
         app.include_router(build_router(context))
-    app.openapi = lambda: build_openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: build_openapi(app, settings)  # type: ignore[method-assign]
     # The last one added is the outermost.
     app.add_middleware(BodyMiddleware, settings=settings)
     app.add_middleware(AccessMiddleware, settings=settings)

@@ -15,7 +15,6 @@ from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
 from serve.api.identity import make_id
 from serve.api.logprobs import make_chat_entry, make_trace_entry
-from serve.api.openapi import describe_body
 from serve.api.prompts import encode_chat
 from serve.api.resolve import (
     MAX_LOGPROBS,
@@ -36,7 +35,7 @@ def build_chat_router(context: ApiContext) -> APIRouter:
     """Return the routes of chat completions."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", openapi_extra=describe_body(ChatBody))
+    @router.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
         body = await read_request(request, ChatBody, context.settings)
         choice = split_model(body.model, context)

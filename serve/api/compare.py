@@ -19,7 +19,6 @@ from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
 from serve.api.identity import COMPARISON_PREFIX, make_id
 from serve.api.logprobs import make_trace_entry
-from serve.api.openapi import describe_body
 from serve.api.prompts import encode_chat, encode_prompts
 from serve.api.resolve import (
     DEFAULT_MAX_TOKENS,
@@ -42,7 +41,7 @@ def build_compare_router(context: ApiContext) -> APIRouter:
     """Return the route of comparisons."""
     router = APIRouter()
 
-    @router.post("/v1/compare", openapi_extra=describe_body(CompareBody))
+    @router.post("/v1/compare")
     async def create_comparison(request: Request) -> Response:
         body = await read_request(request, CompareBody, context.settings)
         _check(body, context)

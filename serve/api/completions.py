@@ -23,7 +23,6 @@ from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
 from serve.api.identity import make_id
 from serve.api.logprobs import LegacyLogprobs, make_trace_entry
-from serve.api.openapi import describe_body
 from serve.api.prompts import encode_prompts
 from serve.api.resolve import (
     DEFAULT_MAX_TOKENS,
@@ -45,7 +44,7 @@ def build_completions_router(context: ApiContext) -> APIRouter:
     """Return the routes of text completions."""
     router = APIRouter()
 
-    @router.post("/v1/completions", openapi_extra=describe_body(CompletionBody))
+    @router.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
         body = await read_request(request, CompletionBody, context.settings)
         choice = split_model(body.model, context)

@@ -6,10 +6,9 @@ from starlette.responses import Response
 from decoding import STRATEGIES, strategy_schema
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError, encode_json
+from serve.api.openapi import METRICS_TYPE
 from serve.api.resolve import DEFAULT_STRATEGY
 from serve.version import VERSION
-
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def build_operations_router(context: ApiContext) -> APIRouter:
@@ -41,7 +40,7 @@ def build_operations_router(context: ApiContext) -> APIRouter:
 
     @router.get("/metrics")
     async def show_metrics() -> Response:
-        return Response(context.metrics.render(), headers={"Content-Type": _METRICS_TYPE})
+        return Response(context.metrics.render(), headers={"Content-Type": METRICS_TYPE})
 
     @router.get("/v1/decoding_strategies")
     async def list_strategies() -> Response:

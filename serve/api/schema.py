@@ -7,6 +7,7 @@ come from `decoding`, which also checks the ranges.
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema
+from pydantic.config import JsonDict
 
 from decoding import SamplingParams
 from decoding.options import options_of, schema_of
@@ -48,6 +49,7 @@ MAX_ARMS = 16
 MAX_MESSAGES = 2**14
 MAX_LABEL_CHARS = 128
 _MAX_METADATA = 16
+_NAME: JsonDict = {"pattern": "^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$"}
 _MODEL = "The served id, id:adapter, or either with @strategy."
 _SPECIAL = (
     "Add what the tokenizer puts around a text, such as the begin token. Default: true with "
@@ -133,21 +135,48 @@ def _check_vote(value: object) -> object:
 
 
 _TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PROMPT_IDS_SCHEMA = {**_TOKEN_IDS_SCHEMA, "minItems": 1}
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
 StopTexts = Annotated[
     Any,
     BeforeValidator(_check_stop),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "null"},
+            ]
+        }
+    ),
 ]
 TokenIds = Annotated[Any, BeforeValidator(_check_token_ids), WithJsonSchema(_TOKEN_IDS_SCHEMA)]
+MaybeTokenIds = Annotated[
+    Any,
+    BeforeValidator(_check_token_ids),
+    WithJsonSchema({**_TOKEN_IDS_SCHEMA, "type": ["array", "null"]}),
+]
 LogitBias = Annotated[
     Any,
     BeforeValidator(_check_logit_bias),
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+    WithJsonSchema(
+        {
+            "type": ["object", "null"],
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number"},
+        }
+    ),
 ]
 Metadata = Annotated[
     Any,
     BeforeValidator(_check_metadata),
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}}),
+    WithJsonSchema(
+        {
+            "type": ["object", "null"],
+            "maxProperties": _MAX_METADATA,
+            "additionalProperties": {"type": "string"},
+        }
+    ),
 ]
 Prompt = Annotated[
     Any,
@@ -155,10 +184,10 @@ Prompt = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}},
-                _TOKEN_IDS_SCHEMA,
-                {"type": "array", "items": _TOKEN_IDS_SCHEMA},
+                _TEXT_SCHEMA,
+                {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1},
+                _PROMPT_IDS_SCHEMA,
+                {"type": "array", "items": _PROMPT_IDS_SCHEMA, "minItems": 1},
             ]
         }
     ),
@@ -171,7 +200,7 @@ VoteValue = Annotated[
 OnePrompt = Annotated[
     Any,
     BeforeValidator(_check_one_prompt),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _TOKEN_IDS_SCHEMA]}),
+    WithJsonSchema({"anyOf": [_TEXT_SCHEMA, _PROMPT_IDS_SCHEMA]}),
 ]
 
 
@@ -206,7 +235,7 @@ class SamplingFields(WireModel):
     logit_bias: LogitBias = _sampling("logit_bias")
     seed: int | None = _sampling("seed")
     stop: StopTexts = _sampling("stop")
-    stop_token_ids: TokenIds = _sampling("stop_token_ids")
+    stop_token_ids: MaybeTokenIds = _sampling("stop_token_ids")
     include_stop_str_in_output: bool | None = _sampling("include_stop_str_in_output")
     ignore_eos: bool | None = _sampling("ignore_eos")
     min_tokens: int | None = _sampling("min_tokens")
@@ -226,7 +255,11 @@ class GenerationBody(SamplingFields):
     """Fields that chat and text completions share."""
 
     model: str | None = Field(None, description=_MODEL + " Default: the base.")
-    n: int | None = Field(None, description="How many answers to each prompt. Default: 1.")
+    n: int | None = Field(
+        None,
+        description="How many answers to each prompt. Default: 1.",
+        json_schema_extra={"minimum": 1},
+    )
     stream: bool | None = Field(None, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = Field(None, description=_SPECIAL)
@@ -322,7 +355,7 @@ def _check_number(value: object) -> object:
     return value
 
 
-_NUMBER = {"minItems": 1, "maxItems": MAX_MESSAGES}
+_NUMBER: JsonDict = {"minItems": 1, "maxItems": MAX_MESSAGES}
 Messages = Annotated[
     list[Message], FailFast(), BeforeValidator(_check_number), Field(json_schema_extra=_NUMBER)
 ]
@@ -339,10 +372,16 @@ class ChatBody(GenerationBody):
 
     messages: Messages
     max_completion_tokens: int | None = Field(
-        None, description="Like max_tokens; the smaller one counts. Default: fill the context."
+        None,
+        description="Like max_tokens; the smaller one counts. Default: fill the context.",
+        json_schema_extra={"minimum": 1},
     )
     logprobs: bool | None = Field(None, description="Report log probabilities.")
-    top_logprobs: int | None = Field(None, description="Alternatives per token, 0 to 20.")
+    top_logprobs: int | None = Field(
+        None,
+        description="Alternatives per token.",
+        json_schema_extra={"minimum": 0, "maximum": _OPTIONS["logprobs"][0].maximum},
+    )
     response_format: ResponseFormat | None = None
 
 
@@ -350,7 +389,11 @@ class CompletionBody(GenerationBody):
     """Body of /v1/completions."""
 
     prompt: Prompt
-    max_tokens: int | None = Field(None, description="Most tokens to generate. Default: 16.")
+    max_tokens: int | None = Field(
+        None,
+        description="Most tokens to generate. Default: 16.",
+        json_schema_extra={"minimum": 0},
+    )
     suffix: str | None = Field(None, description="Text after the completion, if the model can.")
     echo: bool | None = Field(None, description="Repeat the prompt before the completion.")
     logprobs: int | None = _sampling("logprobs")
@@ -391,14 +434,14 @@ class VoteBody(WireModel):
 class AdapterBody(WireModel):
     """Body of POST /v1/adapters."""
 
-    name: str = Field(description="Letters, digits, '.', '_' and '-'; the id becomes base:name.")
+    name: str = Field(description="The id becomes base:name.", json_schema_extra=_NAME)
     path: str = Field(description="The adapter's folder, below the server's adapter root.")
 
 
 class LoadAdapterBody(WireModel):
     """Body of /v1/load_lora_adapter: AdapterBody in vLLM's words."""
 
-    lora_name: str
+    lora_name: str = Field(json_schema_extra=_NAME)
     lora_path: str
 
 

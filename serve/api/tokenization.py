@@ -11,7 +11,6 @@ from serve.api.body import read_request
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError, encode_json
 from serve.api.logprobs import name_token
-from serve.api.openapi import describe_body
 from serve.api.prompts import decode_tokens, encode_chat, encode_text
 from serve.api.resolve import split_model
 from serve.api.schema import DetokenizeBody, TokenizeBody
@@ -30,7 +29,7 @@ def build_tokenization_router(context: ApiContext) -> APIRouter:
     """Return the routes that show the tokenizer."""
     router = APIRouter()
 
-    @router.post("/tokenize", openapi_extra=describe_body(TokenizeBody))
+    @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = await read_request(request, TokenizeBody, context.settings)
         split_model(body.model, context)
@@ -39,7 +38,7 @@ def build_tokenization_router(context: ApiContext) -> APIRouter:
         answer = await run_work(work, size=len(token_ids))
         return Response(answer, media_type="application/json")
 
-    @router.post("/detokenize", openapi_extra=describe_body(DetokenizeBody))
+    @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = await read_request(request, DetokenizeBody, context.settings)
         split_model(body.model, context)

@@ -14,7 +14,6 @@ from serve.api.body import read_request
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError, encode_json
 from serve.api.identity import COMPARISON_PREFIX, is_id
-from serve.api.openapi import describe_body
 from serve.api.schema import VoteBody
 from serve.experiments.comparison import Vote
 from serve.experiments.store import VoteStore, VoteStoreError
@@ -30,7 +29,7 @@ def build_votes_router(context: ApiContext) -> APIRouter:
     """Return the routes of votes on comparisons."""
     router = APIRouter()
 
-    @router.post("/v1/compare/{id}/vote", openapi_extra=describe_body(VoteBody))
+    @router.post("/v1/compare/{id}/vote")
     async def vote(request: Request, comparison_id: ComparisonId) -> Response:
         body = await read_request(request, VoteBody, context.settings)
         if not is_id(COMPARISON_PREFIX, comparison_id):
