@@ -8,8 +8,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from serve.api import answer_schema as answers
-from serve.api import schema as bodies
+import serve.api.answer_schema as answers
+import serve.api.schema as bodies
 from serve.api.settings import ApiSettings
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
