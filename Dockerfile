@@ -6,6 +6,7 @@
 #
 # The container listens on all its interfaces, so it wants an API key.
 
+# For an image that can be built again bit by bit, give one by digest: python@sha256:...
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
@@ -19,13 +20,13 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 RUN python -m venv /opt/proa
 WORKDIR /src
 # torch alone first: this layer is large and changes only with its pin.
-COPY pyproject.toml ./
+COPY pyproject.toml requirements.lock ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     torch="$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)" \
     && /opt/proa/bin/pip install --index-url "${TORCH_INDEX}" "${torch}"
 COPY . ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/proa/bin/pip install .
+    /opt/proa/bin/pip install --constraint requirements.lock .
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --create-home --uid 1000 proa \
