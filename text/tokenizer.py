@@ -12,6 +12,7 @@ import tokenizers
 
 from text.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 from text.detokenizer import Detokenizer, build_token_texts
+from text.errors import TextTooLongError
 from text.fim import FIM_SPELLINGS, find_fim_tokens
 from text.token_bytes import TokenizerError, build_token_bytes
 
@@ -19,20 +20,6 @@ _CONTROL_SHAPE = re.compile(r"<[|\uff5c].*[|\uff5c]>")
 _LONG_TEXT_CHARS = 20_000
 _MAX_COMPOSED_CHARS = 4  # that Unicode normalisation makes one of
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
-
-
-class TextTooLongError(ValueError):
-    """A text has certainly more tokens than the limit; it was not encoded.
-
-    Attributes:
-        num_tokens: it has at least as many.
-        limit: tokens allowed.
-    """
-
-    def __init__(self, num_tokens: int, limit: int) -> None:
-        super().__init__(f"the text has at least {num_tokens} tokens; the limit is {limit}")
-        self.num_tokens = num_tokens
-        self.limit = limit
 
 
 class Tokenizer:

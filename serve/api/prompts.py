@@ -11,7 +11,7 @@ from typing import TypeVar
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError
 from serve.api.schema import Message
-from text.tokenizer import TextTooLongError
+from text.errors import TextTooLongError, TokenOutsideVocabularyError
 
 _LONG_TEXT_CHARS = 20_000
 
@@ -49,8 +49,7 @@ async def encode_chat(
         limit=context.backend.max_context_tokens,
     )
     num_chars = sum(len(turn["content"]) + 32 for turn in turns)
-    token_ids = await _run(num_chars, work, param="messages")
-    return _check_embedded(context, token_ids, param="messages")
+    return await _run(num_chars, lambda: _check_embedded(context, work()), param="messages")
 
 
 async def encode_prompts(
@@ -101,8 +100,7 @@ async def encode_text(
         add_special_tokens=add_special_tokens,
         limit=context.backend.max_context_tokens,
     )
-    token_ids = await _run(len(text), work, param=param)
-    return _check_embedded(context, token_ids, param=param)
+    return await _run(len(text), lambda: _check_embedded(context, work()), param=param)
 
 
 async def decode_tokens(context: ApiContext, token_ids: list[int], *, param: str) -> str:
@@ -147,7 +145,7 @@ def _encode_prompt(
         )
     if not token_ids:
         raise _empty()
-    return _check_embedded(context, token_ids, param="prompt")
+    return _check_embedded(context, token_ids)
 
 
 def _empty() -> ApiError:
@@ -168,17 +166,13 @@ def _check_token_ids(context: ApiContext, token_ids: Sequence[int], *, param: st
         )
 
 
-def _check_embedded(context: ApiContext, token_ids: list[int], *, param: str) -> list[int]:
+def _check_embedded(context: ApiContext, token_ids: list[int]) -> list[int]:
     """Return ids that a text was encoded to, if the model has an embedding for each."""
     vocab_size = context.backend.vocab_size
     if token_ids and max(token_ids) >= vocab_size:
         bad = next(i for i in token_ids if i >= vocab_size)
-        raise ApiError(
-            f"{param} spells the token {context.tokenizer.token_text(bad)!r} (id {bad}), which the "
-            f"model lacks: its vocabulary is 0 to {vocab_size - 1}.",
-            param=param,
-            code="invalid_value",
-        )
+        text = context.tokenizer.token_text(bad) or ""
+        raise TokenOutsideVocabularyError(text, bad, vocab_size)
     return token_ids
 
 
@@ -191,12 +185,19 @@ async def _run(size: int, work: Callable[[], Result], *, param: str) -> Result:
         param: the field that has them.
 
     Raises:
-        ApiError: a text cannot fit the context.
+        ApiError: a text cannot fit the context, or spells a token that the model lacks.
     """
     try:
         return work() if size < _LONG_TEXT_CHARS else await asyncio.to_thread(work)
     except TextTooLongError as error:
         raise _too_long(error.limit, f"{param} has at least {error.num_tokens}", param) from None
+    except TokenOutsideVocabularyError as error:
+        raise ApiError(
+            f"{param} spells the token {error.text!r} (id {error.token_id}), which the model "
+            "lacks.",
+            param=param,
+            code="invalid_value",
+        ) from None
 
 
 def _too_long(limit: int, what: str, param: str) -> ApiError:

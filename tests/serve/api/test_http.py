@@ -170,3 +170,16 @@ def test_many_messages_are_refused_by_number(client: Client) -> None:
     messages = [{"role": "user", "content": ""}] * 20_000
     response = client.chat(messages=messages)
     assert "at most 16384" in check_error(response, 400, param="messages", code="invalid_type")
+
+
+@pytest.mark.parametrize("path", ["/v1/models/%ED%A0%80", "/v1/adapters/%FF", "/%C3%28"])
+def test_path_that_is_no_unicode_is_not_found(client: Client, path: str) -> None:
+    param = "model" if "models" in path else None
+    check_error(client.get(path), 404, param=param)
+
+
+@pytest.mark.parametrize("field", ["model", "user", "service_tier"])
+def test_half_a_surrogate_pair_is_refused_in_every_text(client: Client, field: str) -> None:
+    body = b'{"messages": [{"role": "user", "content": "a"}], "%s": "\\ud83d"}' % field.encode()
+    response = client.post("/v1/chat/completions", content=body)
+    assert "surrogate" in check_error(response, 400, code="invalid_json")

@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from serve.api import ApiSettings, create_app
+from serve.ui import sessions
 from serve.ui.app import page_settings
 from serve.ui.mount import PATH, UserInterface
 from tests.serve.api.conftest import FakeBackend, make_client
@@ -128,3 +129,25 @@ def test_what_no_page_sends_is_refused(tokenizer: Tokenizer, path: str) -> None:
     statuses = {name: status for name, (_, status) in BAD_RUNS.items()}
     assert {name: response.status_code for name, response in responses.items()} == statuses
     assert all(list(response.json()) == ["detail"] for response in responses.values())
+
+
+def test_gradio_forgets_the_sessions_that_are_too_many(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 3)
+    app = make_app(tokenizer)
+    (interface,) = [r.app for r in app.routes if isinstance(getattr(r, "app", None), UserInterface)]
+
+    async def join_all() -> list[int]:
+        async with make_client(app) as client:
+            names = [f"session-{i}" for i in range(6)]
+            runs = [await client.post(JOIN, json=make_run(session_hash=name)) for name in names]
+        return [run.status_code for run in runs]
+
+    assert asyncio.run(join_all()) == [200] * 6
+    gradio = interface._gradio
+    queue = gradio.get_blocks()._queue
+    kept = {"session-3", "session-4", "session-5"}
+    assert set(gradio.state_holder.session_data) <= kept
+    assert set(queue.pending_messages_per_session) <= kept
+    assert set(queue.pending_event_ids_session) <= kept
