@@ -272,7 +272,9 @@ class ModelEntry(AnswerModel):
     root: str
     parent: str | None
     max_model_len: int
-    x_kind: Literal["base", "variant", "adapter", "strategy"]
+    x_kind: str = Field(
+        description="What the id stands for: the base, something on it, a strategy."
+    )
 
 
 class ModelList(AnswerModel):
@@ -289,7 +291,7 @@ class AdapterEntry(AnswerModel):
     object: Literal["adapter"]
     name: str
     method: str
-    kind: str | None = None
+    kind: str = Field("", description="What the adapter is: a side network or a variant.")
     description: str
     num_parameters: int
     num_bytes: int
