@@ -52,7 +52,7 @@ class AccessMiddleware:
         host = _split(f"//{hosts[0]}") if len(hosts) == 1 else None
         if self._digests:
             path = scope["path"]
-            if is_below_interface(path) and not all(_split(origin) == host for origin in origins):
+            if is_below_interface(path) and not all(self._is_own(o, host) for o in origins):
                 raise _forbidden("The interface takes nothing from pages of other origins.")
             if not (is_known or is_admin or is_below_interface(path) or path in _OPEN_PATHS):
                 raise _unauthorized("A valid API key")
@@ -76,10 +76,13 @@ class AccessMiddleware:
         return is_bearer and any(known), is_bearer and any(admin)
 
     def _is_allowed(self, origin: str, port: int | None) -> bool:
-        if origin in self._origins:
-            return True
         found = _split(origin)
-        return found is not None and found[0] in self._hosts and found[1] == port
+        is_local = found is not None and found[0] in self._hosts and found[1] == port
+        return is_local or origin in self._origins
+
+    def _is_own(self, origin: str, host: tuple[str, int | None] | None) -> bool:
+        found = _split(origin)
+        return (found is not None and found == host) or origin in self._origins
 
 
 def _split(url: str) -> tuple[str, int | None] | None:

@@ -92,11 +92,21 @@ def test_interface_takes_no_longer_body_than_the_api(tokenizer: Tokenizer) -> No
     assert ask(app, "POST", f"{PATH}/nothing", b"a" * 3000).status_code == 413
 
 
-def test_interface_takes_nothing_from_other_pages(tokenizer: Tokenizer) -> None:
-    for keys in ((), ("secret",)):
-        app = make_app(tokenizer, api_keys=keys)
-        headers = {"Origin": "http://localhost:3000"}
-        assert ask(app, "POST", JOIN, make_run(), headers=headers).status_code == 403
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://evil.example", "null"])
+@pytest.mark.parametrize("keys", [(), ("secret",)], ids=["open", "locked"])
+def test_interface_takes_nothing_from_other_pages(
+    tokenizer: Tokenizer, keys: tuple[str, ...], origin: str
+) -> None:
+    app = make_app(tokenizer, api_keys=keys)
+    headers = {"Origin": origin}
+    assert ask(app, "POST", JOIN, make_run(), headers=headers).status_code == 403
+
+
+def test_interface_serves_its_own_page_and_that_of_its_proxy(tokenizer: Tokenizer) -> None:
+    app = make_app(tokenizer, api_keys=("secret",), allowed_origins=("https://proa.example",))
+    for origin in ("http://localhost", "https://proa.example"):
+        reply = ask(app, "POST", JOIN, make_run(fn_index=-1), headers={"Origin": origin})
+        assert reply.status_code == 400, origin
 
 
 BAD_RUNS = {
