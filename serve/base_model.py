@@ -58,8 +58,8 @@ def load_variant(
 
 def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, TokenTables]:
     """Return the tokenizer, and the tables of its tokens with one entry for each logit."""
-    tokenizer = Tokenizer.from_folder(checkpoint.folder)
     vocab_size = checkpoint.spec.vocab_size
+    tokenizer = Tokenizer.from_folder(checkpoint.folder, num_embeddings=vocab_size)
     token_bytes = tokenizer.token_bytes()[:vocab_size]
     padding = [None] * (vocab_size - len(token_bytes))
     return tokenizer, build_token_tables([*token_bytes, *padding])

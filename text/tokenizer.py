@@ -12,14 +12,14 @@ import tokenizers
 
 from text.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 from text.detokenizer import Detokenizer, build_token_texts
-from text.errors import TextTooLongError
+from text.errors import TextTooLongError, TokenOutsideVocabularyError
 from text.fim import FIM_SPELLINGS, find_fim_tokens
-from text.token_bytes import TokenizerError, build_token_bytes
+from text.special_tokens import end_token_ids, named_tokens
+from text.token_bytes import TokenizerError, build_token_bytes, find_misread
 
 _CONTROL_SHAPE = re.compile(r"<[|\uff5c].*[|\uff5c]>")
 _LONG_TEXT_CHARS = 20_000
 _MAX_COMPOSED_CHARS = 4  # that Unicode normalisation makes one of
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
 class Tokenizer:
@@ -30,11 +30,14 @@ class Tokenizer:
     it: a second tokenizer knows control tokens only behind a random mark, which is put before those
     that the chat template writes.
 
+    Attributes:
+        eos_token_ids: tokens that end a text; the first closes one in training.
+
     Args:
         description: contents of `tokenizer.json`.
-        tokenizer_config: contents of `tokenizer_config.json`.
-        eos_token_ids: ids that end a sequence besides the `eos_token` of `tokenizer_config`.
         chat_template: template for conversations.
+        num_embeddings: tokens that the model has embeddings for; text that spells a token beyond
+            them is refused. None: not known, nothing is refused.
 
     Raises:
         TokenizerError: the files are broken or the kind of tokenizer is not supported.
@@ -43,10 +46,9 @@ class Tokenizer:
     def __init__(
         self,
         description: Mapping[str, Any],
-        tokenizer_config: Mapping[str, Any],
         *,
-        eos_token_ids: Sequence[int] = (),
         chat_template: ChatTemplate | None = None,
+        num_embeddings: int | None = None,
     ) -> None:
         self._description = {**description, "truncation": None, "padding": None}
         try:
@@ -68,18 +70,18 @@ class Tokenizer:
             )
             or r"(?!)"
         )
-        named = _named_tokens(tokenizer_config)
-        eos_token_id = self._library.token_to_id(named.get("eos_token", ""))
-        extra = () if eos_token_id is None else (eos_token_id,)
-        self.eos_token_ids = tuple(dict.fromkeys((*eos_token_ids, *extra)))
+        self.eos_token_ids: tuple[int, ...] = ()
+        self._num_embeddings = num_embeddings
 
     @classmethod
-    def from_folder(cls, folder: Path | str) -> "Tokenizer":
+    def from_folder(cls, folder: Path | str, *, num_embeddings: int | None = None) -> "Tokenizer":
         """Load a model folder's tokenizer.
 
         Args:
-            folder: has `tokenizer.json`; `tokenizer_config.json`, `chat_template.jinja`,
-                `generation_config.json` and `config.json` are read where they exist.
+            folder: has `tokenizer.json`; `tokenizer_config.json`, `special_tokens_map.json`,
+                `chat_template.jinja`, `generation_config.json` and `config.json` are read where
+                they exist.
+            num_embeddings: see the class.
 
         Raises:
             TokenizerError: `tokenizer.json` is missing, or a file is broken.
@@ -89,16 +91,27 @@ class Tokenizer:
         description = _load_json(folder / "tokenizer.json")
         if not description:
             raise TokenizerError(f"{folder}: no tokenizer.json")
-        tokenizer_config = _load_json(folder / "tokenizer_config.json")
-        eos_token_ids: list[int] = []
-        for name in ("generation_config.json", "config.json"):
-            value = _load_json(folder / name).get("eos_token_id")
-            if value is not None:
-                eos_token_ids += value if isinstance(value, list) else [value]
-        template = load_chat_template(folder, tokenizer_config, _named_tokens(tokenizer_config))
-        return cls(
-            description, tokenizer_config, eos_token_ids=eos_token_ids, chat_template=template
+        settings = _load_json(folder / "tokenizer_config.json")
+        named = named_tokens(settings, _load_json(folder / "special_tokens_map.json"))
+        tokenizer = cls(
+            description,
+            chat_template=load_chat_template(folder, settings, named),
+            num_embeddings=num_embeddings,
         )
+        tokenizer.eos_token_ids = end_token_ids(
+            _load_json(folder / "generation_config.json"),
+            _load_json(folder / "config.json"),
+            tokenizer._library.token_to_id(named.get("eos_token", "")),
+        )
+        return tokenizer
+
+    @cached_property
+    def tokens_outside(self) -> Mapping[int, str]:
+        """Tokens that the model has no embeddings for, by id."""
+        size = self.vocab_size
+        first = size if self._num_embeddings is None else self._num_embeddings
+        texts = ((i, self._library.id_to_token(i)) for i in range(first, size))
+        return {i: text for i, text in texts if text is not None}
 
     @cached_property
     def vocab_size(self) -> int:
@@ -109,6 +122,11 @@ class Tokenizer:
     def _token_bytes(self) -> list[bytes | None]:
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         return build_token_bytes(self._description, vocabulary, self.control_ids)
+
+    @cached_property
+    def _misread_ids(self) -> frozenset[int]:
+        """Added tokens that the library's decoder takes for the spelling of other bytes."""
+        return find_misread(self._description)
 
     @cached_property
     def _token_texts(self) -> list[str | None]:
@@ -159,21 +177,41 @@ class Tokenizer:
 
         Raises:
             TextTooLongError: the text is certainly over `limit`.
+            TokenOutsideVocabularyError: it spells a token that the model has no embedding for.
         """
         self._check_length(text, limit)
         if allow_special:
-            return list(_encode(self._library, text, add_special_tokens=add_special_tokens))
+            ids = list(_encode(self._library, text, add_special_tokens=add_special_tokens))
+            return self._check_ids(ids)
         return self._encode_marked(text, add_special_tokens=add_special_tokens)
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Decode a whole text, as the library does."""
-        return self._library.decode(token_ids, skip_special_tokens=skip_special_tokens)
+    def _check_ids(self, token_ids: list[int]) -> list[int]:
+        if self.tokens_outside and max(token_ids, default=0) >= next(iter(self.tokens_outside)):
+            bad = next(i for i in token_ids if i in self.tokens_outside)
+            assert self._num_embeddings is not None
+            raise TokenOutsideVocabularyError(self.tokens_outside[bad], bad, self._num_embeddings)
+        return token_ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Decode a whole text, control tokens spelt out, as the library means to do."""
+        first = len(token_ids)
+        if self._misread_ids:
+            first = next((n for n, i in enumerate(token_ids) if i in self._misread_ids), first)
+        text = self._library.decode(token_ids[:first], skip_special_tokens=False)
+        return text + self._join(token_ids[first:], self._control_texts)
 
     def decode_bytes(self, token_ids: Sequence[int]) -> str:
         """Decode the continuation of a text: the tokens' bytes joined, control tokens left out."""
+        return self._join(token_ids, {})
+
+    def _join(self, token_ids: Sequence[int], control_texts: Mapping[int, str]) -> str:
         table = self._token_bytes
-        data = b"".join(table[i] or b"" for i in token_ids if i < len(table))
-        return data.decode(errors="replace")
+        data = (
+            control_texts[i].encode() if i in control_texts else table[i] or b""
+            for i in token_ids
+            if i < len(table)
+        )
+        return b"".join(data).decode(errors="replace")
 
     def render_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
@@ -203,6 +241,7 @@ class Tokenizer:
         Raises:
             ChatTemplateError: there is no template, or it refuses the conversation.
             TextTooLongError: the rendered text is certainly over `limit` tokens.
+            TokenOutsideVocabularyError: see `encode`.
         """
         held: list[str] = []
 
@@ -235,19 +274,22 @@ class Tokenizer:
         Raises:
             TokenizerError: the vocabulary has no fill-in-the-middle tokens.
             TextTooLongError: the text is certainly over `limit` tokens.
+            TokenOutsideVocabularyError: see `encode`; or a marker is such a token.
         """
         self._check_length(prefix + suffix, limit)
         fim = self.fim_tokens
         if fim is None:
             raise TokenizerError("the model has no fill-in-the-middle tokens")
-        return [
-            *self.encode("", add_special_tokens=add_special_tokens),
-            fim.prefix_id,
-            *self.encode(prefix),
-            fim.suffix_id,
-            *self._encode_continuation(suffix),
-            fim.middle_id,
-        ]
+        return self._check_ids(
+            [
+                *self.encode("", add_special_tokens=add_special_tokens),
+                fim.prefix_id,
+                *self.encode(prefix),
+                fim.suffix_id,
+                *self._encode_continuation(suffix),
+                fim.middle_id,
+            ]
+        )
 
     def _encode_continuation(self, text: str) -> list[int]:
         """Encode without the space that SentencePiece-like tokenizers put before a text."""
@@ -286,8 +328,8 @@ class Tokenizer:
             else:
                 ids.append(id_of.get(token_id, token_id))
         if add_special_tokens:
-            return [*self._around[0], *ids, *self._around[1]]
-        return ids
+            ids = [*self._around[0], *ids, *self._around[1]]
+        return self._check_ids(ids)
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
@@ -323,18 +365,6 @@ def _find_control_tokens(added_tokens: Sequence[Mapping[str, Any]]) -> dict[int,
         for entry in added_tokens
         if entry["special"] or entry["content"] in fim or _CONTROL_SHAPE.fullmatch(entry["content"])
     }
-
-
-def _named_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens by name; older files hold an object with `content` for each."""
-    named = {}
-    for name in _NAMED_TOKENS:
-        value = tokenizer_config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            named[name] = value
-    return named
 
 
 def _load_json(path: Path) -> dict[str, Any]:

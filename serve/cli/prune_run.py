@@ -18,6 +18,7 @@ from serve.cli.stop_signals import INTERRUPTED
 from serve.machine import count_processors
 from serve.model_options import ModelOptions, resolve_model_options
 from text.chat_template import ChatTemplateError
+from text.errors import TokenOutsideVocabularyError
 from text.text_file import read_text
 from text.token_bytes import TokenizerError
 from text.tokenizer import Tokenizer
@@ -35,8 +36,10 @@ def run_search(arguments: argparse.Namespace, config: SearchConfig, options: Mod
         raise UserError(f"{arguments.data}: the file is empty")
     try:
         original, served = load_originals(options)
-        tokenizer = Tokenizer.from_folder(original.folder)
+        tokenizer = Tokenizer.from_folder(original.folder, num_embeddings=original.spec.vocab_size)
         token_ids = tokenizer.encode(text, add_special_tokens=False)
+    except TokenOutsideVocabularyError as error:
+        raise UserError(f"--data: {arguments.data}: {error}") from None
     except (CheckpointError, TokenizerError, ChatTemplateError) as error:
         raise UserError(str(error)) from error
     context = original.spec.max_position_embeddings

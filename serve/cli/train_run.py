@@ -39,7 +39,9 @@ def run_training(
     )
     try:
         checkpoint = load_base(options, report=say)
-        tokenizer = Tokenizer.from_folder(checkpoint.folder)
+        tokenizer = Tokenizer.from_folder(
+            checkpoint.folder, num_embeddings=checkpoint.spec.vocab_size
+        )
     except (CheckpointError, TokenizerError, ChatTemplateError) as error:
         raise UserError(str(error)) from error
     if arguments.on is not None:

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from text.chat_template import ChatTemplateError
-from text.tokenizer import TextTooLongError, Tokenizer, TokenizerError
+from text.errors import TextTooLongError, TokenOutsideVocabularyError
+from text.tokenizer import Tokenizer, TokenizerError
 
-from .conftest import write_byte_level_folder
+from .conftest import write_byte_level_folder, write_metaspace_folder
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 PIECES = st.lists(
@@ -249,3 +251,109 @@ def test_unsupported_decoder_is_refused_with_the_supported_ones(tmp_path: Path) 
     path.write_text(json.dumps({**description, "decoder": {"type": "Fuse"}}))
     with pytest.raises(TokenizerError, match=r"\['Fuse'\] is not supported; supported: ByteLevel"):
         Tokenizer.from_folder(tmp_path).token_bytes()
+
+
+def test_end_ids_of_the_generation_settings_come_before_the_configuration(tmp_path: Path) -> None:
+    folder = write_byte_level_folder(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 1}))
+    assert Tokenizer.from_folder(folder).eos_token_ids == (0, 2)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert Tokenizer.from_folder(folder).eos_token_ids == (1, 2)
+
+
+@pytest.mark.parametrize("value", ["<|im_end|>", {"content": "<|im_end|>"}], ids=["text", "object"])
+def test_special_tokens_map_names_what_the_settings_lack(tmp_path: Path, value: object) -> None:
+    folder = write_byte_level_folder(tmp_path, template="{{ bos_token }}{{ eos_token }}")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").unlink()
+    special = {"bos_token": "<|endoftext|>", "eos_token": value}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.eos_token_ids == (2,)
+    assert tokenizer.render_chat(CHATS["one"]) == "<|im_start|><|im_end|>"
+
+
+def test_folder_without_an_end_token_has_none(tmp_path: Path) -> None:
+    folder = write_byte_level_folder(tmp_path)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    assert Tokenizer.from_folder(folder).eos_token_ids == ()
+
+
+# Letters that a byte-level vocabulary spells bytes with, or that spell nothing there.
+LETTERS = ("d\u00f6rt", "\u0111em", "\u010de", "\u0120a")
+
+
+@pytest.fixture(scope="module")
+def lettered(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = write_byte_level_folder(tmp_path_factory.mktemp("lettered"))
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    library.add_tokens(list(LETTERS))
+    library.add_special_tokens(["<\u00fcber>"])
+    library.save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("text", LETTERS)
+def test_added_token_of_letters_is_its_text(lettered: Tokenizer, text: str) -> None:
+    (token_id,) = lettered.encode(text)
+    assert lettered.token_bytes()[token_id] == text.encode()
+    assert lettered.token_text(token_id) == text
+    assert lettered.decode([token_id]) == text
+    assert lettered.make_detokenizer().feed(token_id) == text
+
+
+def test_added_tokens_of_letters_decode_among_others(lettered: Tokenizer) -> None:
+    text = "he <|im_end|>d\u00f6rt h\u00f6 \u0111em<\u00fcber> llo"
+    assert lettered.decode(lettered.encode(text, allow_special=True)) == text
+    assert lettered.decode(lettered.encode(text)) == text
+
+
+def test_added_piece_in_sentencepiece_spelling_is_its_text(tmp_path: Path) -> None:
+    folder = write_metaspace_folder(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = ["<0x4>", "\u2581new", "<0x41>"]
+    library.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in texts])
+    library.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(folder)
+    table = tokenizer.token_bytes()
+    assert [table[library.token_to_id(t)] for t in texts] == [b"<0x4>", texts[1].encode(), b"A"]
+    assert tokenizer.decode(tokenizer.encode("he\u2581new")) == "he\u2581new"
+
+
+@pytest.fixture(scope="module")
+def short_of_embeddings(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = write_byte_level_folder(tmp_path_factory.mktemp("short"))
+    size = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    return Tokenizer.from_folder(folder, num_embeddings=size - 1)
+
+
+def test_tokens_without_embeddings_are_told(
+    short_of_embeddings: Tokenizer, byte_level: Tokenizer
+) -> None:
+    assert list(short_of_embeddings.tokens_outside.values()) == ["<think>"]
+    assert byte_level.tokens_outside == {}
+
+
+@pytest.mark.parametrize(
+    "enter",
+    [
+        lambda tokenizer, text: tokenizer.encode(text),
+        lambda tokenizer, text: tokenizer.encode(text, allow_special=True),
+        lambda tokenizer, text: tokenizer.encode(text * 3000),
+        lambda tokenizer, text: tokenizer.encode_infill("he", text),
+        lambda tokenizer, text: tokenizer.apply_chat_template([{"role": "user", "content": text}]),
+    ],
+    ids=["encode", "special", "long", "infill", "chat"],
+)
+def test_text_with_a_token_without_embedding_is_refused(
+    tmp_path: Path, enter: Callable[[Tokenizer, str], object]
+) -> None:
+    folder = write_byte_level_folder(tmp_path, extra_tokens=FIM["starcoder"])
+    size = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    tokenizer = Tokenizer.from_folder(folder, num_embeddings=size - 1)
+    with pytest.raises(TokenOutsideVocabularyError, match="'<think>', whose id") as error:
+        enter(tokenizer, "he <think> llo")
+    assert (error.value.text, error.value.token_id) == ("<think>", size - 1)
