@@ -4,7 +4,7 @@ Tensors and token ids in, token ids out. Nothing here knows a tokenizer, a model
 """
 
 from decoding.counter_random import derive_seed
-from decoding.errors import ParameterError
+from decoding.errors import LogitsError, ParameterError
 from decoding.logprobs import TopLogprobs, token_logprobs
 from decoding.params import SamplingParams
 from decoding.row import Row
@@ -15,6 +15,7 @@ from decoding.tables import TOKEN_CLASSES, TokenTables, build_token_tables
 __all__ = [
     "STRATEGIES",
     "TOKEN_CLASSES",
+    "LogitsError",
     "ParameterError",
     "Row",
     "Sampled",

@@ -1,4 +1,4 @@
-"""The error that a bad sampling parameter raises."""
+"""What is wrong with sampling parameters, or with the logits to sample from."""
 
 
 class ParameterError(ValueError):
@@ -11,3 +11,10 @@ class ParameterError(ValueError):
     def __init__(self, message: str, *, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+class LogitsError(ValueError):
+    """Logits are not numbers, so no token can be drawn: the weights or the kernels are broken."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are not numbers; are its weights damaged?")

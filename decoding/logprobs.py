@@ -1,10 +1,12 @@
 """Log probabilities and entropy of the model's own distribution."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from decoding.errors import LogitsError
 from decoding.rows import find_largest, sum_rows
 
 # Rows at a time, so that a long prompt's log probabilities are never all in memory.
@@ -27,6 +29,9 @@ def token_logprobs(
     Returns:
         for each row, the natural log probability of its token, and `num_top` pairs of token id and
         log probability, most likely first.
+
+    Raises:
+        LogitsError: a row's logits are not numbers.
     """
     found: list[tuple[float, TopLogprobs]] = []
     for start in range(0, len(token_ids), _MAX_ROWS):
@@ -41,14 +46,17 @@ def _token_logprobs(
     """Do what `token_logprobs` does, for a few rows."""
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = logprobs.gather(1, torch.tensor(token_ids, device=logprobs.device)[:, None])[:, 0]
+    scores = chosen.tolist()
+    if any(map(math.isnan, scores)):
+        raise LogitsError
     if num_top == 0:
-        return [(value, ()) for value in chosen.tolist()]
+        return [(value, ()) for value in scores]
     values, ids = find_largest(logprobs, num_top)
     tops = [
         tuple(zip(row_ids, row_values, strict=True))
         for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
     ]
-    return list(zip(chosen.tolist(), tops, strict=True))
+    return list(zip(scores, tops, strict=True))
 
 
 def entropies(logits: Tensor) -> Tensor:

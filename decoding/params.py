@@ -155,7 +155,7 @@ class SamplingParams:
 
         Raises:
             ParameterError: `logit_bias`, `stop_token_ids` or a field of the strategy has an id
-                that the vocabulary lacks.
+                that the vocabulary lacks, or `min_tokens` leaves no token of it.
         """
         named = {"logit_bias": tuple(self.logit_bias), "stop_token_ids": self.stop_token_ids}
         for field, token_ids in self.strategy.token_ids().items():
@@ -168,3 +168,9 @@ class SamplingParams:
                     f"0 to {vocab_size - 1}",
                     param=param,
                 )
+        if self.min_tokens and len(set(self.stop_token_ids)) == vocab_size:
+            raise ParameterError(
+                f"stop_token_ids has all {vocab_size} tokens, and none of them is drawn before "
+                "min_tokens",
+                param="stop_token_ids",
+            )

@@ -10,6 +10,8 @@ from torch import Tensor
 from decoding.params import SamplingParams
 
 _MIN_CAPACITY = 256
+# A tiny repetition penalty makes logits no larger: divided by the least temperature it is finite.
+_MAX_LOGIT = 1e30
 
 
 class TokenCounts:
@@ -145,5 +147,7 @@ def _penalise(values: Tensor, rows: Sequence[TokenCounts]) -> Tensor:
     in_prompt = torch.cat([row.in_prompt for row in rows]).to(values.device)
     is_generated = counts > 0.0
     scaled = torch.where(values > 0.0, values / repetition, values * repetition)
-    values = torch.where(is_generated | (in_prompt > 0.0), scaled, values)
+    scaled = scaled.clamp_(-_MAX_LOGIT, _MAX_LOGIT)
+    is_scaled = (is_generated | (in_prompt > 0.0)) & values.isfinite()
+    values = torch.where(is_scaled, scaled, values)
     return values - frequency * counts - presence * is_generated

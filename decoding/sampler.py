@@ -1,5 +1,6 @@
 """The sampler: logits of a batch of sequences to one token for each."""
 
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from decoding.draw import draw_dense
+from decoding.errors import LogitsError, ParameterError
 from decoding.filters import draw_filtered
 from decoding.logprobs import TopLogprobs, entropies, token_logprobs
 from decoding.params import SamplingParams
@@ -110,7 +112,8 @@ class Sampler:
             is_traced: report class, temperature and entropy of each token.
 
         Raises:
-            ParameterError: a token id among the parameters is not in the vocabulary.
+            ParameterError: a token id among the parameters is not in the vocabulary, or no token
+                of it may be drawn before `min_tokens`.
         """
         params.check_vocabulary(self._tables.vocab_size)
         banned: set[int] = set()
@@ -118,6 +121,12 @@ class Sampler:
             banned.update(params.stop_token_ids)
             if not params.ignore_eos:
                 banned |= self._eos_token_ids
+            if len(banned) >= self._tables.vocab_size:
+                raise ParameterError(
+                    "stop_token_ids and the end tokens are the whole vocabulary, and none of them "
+                    "is drawn before min_tokens",
+                    param="stop_token_ids",
+                )
         return Row(
             params,
             self._bind(params.strategy),
@@ -134,6 +143,9 @@ class Sampler:
         Args:
             logits: (B, V) float32, raw model output; not changed.
             rows: B rows.
+
+        Raises:
+            LogitsError: a row's logits are not numbers.
         """
         assert logits.shape == (len(rows), self._tables.vocab_size), logits.shape
         if logits.dtype != torch.float32 or not logits.is_contiguous():
@@ -147,8 +159,12 @@ class Sampler:
             kind = greedy if row.params.is_greedy else filtered if row.is_filtered else dense
             kind.append(index)
         for part in self._split(greedy):
-            taken = argmax_rows(self._take(logits, rows, part))
-            for index, token_id in zip(part, taken.tolist(), strict=True):
+            taken = self._take(logits, rows, part)
+            columns = argmax_rows(taken)
+            # What is not a number counts as the largest value, so this one tells of the whole row.
+            if not all(map(math.isfinite, taken.gather(1, columns[:, None])[:, 0].tolist())):
+                raise LogitsError
+            for index, token_id in zip(part, columns.tolist(), strict=True):
                 token_ids[index] = token_id
         for drawn in (dense, filtered):
             for part in self._split(drawn):
@@ -217,6 +233,9 @@ class Sampler:
         scaled, probs = self._scratch(len(part))
         torch.div(taken, temperatures[:, None], out=scaled[:, : self._tables.vocab_size])
         torch.softmax(scaled, dim=-1, out=probs)
+        # One logit that is not a number makes every probability of its row so.
+        if any(map(math.isnan, probs[:, 0].tolist())):
+            raise LogitsError
         uniforms = torch.tensor([[row.uniform()] for row in members], dtype=torch.float64)
         uniforms = uniforms.to(self._device)
         if members[0].is_filtered:
