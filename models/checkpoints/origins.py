@@ -7,20 +7,10 @@ from pathlib import Path
 
 from models.checkpoints.gguf_file import GgufFile
 from models.checkpoints.tensor_files import SafetensorsFolder, TensorReader, load_json, weight_files
+from models.checkpoints.tokenizer_files import TOKENIZER_FILES
 from models.demo import DEMO_MODEL_ID, DEMO_SHA256, fetch_demo_model
 from models.families import CheckpointError, ModelDescription, describe_model
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 Report = Callable[[str], None]
 

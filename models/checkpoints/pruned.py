@@ -27,7 +27,7 @@ from models.quantization import NF4_CODEBOOK, quantize_4bit
 from models.spec import DecoderSpec, canonical_weights
 from models.weights import Quantized4Bit, Weight, dense
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _FILE = "model.safetensors"
 _BLOCK_SIZE = 64
 _COST = (
@@ -152,7 +152,7 @@ def _cached(
     """Return the cached folder of a base's variant, building it the first time.
 
     Raises:
-        CheckpointError: the cache cannot be read or written.
+        CheckpointError: the cache is damaged, or cannot be read or written.
     """
     key = {
         "version": _CACHE_VERSION,
@@ -184,36 +184,19 @@ def _write(path: Path, matrices: Iterable[tuple[str, Tensor]], *, is_quantized: 
 def _mapped(
     folder: Path, spec: DecoderSpec, names: Sequence[str], *, is_quantized: bool
 ) -> dict[str, Weight]:
-    """Map matrices from the cache, by name.
-
-    Raises:
-        CheckpointError: the file there is damaged; the message names the folder.
-    """
+    """Map matrices from the cache, by name."""
     shapes = {name: shape for name, shape, _ in canonical_weights(spec)}
     codebook = torch.tensor(NF4_CODEBOOK)
-    weights: dict[str, Weight] = {}
-    try:
-        reader = SafetensorsFolder(folder)
-        for name in names:
-            rows, columns = shapes[name]
-            sizes: dict[str, tuple[int, ...]] = {name: (rows, columns)}
-            if is_quantized:
-                count = rows * columns
-                sizes = {
-                    f"{name}.packed": (-(-count // 2),),
-                    f"{name}.absmax": (-(-count // _BLOCK_SIZE),),
-                }
-            if wrong := [part for part, size in sizes.items() if reader.shapes.get(part) != size]:
-                raise CheckpointError(f"{folder / _FILE}: {wrong[0]} is missing or misshapen")
-            parts = [reader.read(part) for part in sizes]
-            weights[name] = parts[0]
-            if is_quantized:
-                weights[name] = Quantized4Bit(
-                    packed=parts[0], absmax=parts[1], codebook=codebook, shape=(rows, columns),
-                    block_size=_BLOCK_SIZE,
-                )  # fmt: skip
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}; the cache is damaged: remove {folder}, and the next start slices again"
-        ) from error
-    return weights
+    reader = SafetensorsFolder(folder)
+    if not is_quantized:
+        return {name: reader.read(name) for name in names}
+    return {
+        name: Quantized4Bit(
+            packed=reader.read(f"{name}.packed"),
+            absmax=reader.read(f"{name}.absmax"),
+            codebook=codebook,
+            shape=cast(tuple[int, int], shapes[name]),
+            block_size=_BLOCK_SIZE,
+        )
+        for name in names
+    }

