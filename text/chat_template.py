@@ -2,35 +2,36 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from text.template_sandbox import BoundedEnvironment, BudgetError
 
 _MAX_MESSAGE_CHARS = 200
+_PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
+_RENDER_ERRORS = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError,
+    TypeError, ValueError,
+)  # fmt: skip
 
 
 class ChatTemplateError(ValueError):
     """The messages do not suit the model's chat template, or it has none."""
 
 
-class _GenerationBlock(Extension):
-    """Accept `{% generation %}`, which marks text for training, as a plain block."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class ChatTemplate:
     """A compiled template. It comes from the model's folder, never from a request.
+
+    Templates read a message's content as text or as a list of parts. Which of the two is found by
+    rendering a probe, for each role; a template that shows a user's words in neither form is
+    refused when it is used.
+
+    Attributes:
+        unread_roles: roles whose words it does not show.
 
     Args:
         source: Jinja text.
@@ -40,18 +41,20 @@ class ChatTemplate:
         ChatTemplateError: the text is no Jinja template.
     """
 
+    unread_roles: frozenset[str]
+
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-        )
-        environment.filters["tojson"] = _apply_tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        self._environment = BoundedEnvironment({"tojson": _apply_tojson})
+        self._environment.globals["raise_exception"] = _raise_exception
+        self._environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = self._environment.compile_bounded(source)
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise ChatTemplateError(f"the model's chat template is broken: {error}") from error
         self._special_tokens = dict(special_tokens)
+        self._part_roles = self.unread_roles = frozenset()
+        with suppress(ChatTemplateError):  # every conversation will be refused like the probe
+            self._part_roles, self.unread_roles = self._probe()
 
     def render(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
@@ -63,19 +66,71 @@ class ChatTemplate:
             add_generation_prompt: end with the opening of an assistant turn.
 
         Raises:
-            ChatTemplateError: the template refuses the conversation.
+            ChatTemplateError: the template refuses the conversation, takes too much work for it,
+                or does not show what the user says.
         """
+        if "user" in self.unread_roles:
+            raise ChatTemplateError(
+                "The model's chat template shows nothing of a user's message, as text or as a list "
+                "of parts; use /v1/completions."
+            )
+        return self._render(messages, self._part_roles, add_generation_prompt)
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        part_roles: frozenset[str],
+        add_generation_prompt: bool,
+    ) -> str:
+        self._environment.give(sum(len(v) for message in messages for v in message.values()))
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
+                messages=[
+                    {**message, "content": [{"type": "text", "text": message["content"]}]}
+                    if message["role"] in part_roles
+                    else dict(message)
+                    for message in messages
+                ],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except _RENDER_ERRORS as error:
             reason = str(error)[:_MAX_MESSAGE_CHARS]
             raise ChatTemplateError(f"The model's chat template refuses this: {reason}") from error
+
+    def _probe(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the roles whose content must be a list of parts, and those that are not shown."""
+        for roles in _PROBES:
+            words = [f"probing{i}" for i in range(len(roles))]
+            messages = [{"role": r, "content": w} for r, w in zip(roles, words, strict=True)]
+
+            def lost(
+                part_roles: frozenset[str],
+                turns: Sequence[Mapping[str, str]] = messages,
+                roles: Sequence[str] = roles,
+            ) -> frozenset[str] | None:
+                try:
+                    text = self._render(turns, part_roles, True)
+                except ChatTemplateError as error:
+                    if isinstance(error.__cause__, BudgetError):
+                        raise
+                    return None
+                shown = {turn["role"] for turn in turns if turn["content"] in text}
+                return frozenset(roles) - shown
+
+            as_text = lost(frozenset())
+            if as_text == frozenset():
+                return as_text, as_text
+            part_roles = frozenset(roles) if as_text is None else as_text
+            as_parts = lost(part_roles)
+            if as_parts is not None:
+                # What is not shown as parts either stays text.
+                return part_roles - as_parts, as_parts
+            if as_text is not None:
+                return frozenset(), as_text
+        return frozenset(), frozenset()
 
 
 def load_chat_template(

@@ -19,6 +19,7 @@ from text.token_bytes import TokenizerError, build_token_bytes, find_misread
 
 _CONTROL_SHAPE = re.compile(r"<[|\uff5c].*[|\uff5c]>")
 _LONG_TEXT_CHARS = 20_000
+_MAX_NAMED_TOKENS = 5
 _MAX_COMPOSED_CHARS = 4  # that Unicode normalisation makes one of
 
 
@@ -112,6 +113,25 @@ class Tokenizer:
         first = size if self._num_embeddings is None else self._num_embeddings
         texts = ((i, self._library.id_to_token(i)) for i in range(first, size))
         return {i: text for i, text in texts if text is not None}
+
+    def warnings(self) -> list[str]:
+        """Return what whoever serves the model should know about its files."""
+        lines = []
+        if not self.eos_token_ids:
+            lines.append("the model names no end token: answers run until max_tokens")
+        if outside := self.tokens_outside:
+            names = ", ".join(map(repr, list(outside.values())[:_MAX_NAMED_TOKENS]))
+            more = ", ..." if len(outside) > _MAX_NAMED_TOKENS else ""
+            lines.append(
+                f"the tokenizer has {len(outside)} tokens that the model has no embeddings for "
+                f"({names}{more}): text that spells one is refused"
+            )
+        if self.chat_template is not None:
+            lines += [
+                f"the chat template shows nothing of messages of the role {role}"
+                for role in sorted(self.chat_template.unread_roles)
+            ]
+        return lines
 
     @cached_property
     def vocab_size(self) -> int:

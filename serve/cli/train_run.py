@@ -44,6 +44,8 @@ def run_training(
         )
     except (CheckpointError, TokenizerError, ChatTemplateError) as error:
         raise UserError(str(error)) from error
+    for line in tokenizer.warnings():
+        say(f"warning: {line}")
     if arguments.on is not None:
         try:
             _, checkpoint = load_variant(options, checkpoint, arguments.on, report=say)

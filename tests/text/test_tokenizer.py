@@ -146,23 +146,27 @@ def test_chat_template_has_what_transformers_gives_it(tmp_path: Path) -> None:
         "    {% if loop.index > 1 %}{% break %}{% endif %}\n"
         "{% generation %}{{ {'a': '<b>'} | tojson }}{% endgeneration %}"
         "{{ strftime_now('%Y') | length }}{{ tools is none }}{{ eos_token }}"
-        "{% endfor %}"
+        "{% endfor %}{{ messages[-1].content }}"
     )
     tokenizer = Tokenizer.from_folder(write_byte_level_folder(tmp_path, template=template))
-    assert tokenizer.render_chat(CHATS["system"]).strip() == '{"a": "<b>"}4True<|im_end|>'
+    text = tokenizer.render_chat(CHATS["system"]).strip()
+    assert text.startswith('{"a": "<b>"}4True<|im_end|>')
 
 
 def test_chat_template_file_comes_before_the_configuration(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_text("from the file")
+    (tmp_path / "chat_template.jinja").write_text("from the file: {{ messages }}")
     tokenizer = Tokenizer.from_folder(write_byte_level_folder(tmp_path))
-    assert tokenizer.render_chat(CHATS["one"]) == "from the file"
+    assert tokenizer.render_chat(CHATS["one"]).startswith("from the file: ")
 
 
 def test_chat_template_of_several_is_the_default(tmp_path: Path) -> None:
     write_byte_level_folder(tmp_path)
-    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    named = [
+        {"name": name, "template": f"{name}: {{{{ messages }}}}"}
+        for name in ("tool_use", "default")
+    ]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert Tokenizer.from_folder(tmp_path).render_chat(CHATS["one"]) == "y"
+    assert Tokenizer.from_folder(tmp_path).render_chat(CHATS["one"]).startswith("default: ")
 
 
 def test_messages_cannot_run_templates(byte_level: Tokenizer) -> None:
@@ -263,7 +267,8 @@ def test_end_ids_of_the_generation_settings_come_before_the_configuration(tmp_pa
 
 @pytest.mark.parametrize("value", ["<|im_end|>", {"content": "<|im_end|>"}], ids=["text", "object"])
 def test_special_tokens_map_names_what_the_settings_lack(tmp_path: Path, value: object) -> None:
-    folder = write_byte_level_folder(tmp_path, template="{{ bos_token }}{{ eos_token }}")
+    template = "{{ bos_token }}{{ messages[-1].content }}{{ eos_token }}"
+    folder = write_byte_level_folder(tmp_path, template=template)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     del settings["eos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -272,7 +277,8 @@ def test_special_tokens_map_names_what_the_settings_lack(tmp_path: Path, value: 
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer.eos_token_ids == (2,)
-    assert tokenizer.render_chat(CHATS["one"]) == "<|im_start|><|im_end|>"
+    text = CHATS["one"][0]["content"]
+    assert tokenizer.render_chat(CHATS["one"]) == f"<|im_start|>{text}<|im_end|>"
 
 
 def test_folder_without_an_end_token_has_none(tmp_path: Path) -> None:
@@ -357,3 +363,22 @@ def test_text_with_a_token_without_embedding_is_refused(
     with pytest.raises(TokenOutsideVocabularyError, match="'<think>', whose id") as error:
         enter(tokenizer, "he <think> llo")
     assert (error.value.text, error.value.token_id) == ("<think>", size - 1)
+
+
+def test_warnings_tell_what_the_files_lack(
+    tmp_path: Path, byte_level: Tokenizer, short_of_embeddings: Tokenizer
+) -> None:
+    assert byte_level.warnings() == []
+    assert short_of_embeddings.warnings() == [
+        "the tokenizer has 1 tokens that the model has no embeddings for ('<think>'): text that "
+        "spells one is refused"
+    ]
+    folder = write_byte_level_folder(tmp_path, template="nothing")
+    (folder / "generation_config.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    assert Tokenizer.from_folder(folder).warnings() == [
+        "the model names no end token: answers run until max_tokens",
+        *(f"the chat template shows nothing of messages of the role {role}"
+          for role in ("assistant", "system", "user")),
+    ]  # fmt: skip
