@@ -49,8 +49,11 @@ def check_tensors(description: ModelDescription, reader: TensorReader, origin: P
             continue
         if found != shape:
             problems.append(f"{name} must have the shape {shape}, got {found}")
-        elif not kind and not reader.is_float(name):
-            problems.append(f"{name} must be floating point or bitsandbytes' 4-bit format")
+        elif not kind and (stored := reader.foreign_type(name)):
+            problems.append(
+                f"{name} is stored as {stored}; what can be read is F32, F16, BF16 and "
+                "bitsandbytes' 4-bit format"
+            )
     problems += [f"unexpected {name}" for name in _unexpected(description, reader, set(expected))]
     if problems:
         raise CheckpointError(

@@ -137,9 +137,8 @@ def load_checkpoint(
     origin = find_origin(source, report)
     if not origin.is_gguf:
         assert origin.path is not None
-        config = load_json(origin.path / "config.json")
-        kind = prequantized_kind(config, origin.path)
         opened = open_folder(origin.path)
+        kind = prequantized_kind(opened)
         check_tokenizer_files(origin.path)
         if kind is not None or quantization == "none":
             loaded = _load(opened, origin.name, kind or "none", report)
@@ -223,9 +222,9 @@ def quantize_checkpoint(
     if origin.is_gguf:
         checkpoint = open_gguf(path)
     else:
-        if prequantized_kind(load_json(path / "config.json"), path) is not None:
-            raise CheckpointError(f"{path}: is quantised to 4 bits already")
         checkpoint = open_folder(path)
+        if prequantized_kind(checkpoint) is not None:
+            raise CheckpointError(f"{path}: is quantised to 4 bits already")
         check_tokenizer_files(path)
     try:
         if output.exists():

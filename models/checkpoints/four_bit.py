@@ -7,7 +7,7 @@ object has their offset.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,13 @@ class QuantState:
 def quantized_kind(shapes: Mapping[str, object], name: str) -> str | None:
     """Return "nf4" or "fp4" if the tensor is a 4-bit weight, else None."""
     return next((kind for kind in KINDS if f"{name}.{_STATE}{kind}" in shapes), None)
+
+
+def stored_kind(shapes: Iterable[str]) -> str | None:
+    """Return the kind of the 4-bit weights among a checkpoint's tensors; None if there are none."""
+    return next(
+        (kind for kind in KINDS for name in shapes if name.endswith(f".{_STATE}{kind}")), None
+    )
 
 
 def read_state(reader: TensorReader, name: str, kind: str) -> QuantState:

@@ -3,6 +3,7 @@
 Source: the GGUF specification (ggml, MIT); block formats are unpacked by the `gguf` package.
 """
 
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _F32, _F16, _BF16 = 0, 1, 30
 _PLAIN = {_F32: torch.float32, _F16: torch.float16, _BF16: torch.bfloat16}
-_OTHER = (24, 25, 26, 27, 28)  # whole numbers and float64
+_OTHER = {24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
+_PART = re.compile(r"(.+)-(\d{5})-of-((?!00000)\d{5})\.gguf", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,14 +34,38 @@ class GgufTensor:
     """Where one tensor lies.
 
     Attributes:
+        part: number of the file it is in.
         shape: outermost dimension first, as torch counts.
         kind: ggml type number.
         offset: first byte, from the start of the file.
     """
 
+    part: int
     shape: tuple[int, ...]
     kind: int
     offset: int
+
+
+def find_parts(path: Path) -> list[Path]:
+    """Return the files of a GGUF model, any of which may be named; most models have one.
+
+    Raises:
+        CheckpointError: the name is that of a part, and others are not beside it.
+    """
+    match = _PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, _, count = match.groups()
+    parts = [
+        path.with_name(f"{stem}-{number:05}-of-{count}{path.suffix}")
+        for number in range(1, int(count) + 1)
+    ]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path}: is one part of {int(count)}; missing beside it: {', '.join(missing)}"
+        )
+    return parts
 
 
 class _Cursor:
@@ -79,10 +105,10 @@ class _Cursor:
 
 
 class GgufFile:
-    """An open GGUF file.
+    """An open GGUF file, with all of its parts where it is split.
 
     Attributes:
-        path: the file.
+        path: the first file.
         metadata: key-value pairs; arrays are lists.
         tensors: what tensors there are, by name.
     """
@@ -92,38 +118,59 @@ class GgufFile:
     tensors: Mapping[str, GgufTensor]
 
     def __init__(self, path: Path) -> None:
-        """Read the header and check that the tensors lie within the file.
+        """Read the headers and check that the tensors lie within the files.
 
         Raises:
-            CheckpointError: the file is no GGUF file, is truncated or uses an unknown type.
+            CheckpointError: a file is missing, is no GGUF file or no such part, is truncated or
+                uses an unknown type.
         """
-        self.path = path
+        parts = find_parts(path)
+        self.path = parts[0]
+        self._data: list[mmap] = []
+        self.metadata, self.tensors = {}, {}
+        for part in parts:
+            metadata, tensors = self._open(part)
+            count = metadata.get("split.count", 1)
+            if count != len(parts):
+                raise CheckpointError(
+                    f"{part}: says that the model has {count} parts, its name that it has "
+                    f"{len(parts)}; name them NAME-00001-of-{count:05}.gguf and so on"
+                )
+            self.metadata = self.metadata or metadata
+            self.tensors |= tensors
+
+    def _open(self, path: Path) -> tuple[dict[str, object], dict[str, GgufTensor]]:
+        """Map one file, and return its metadata and its tensors."""
         with path.open("rb") as stream:
             if stream.read(4) != _MAGIC:
                 raise CheckpointError(f"{path}: not a GGUF file")
-            self._data = mmap(stream.fileno(), 0, access=ACCESS_READ)
+            data = mmap(stream.fileno(), 0, access=ACCESS_READ)
+        self._data.append(data)
         try:
-            self.metadata, self.tensors = self._read_header()
-        except (struct.error, OverflowError, MemoryError) as error:
+            metadata, tensors = self._read_header(path, data)
+        except (struct.error, OverflowError, MemoryError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: truncated or damaged in its header; download it again"
             ) from error
         except KeyError as error:
             raise CheckpointError(f"{path}: unknown GGUF value type {error}") from error
-        short = [n for n, t in self.tensors.items() if self._end(t) > len(self._data)]
+        short = [name for name, tensor in tensors.items() if self._end(tensor) > len(data)]
         if short:
             raise CheckpointError(
-                f"{path}: truncated: {len(short)} of {len(self.tensors)} tensors lie past its end "
-                f"({len(self._data)} bytes), the first {short[0]}; download it again"
+                f"{path}: truncated: {len(short)} of {len(tensors)} tensors lie past its end "
+                f"({len(data)} bytes), the first {short[0]}; download it again"
             )
+        return metadata, tensors
 
-    def _read_header(self) -> tuple[dict[str, object], dict[str, GgufTensor]]:
-        cursor = _Cursor(self._data)
+    def _read_header(
+        self, path: Path, data: mmap
+    ) -> tuple[dict[str, object], dict[str, GgufTensor]]:
+        cursor = _Cursor(data)
         cursor.offset = len(_MAGIC)
         version = cursor.count("<I")
         if version not in _VERSIONS:
             raise CheckpointError(
-                f"{self.path}: GGUF version {version} is not supported; supported: {_VERSIONS}"
+                f"{path}: GGUF version {version} is not supported; supported: {_VERSIONS}"
             )
         num_tensors, num_pairs = cursor.count(), cursor.count()
         metadata = {}
@@ -137,10 +184,12 @@ class GgufFile:
             headers[name] = (shape, cursor.count("<I"), cursor.count())
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
-            raise CheckpointError(f"{self.path}: general.alignment {alignment!r} is no alignment")
+            raise CheckpointError(f"{path}: general.alignment {alignment!r} is no alignment")
         start = -(-cursor.offset // alignment) * alignment
         tensors = {
-            name: GgufTensor(shape=shape, kind=kind, offset=start + offset)
+            name: GgufTensor(
+                part=len(self._data) - 1, shape=shape, kind=kind, offset=start + offset
+            )
             for name, (shape, kind, offset) in headers.items()
         }
         return metadata, tensors
@@ -161,9 +210,9 @@ class GgufFile:
         """Tell whether a tensor is stored in a block format."""
         return self.tensors[name].kind not in _PLAIN
 
-    def is_float(self, name: str) -> bool:
-        """Tell whether a tensor is read as 16- or 32-bit floating point."""
-        return self.tensors[name].kind not in _OTHER
+    def foreign_type(self, name: str) -> str | None:
+        """Name the type that a tensor is stored in, if it is not read as 16- or 32-bit floats."""
+        return _OTHER.get(self.tensors[name].kind)
 
     def read(self, name: str, rows: range | None = None) -> Tensor:
         """Return a tensor in its stored dtype, block formats exactly as float32.
@@ -179,7 +228,7 @@ class GgufFile:
         rows = range(tensor.shape[0]) if rows is None else rows
         row_bytes = (self._end(tensor) - tensor.offset) // tensor.shape[0]
         start = tensor.offset + rows.start * row_bytes
-        data = memoryview(self._data)[start : start + len(rows) * row_bytes]
+        data = memoryview(self._data[tensor.part])[start : start + len(rows) * row_bytes]
         shape = (len(rows), *tensor.shape[1:])
         if tensor.kind in _PLAIN:
             return torch.frombuffer(bytearray(data), dtype=_PLAIN[tensor.kind]).view(shape)

@@ -186,9 +186,9 @@ class GgufModel:
             "no other is supported"
         )
 
-    def is_float(self, name: str) -> bool:
-        """Tell whether a tensor is read as 16- or 32-bit floating point."""
-        return self.file.is_float(self._stored[name])
+    def foreign_type(self, name: str) -> str | None:
+        """Name the type that a tensor is stored in, if it is not read as 16- or 32-bit floats."""
+        return self.file.foreign_type(self._stored[name])
 
     def read(self, name: str) -> Tensor:
         """Return a tensor with exact values, its rows in Hugging Face's order."""

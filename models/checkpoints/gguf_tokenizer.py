@@ -130,7 +130,23 @@ class GgufVocabulary:
     @property
     def token_types(self) -> list[int]:
         """ggml's token type by id."""
-        return cast(list[int], self.field("token_type")) or [_NORMAL] * len(self.tokens)
+        if self.field("token_type") is None:
+            return [_NORMAL] * len(self.tokens)
+        return cast(list[int], self._list_by_id("token_type"))
+
+    @property
+    def scores(self) -> list[float]:
+        """Log probability of each piece by id."""
+        return cast(list[float], self._list_by_id("scores"))
+
+    def _list_by_id(self, name: str) -> list[object]:
+        value = cast(list[object], self._list(name))
+        if len(value) != len(self.tokens):
+            raise CheckpointError(
+                f"{self.path}: tokenizer.ggml.{name} has {len(value)} entries for "
+                f"{len(self.tokens)} tokens; the file is damaged, download or convert it again"
+            )
+        return value
 
     def _list(self, name: str) -> list[str]:
         value = self.field(name)
@@ -239,7 +255,7 @@ def _merges_from_scores(
     vocabulary: GgufVocabulary, vocab: Mapping[str, int]
 ) -> list[tuple[str, str]]:
     """List the merges that make each piece, best-scored pieces first."""
-    scores = cast(list[float], vocabulary._list("scores"))
+    scores = vocabulary.scores
     ranked = []
     for token_id, (piece, kind) in enumerate(
         zip(vocabulary.tokens, vocabulary.token_types, strict=True)
@@ -265,9 +281,16 @@ def save_gguf_tokenizer(
         report: told about anything doubtful.
 
     Raises:
-        CheckpointError: the tokenizer is of a kind that is not known.
+        CheckpointError: the tokenizer is of a kind that is not known, or damaged.
     """
-    build_tokenizer(vocabulary, report).save(str(folder / "tokenizer.json"))
+    try:
+        build_tokenizer(vocabulary, report).save(str(folder / "tokenizer.json"))
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(
+            f"{vocabulary.path}: no tokenizer can be made of its tokenizer.ggml fields ({error})"
+        ) from error
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {key: vocabulary.token_id(name) for key, name in names.items()}
     config: dict[str, object] = {

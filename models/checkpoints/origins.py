@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.checkpoints.gguf_file import GgufFile
+from models.checkpoints.four_bit import stored_kind
+from models.checkpoints.gguf_file import GgufFile, find_parts
 from models.checkpoints.tensor_files import SafetensorsFolder, TensorReader, load_json, weight_files
 from models.checkpoints.tokenizer_files import TOKENIZER_FILES
 from models.demo import DEMO_MODEL_ID, DEMO_SHA256, fetch_demo_model
@@ -21,7 +22,8 @@ class Origin:
 
     Attributes:
         name: model id that follows from the source.
-        path: folder, or GGUF file; None for the demo model, which is fetched only when needed.
+        path: folder, or (first) GGUF file; None for the demo model, which is fetched only when
+            needed.
     """
 
     name: str
@@ -37,7 +39,7 @@ class Origin:
         if self.path is None:
             return {"sha256": DEMO_SHA256}
         path = self.path.resolve()
-        files = [path] if self.is_gguf else sorted(_files_that_matter(path))
+        files = find_parts(path) if self.is_gguf else sorted(_files_that_matter(path))
         stats = [(file.name, file.stat()) for file in files]
         return {"path": str(path), "files": [(n, s.st_size, s.st_mtime_ns) for n, s in stats]}
 
@@ -68,7 +70,8 @@ def find_origin(source: str | Path | None, report: Report) -> Origin:
         return Origin(name=path.resolve().name, path=path)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
-            return Origin(name=path.stem, path=path)
+            first = find_parts(path)[0]
+            return Origin(name=re.sub(r"-00001-of-\d{5}$", "", first.stem), path=first)
         raise CheckpointError(f"{path}: a model is a folder or a .gguf file, not this")
     if str(source) == DEMO_MODEL_ID:
         return Origin(name=DEMO_MODEL_ID, path=None)
@@ -129,20 +132,24 @@ def open_gguf(path: Path) -> OpenCheckpoint:
     )
 
 
-def prequantized_kind(config: dict[str, object], folder: Path) -> str | None:
-    """Return "nf4" or "fp4" for a bitsandbytes 4-bit config, None for an unquantised one.
+def prequantized_kind(opened: OpenCheckpoint) -> str | None:
+    """Return "nf4" or "fp4" for a checkpoint that is 4-bit already, None for an unquantised one.
+
+    A config that says nothing about it is not believed: the tensors tell.
 
     Raises:
         CheckpointError: the checkpoint is quantised in another way.
     """
-    settings = config.get("quantization_config")
+    folder = opened.path
+    settings = opened.config.get("quantization_config")
     if settings is None:
-        return None
+        return stored_kind(opened.reader.shapes)
     if not isinstance(settings, dict):
         raise CheckpointError(
             f"{folder}: config.json: quantization_config must be an object, got {settings!r}"
         )
-    method = settings.get("quant_method")
+    # transformers' first releases with it wrote no quant_method.
+    method = settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else None)
     if method != "bitsandbytes" or not settings.get("load_in_4bit", False):
         raise CheckpointError(
             f"{folder}: config.json: quantization_config with quant_method {method!r} is not "

@@ -20,7 +20,7 @@ from models.checkpoints.origins import (
     open_gguf,
     prequantized_kind,
 )
-from models.checkpoints.tensor_files import SafetensorsFolder, load_json
+from models.checkpoints.tensor_files import SafetensorsFolder
 from models.families import CheckpointError
 from models.pruning import Selections, kept_parts, prune_spec, slice_weight
 from models.quantization import NF4_CODEBOOK, quantize_4bit
@@ -108,7 +108,7 @@ def _is_quantized(origin: Origin) -> bool:
     if origin.is_gguf:
         return False
     assert origin.path is not None
-    return prequantized_kind(load_json(origin.path / "config.json"), origin.path) is not None
+    return prequantized_kind(open_folder(origin.path)) is not None
 
 
 def _weights_of(base: Checkpoint) -> Callable[[str], Tensor]:

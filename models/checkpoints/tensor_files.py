@@ -27,8 +27,8 @@ class TensorReader(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor, by name."""
 
-    def is_float(self, name: str) -> bool:
-        """Tell whether a tensor is read as 16- or 32-bit floating point."""
+    def foreign_type(self, name: str) -> str | None:
+        """Name the type that a tensor is stored in, if it is not read as 16- or 32-bit floats."""
 
     def read(self, name: str) -> Tensor:
         """Return a tensor with exact values."""
@@ -61,9 +61,10 @@ class SafetensorsFolder:
             name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()
         }
 
-    def is_float(self, name: str) -> bool:
-        """Tell whether a tensor is stored as 16- or 32-bit floating point."""
-        return self._file_of[name].get_slice(name).get_dtype() in _FLOATS
+    def foreign_type(self, name: str) -> str | None:
+        """Name the type that a tensor is stored in, if it is not 16- or 32-bit floating point."""
+        stored = str(self._file_of[name].get_slice(name).get_dtype())
+        return None if stored in _FLOATS else stored
 
     def read(self, name: str) -> Tensor:
         """Return a tensor mapped from its file."""

@@ -101,3 +101,6 @@ def run_task(argument: str) -> None:
         write_folder(checkpoint, folder, four_bit, lambda text: send(text=text))
     except CheckpointError as error:
         send(error=type(error).__name__, text=str(error))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        send(error="CheckpointError", text=f"{source}: converting it failed ({reason})")

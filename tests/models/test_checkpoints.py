@@ -105,7 +105,7 @@ def test_every_mismatch_is_named_in_one_message(folder: Path) -> None:
         f"{Q} must have the shape (64, 64), got (63, 64)",
         "missing model.norm.weight (64,)",
         "unexpected extra.weight",
-        "lm_head.weight must be floating point",
+        "lm_head.weight is stored as ",
     ):
         assert part in message
 
@@ -445,3 +445,30 @@ def test_code_in_the_current_folder_is_not_run_by_the_conversion(
         check=True,
     )
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [None, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}],
+    ids=["none", "without-method"],
+)
+def test_4_bit_tensors_load_whatever_the_config_says_of_them(
+    first_start: tuple[Checkpoint, Path, list[str]], tmp_path: Path, settings: object
+) -> None:
+    folder = shutil.copytree(first_start[0].folder, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    if settings is not None:
+        config["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_checkpoint(folder)
+    assert (loaded.quantization, loaded.folder) == ("nf4", folder)
+    assert loaded.fingerprint == first_start[0].fingerprint
+
+
+def test_tensor_of_a_foreign_type_is_named_with_it(folder: Path) -> None:
+    change_tensors(folder, lambda t: t.update({Q: t[Q].double()}))
+    with pytest.raises(
+        CheckpointError, match=rf"{Q} is stored as F64; what can be read is F32, F1"
+    ):
+        load_checkpoint(folder)

@@ -25,8 +25,8 @@ class Tensors:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
-    def is_float(self, name: str) -> bool:
-        return self.tensors[name].is_floating_point()
+    def foreign_type(self, name: str) -> str | None:
+        return None if self.tensors[name].is_floating_point() else str(self.tensors[name].dtype)
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -16,7 +16,7 @@ from models.checkpoints.assembly import assemble_weights
 from models.checkpoints.gguf_file import GgufFile
 from models.checkpoints.gguf_model import GgufModel
 from models.checkpoints.gguf_tokenizer import GgufVocabulary, build_tokenizer, save_gguf_tokenizer
-from models.checkpoints.origins import open_gguf
+from models.checkpoints.origins import find_origin, open_gguf
 from models.weights import dense
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -71,12 +71,12 @@ def interleave(tensor: Tensor, num_heads: int) -> Tensor:
 
 def write_gguf(
     path: Path, folder: Path, *, packed: bool = False, rope_factors: Tensor | None = None,
-    **changes: object,
+    tensors_per_part: int = 0, **changes: object,
 ) -> Path:  # fmt: skip
     """Write a Hugging Face folder as GGUF, as llama.cpp's converter does."""
     config = json.loads((folder / "config.json").read_text())
     arch = config["model_type"]
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_part)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -293,8 +293,10 @@ def test_sentencepiece_merges_follow_the_scores() -> None:
         ({"pre": "martian"}, r"ggml\.pre 'martian' is not supported.*Supported: smollm"),
         ({"model": "bert"}, r"ggml\.model 'bert' is not supported; supported: gpt2, llama"),
         ({"merges": None}, r"tokenizer\.ggml\.merges is missing"),
+        ({"token_type": [1, 1]}, r"token_type has 2 entries for \d+ tokens; the file is damaged"),
+        ({"model": "llama", "scores": [0.0]}, r"scores has 1 entries for \d+ tokens"),
     ],
-    ids=["pre", "model", "merges"],
+    ids=["pre", "model", "merges", "types", "scores"],
 )
 def test_unknown_tokenizer_is_refused(changes: Metadata, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
@@ -305,3 +307,61 @@ def test_end_of_turn_counts_as_an_end_token(tmp_path: Path) -> None:
     save_gguf_tokenizer(vocabulary(eos_token_id=0, eot_token_id=2), tmp_path, print)
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [0, 2]
+
+
+def test_merges_that_fit_no_token_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"x\.gguf: no tokenizer can be made of its"):
+        save_gguf_tokenizer(vocabulary(merges=["nothing here"]), tmp_path, print)
+
+
+@pytest.fixture
+def split_gguf(tiny_folder: Callable[..., Path], tmp_path: Path) -> list[Path]:
+    """The parts of a split file."""
+    folder = tiny_folder("smollm", vocab_size=len(TOKENS))
+    write_gguf(tmp_path / "Tiny.gguf", folder, packed=True, tensors_per_part=8)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert [part.name for part in parts] == [f"Tiny-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    return parts
+
+
+def test_split_file_holds_what_the_whole_one_does(
+    split_gguf: list[Path], tiny_gguf: Path, tmp_path: Path
+) -> None:
+    whole = GgufModel(GgufFile(tiny_gguf))
+    for named in split_gguf:
+        split = GgufModel(GgufFile(named))
+        assert split.file.path == split_gguf[0]
+        assert split.config() == whole.config()
+        assert {n: split.read(n).tolist() for n in split.shapes} == {
+            n: whole.read(n).tolist() for n in whole.shapes
+        }
+
+
+def test_split_file_is_one_model_whichever_part_is_named(split_gguf: list[Path]) -> None:
+    origins = [find_origin(part, print) for part in split_gguf]
+    assert {(origin.name, origin.path) for origin in origins} == {("Tiny", split_gguf[0])}
+    before = origins[0].identity()
+    split_gguf[2].write_bytes(split_gguf[2].read_bytes() + b"x")
+    assert origins[0].identity() != before
+
+
+def test_split_file_is_converted(split_gguf: list[Path], tmp_path: Path) -> None:
+    loaded = load_checkpoint(split_gguf[1], quantization="none", cache_dir=tmp_path / "cache")
+    exact = GgufModel(GgufFile(split_gguf[0])).read("model.layers.0.mlp.up_proj.weight")
+    torch.testing.assert_close(
+        dense(loaded.weights["layers.0.up.weight"]), exact, rtol=2**-11, atol=0
+    )
+
+
+def test_missing_part_is_named(split_gguf: list[Path]) -> None:
+    split_gguf[1].unlink()
+    with pytest.raises(CheckpointError, match=r"part of 3; missing beside it: Tiny-00002-of-00003"):
+        load_checkpoint(split_gguf[2])
+
+
+def test_part_under_another_name_is_refused(split_gguf: list[Path]) -> None:
+    renamed = split_gguf[0].rename(split_gguf[0].with_name("model.gguf"))
+    with pytest.raises(
+        CheckpointError, match=r"3 parts, its name that it has 1; name them NAME-000"
+    ):
+        GgufFile(renamed)
