@@ -126,25 +126,28 @@ def assemble_weights(
     return weights
 
 
-def check_finite(weights: Mapping[str, Weight], origin: Path) -> None:
+def check_finite(
+    weights: Mapping[str, Weight], description: ModelDescription, origin: Path
+) -> None:
     """Refuse weights that hold what is no number; of 4-bit ones the scales tell.
 
     Args:
         weights: by canonical name, as they come from a checkpoint.
+        description: the model, for the tensors' names there.
         origin: folder or file, for the message.
 
     Raises:
         CheckpointError: names the first few of them.
     """
     bad = [
-        name
+        description.sources[name].name
         for name, weight in weights.items()
         if not is_finite(
             weight.absmax if isinstance(weight, Quantized4Bit) else cast(Tensor, weight)
         )
     ]
     if bad:
-        raise CheckpointError(describe_not_finite(origin, bad))
+        raise CheckpointError(describe_not_finite(origin, list(dict.fromkeys(bad))))
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -142,7 +142,7 @@ def load_checkpoint(
         check_tokenizer_files(origin.path)
         if kind is not None or quantization == "none":
             loaded = _load(opened, origin.name, kind or "none", report)
-            check_finite(loaded.weights, origin.path)
+            check_finite(loaded.weights, opened.description, origin.path)
             if not has_older_tokenizer(origin.path):
                 return loaded
             return replace(loaded, folder=_converted(origin, "tokenizer", cache_dir, report))

@@ -110,6 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"proa: error: {error}", file=sys.stderr)
         return 1
+    except ImportError as error:
+        print(f"proa: error: a library cannot be loaded: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        # What torch raises has no type of its own.
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        print(
+            "proa: error: out of memory; does the process get enough (ulimit -v)?", file=sys.stderr
+        )
+        return 1
 
 
 def _explain_unknown(word: str, parser: argparse.ArgumentParser) -> str:

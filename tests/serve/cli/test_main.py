@@ -137,3 +137,34 @@ def test_port_in_use_is_status_1(run_proa, server) -> None:
     done = run_proa("serve", "--port", str(server.server_port))
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{server.server_port}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "out of memory; does the process get enough (ulimit -v)?"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; does the"),
+        (ImportError("x.so: failed to map segment"), "a library cannot be loaded: x.so: failed to"),
+    ],
+    ids=["python", "torch", "library"],
+)
+def test_lack_of_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, line: str
+) -> None:
+    def run(arguments: object) -> int:
+        raise error
+
+    monkeypatch.setattr("serve.cli.chat.run", run)
+    assert main(["chat"]) == 1
+    written = capsys.readouterr().err
+    assert written.startswith(f"proa: error: {line}")
+    assert written.count("\n") == 1
+
+
+def test_fault_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: object) -> int:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("serve.cli.chat.run", run)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["chat"])
