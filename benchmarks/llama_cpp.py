@@ -139,7 +139,8 @@ def _fetch_sources(cache: Path) -> None:
     downloads.mkdir(parents=True, exist_ok=True)
     run_command(
         [
-            *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
+            *(sys.executable, "-P", "-m", "pip", "download", "--quiet"),
+            "--disable-pip-version-check",
             *("--no-deps", "--no-binary", ":all:", "--dest", downloads, REQUIREMENT),
         ]
     )

@@ -16,8 +16,10 @@ from serve.options import ConfigError
 from text.tokenizer import Tokenizer
 
 
-def load_base(options: ModelOptions, *, report: Callable[[str], None]) -> Checkpoint:
-    """Load the checkpoint that the options name.
+def load_base(
+    options: ModelOptions, *, needs_tokenizer: bool = False, report: Callable[[str], None]
+) -> Checkpoint:
+    """Load the checkpoint that the options name; see `load_checkpoint`.
 
     Raises:
         CheckpointError: it cannot be found or read.
@@ -26,6 +28,7 @@ def load_base(options: ModelOptions, *, report: Callable[[str], None]) -> Checkp
         options.model,
         quantization=options.quantization,
         cache_dir=options.cache_folder,
+        needs_tokenizer=needs_tokenizer,
         report=report,
     )
 

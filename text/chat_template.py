@@ -12,7 +12,8 @@ import jinja2
 from text.template_sandbox import BoundedEnvironment, BudgetError
 
 _MAX_MESSAGE_CHARS = 200
-_PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
+_ROLES = ("system", "user", "assistant", "user")  # any other role is shown as the user's
+_PROBES = (_ROLES, _ROLES[1:], ("user",))
 _RENDER_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError,
     TypeError, ValueError,
@@ -87,7 +88,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=[
                     {**message, "content": [{"type": "text", "text": message["content"]}]}
-                    if message["role"] in part_roles
+                    if (message["role"] if message["role"] in _ROLES else "user") in part_roles
                     else dict(message)
                     for message in messages
                 ],

@@ -21,7 +21,7 @@ from jinja2.utils import Namespace
 
 # A unit is a character that is made; a chat of some hundred turns takes some ten thousand. A round
 # of a loop and an item of a list take about a microsecond, a call takes ten.
-_BASE_UNITS = 10_000_000
+_BASE_UNITS = 4_000_000
 _UNITS_PER_CHAR = 50
 _STEP_UNITS = 10
 _CALL_UNITS = 100

@@ -112,6 +112,7 @@ def load_checkpoint(
     *,
     quantization: str = "nf4",
     cache_dir: Path | None = None,
+    needs_tokenizer: bool = False,
     report: Callable[[str], None] = _silent,
 ) -> Checkpoint:
     """Load a model.
@@ -123,6 +124,7 @@ def load_checkpoint(
         source: Hugging Face folder, hub id, GGUF file; None or "smollm2" is the demo model.
         quantization: "nf4", or "none" to keep dense weights dense.
         cache_dir: where converted models and the demo model are kept; default ~/.cache/proa.
+        needs_tokenizer: refuse a model without one, before anything is converted.
         report: called with one line at a time about what is being done.
 
     Raises:
@@ -139,7 +141,7 @@ def load_checkpoint(
         assert origin.path is not None
         opened = open_folder(origin.path)
         kind = prequantized_kind(opened)
-        check_tokenizer_files(origin.path)
+        check_tokenizer_files(origin.path, is_needed=needs_tokenizer)
         if kind is not None or quantization == "none":
             loaded = _load(opened, origin.name, kind or "none", report)
             check_finite(loaded.weights, opened.description, origin.path)

@@ -16,22 +16,30 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_SOURCES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _SENTENCEPIECE_NEEDS = ("sentencepiece", "google.protobuf")
 
 
 def has_older_tokenizer(folder: Path) -> bool:
     """Tell whether tokenizer.json must be made of older files."""
     return not (folder / "tokenizer.json").is_file() and any(
-        (folder / name).is_file() for name in ("vocab.json", "tokenizer.model")
+        (folder / name).is_file() for name in _SOURCES[1:]
     )
 
 
-def check_tokenizer_files(folder: Path) -> None:
+def check_tokenizer_files(folder: Path, *, is_needed: bool = False) -> None:
     """Check that the tokenizer can be read, before anything large is.
 
+    Args:
+        folder: a Hugging Face folder.
+        is_needed: there must be one.
+
     Raises:
-        CheckpointError: tokenizer.model is all there is, and what reads it is not installed.
+        CheckpointError: there is none, or tokenizer.model is all there is, and what reads it is not
+            installed.
     """
+    if is_needed and not any((folder / name).is_file() for name in _SOURCES):
+        raise CheckpointError(f"{folder}: no tokenizer; one of {', '.join(_SOURCES)} is needed")
     if not has_older_tokenizer(folder) or (folder / "vocab.json").is_file():
         return
     missing = [name for name in _SENTENCEPIECE_NEEDS if not _is_installed(name)]

@@ -36,7 +36,7 @@ def build(config: ServeConfig, *, report: Report) -> BuiltBackend:
     )
     config = replace(config, **asdict(options))
     try:
-        checkpoint = load_base(options, report=report)
+        checkpoint = load_base(options, needs_tokenizer=True, report=report)
         # The tokenizer loads while the decoder packs its weights: both leave Python's lock alone.
         with ThreadPoolExecutor(1) as pool:
             loading = pool.submit(load_tokenizer, checkpoint)
@@ -49,7 +49,9 @@ def build(config: ServeConfig, *, report: Report) -> BuiltBackend:
         registry = _build_registry(config, decoder, checkpoint, report)
     except (CheckpointError, TokenizerError, ChatTemplateError) as error:
         raise ConfigError(str(error)) from error
-    name, folder, eos_token_ids = checkpoint.name, checkpoint.folder, checkpoint.eos_token_ids
+    for line in tokenizer.warnings():
+        report(f"warning: {line}")
+    name, folder, eos_token_ids = checkpoint.name, checkpoint.folder, tokenizer.eos_token_ids
     # Its weights are mapped from disk; what the decoder needs of them, it has.
     del checkpoint
     settle_memory(folder.resolve())

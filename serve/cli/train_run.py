@@ -38,7 +38,7 @@ def run_training(
         options, has_cuda=torch.cuda.is_available(), num_processors=count_processors()
     )
     try:
-        checkpoint = load_base(options, report=say)
+        checkpoint = load_base(options, needs_tokenizer=True, report=say)
         tokenizer = Tokenizer.from_folder(
             checkpoint.folder, num_embeddings=checkpoint.spec.vocab_size
         )

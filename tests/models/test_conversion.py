@@ -239,6 +239,14 @@ def test_sentencepiece_is_asked_for_before_anything_is_converted(
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_missing_tokenizer_is_named_before_anything_is_converted(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer; one of tokenizer\.json, vocab\.json"):
+        load_checkpoint(tiny_folder("llama"), needs_tokenizer=True, cache_dir=tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [("tokenizer.model", b"no model"), ("tokenizer.json", b"{}")],

@@ -35,6 +35,12 @@ def test_words_are_shown_in_the_form_that_the_template_reads(source: str) -> Non
     assert template.unread_roles == frozenset()
 
 
+@pytest.mark.parametrize("source", [TEXT, PARTS, EITHER], ids=["text", "parts", "either"])
+def test_role_that_is_not_probed_has_the_users_form(source: str) -> None:
+    text = ChatTemplate(source, {}).render([{"role": "tool", "content": "words"}])
+    assert text == "<tool>words"
+
+
 def test_template_without_system_turns_is_probed_without() -> None:
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     template = ChatTemplate(refusing + PARTS, {})

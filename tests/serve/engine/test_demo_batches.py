@@ -47,7 +47,7 @@ def test_demo_model_samples_the_same_tokens_alone_and_in_a_batch(quantization: s
             num_cache_blocks=64, max_batch_tokens=max_batch_tokens, max_running_sequences=8,
             cache_dtype=torch.float32,
         )  # fmt: skip
-        engine = Engine(decoder, sampler, limits, eos_token_ids=checkpoint.eos_token_ids)
+        engine = Engine(decoder, sampler, limits, eos_token_ids=tokenizer.eos_token_ids)
         for request in requests:
             engine.add(request)
         sequences = [request.sequences[0] for request in requests]

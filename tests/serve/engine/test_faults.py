@@ -166,3 +166,16 @@ def test_abandoned_engine_ends_every_request(make_engine: MakeEngine) -> None:
     assert [ends(outputs[request]) for request in requests] == [["error"] * 2] * 3
     assert not engine.has_work
     assert engine.error == "the engine failed: AssertionError"
+
+
+def test_logits_that_are_not_numbers_end_their_sequence_alone(
+    make_engine: MakeEngine, model: Any
+) -> None:
+    logits = model.logits
+    model.logits = lambda seen, *rest: logits(seen, *rest) * (float("nan") if seen[0] == 13 else 1)
+    engine = make_engine()
+    bad, good = submit(engine, [13, 2]), submit(engine, [1, 2])
+    outputs = run(engine)
+    assert ends(outputs[bad]) == ["error"]
+    assert ends(outputs[good]) == ["length"]
+    assert [output.token_id for output in outputs[bad]] == [None]
