@@ -75,7 +75,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.filters[name] = self._priced(name, function)
         for name in _REMOVED_FILTERS:
             del self.filters[name]
-        self.filters[_SPEND] = pass_context(lambda _, units: self._spend(units))
+        self.filters[_SPEND] = pass_context(lambda _, units: self._spend(max(units, 0)))
         self.filters[_MADE] = pass_context(lambda _, value: self._made(value))
         self.filters[_PRINTED] = pass_context(lambda _, value: self._printed(value))
         self.filters[_READ] = pass_context(lambda _, value: self._read(value))

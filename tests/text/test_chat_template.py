@@ -126,6 +126,8 @@ COSTLY = {
     "copy": BIG + nested("{% set x = list[1:] %}"),
     "sum": nested("{{ range(100000) | sum }}"),
     "lipsum": "{{ lipsum(10**6) }}",
+    "refund": "{% set x = (-10**12) | _spend %}" + nested(""),
+    "mapped-refund": "{% set x = [-10**12] | map('_spend') | list %}" + nested(""),
 }
 
 
