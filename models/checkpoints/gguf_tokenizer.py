@@ -284,13 +284,14 @@ def save_gguf_tokenizer(
         CheckpointError: the tokenizer is of a kind that is not known, or damaged.
     """
     try:
-        build_tokenizer(vocabulary, report).save(str(folder / "tokenizer.json"))
+        tokenizer = build_tokenizer(vocabulary, report)
     except CheckpointError:
         raise
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(
             f"{vocabulary.path}: no tokenizer can be made of its tokenizer.ggml fields ({error})"
         ) from error
+    tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {key: vocabulary.token_id(name) for key, name in names.items()}
     config: dict[str, object] = {

@@ -6,6 +6,7 @@ loaded; a server that has just converted its model should be no larger than one 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,8 @@ def convert_apart(
         if process.returncode:
             errors.seek(0)
             lines = errors.read().decode("utf-8", errors="replace").strip().splitlines()
+            if process.returncode == -signal.SIGKILL:
+                lines = ["it was killed, as happens when memory runs out"]
             raise CheckpointError(
                 f"{source}: converting it failed with exit code {process.returncode}: "
                 + " | ".join(lines[-3:] or ["no output"])

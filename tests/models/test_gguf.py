@@ -11,7 +11,12 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
-from models.checkpoints import CheckpointError, UnsupportedArchitectureError, load_checkpoint
+from models.checkpoints import (
+    CheckpointError,
+    UnsupportedArchitectureError,
+    load_checkpoint,
+    worker,
+)
 from models.checkpoints.assembly import assemble_weights
 from models.checkpoints.gguf_file import GgufFile
 from models.checkpoints.gguf_model import GgufModel
@@ -312,6 +317,28 @@ def test_end_of_turn_counts_as_an_end_token(tmp_path: Path) -> None:
 def test_merges_that_fit_no_token_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"x\.gguf: no tokenizer can be made of its"):
         save_gguf_tokenizer(vocabulary(merges=["nothing here"]), tmp_path, print)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", r"exit code -9: it was killed, as happens when mem"),
+        ("raise SystemExit('no reason')", r"exit code 1: no reason"),
+    ],
+    ids=["killed", "exit"],
+)
+def test_end_of_the_converting_process_is_told(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, message: str
+) -> None:
+    monkeypatch.setattr(worker, "_PROGRAM", program)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tiny_gguf, cache_dir=tmp_path / "cache")
+
+
+def test_fault_in_the_converting_process_is_one_line(tiny_gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"converting it failed \(\w+: Not a directory"):
+        worker.convert_apart(tiny_gguf, tmp_path / "file", "none", report=print)
 
 
 @pytest.fixture
