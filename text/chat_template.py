@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ class ChatTemplate:
 
     Attributes:
         unread_roles: roles whose words it does not show.
+        fault: why it takes more work than any conversation may, or None.
 
     Args:
         source: Jinja text.
@@ -54,8 +54,11 @@ class ChatTemplate:
             raise ChatTemplateError(f"the model's chat template is broken: {error}") from error
         self._special_tokens = dict(special_tokens)
         self._part_roles = self.unread_roles = frozenset()
-        with suppress(ChatTemplateError):  # every conversation will be refused like the probe
+        self.fault: str | None = None
+        try:
             self._part_roles, self.unread_roles = self._probe()
+        except ChatTemplateError as error:
+            self.fault = str(error)
 
     def render(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True

@@ -123,10 +123,12 @@ class Tokenizer:
             names = ", ".join(map(repr, list(outside.values())[:_MAX_NAMED_TOKENS]))
             more = ", ..." if len(outside) > _MAX_NAMED_TOKENS else ""
             lines.append(
-                f"the tokenizer has {len(outside)} tokens that the model has no embeddings for "
+                f"the model has no embeddings for {len(outside)} of the tokenizer's tokens "
                 f"({names}{more}): text that spells one is refused"
             )
         if self.chat_template is not None:
+            if self.chat_template.fault is not None:
+                lines.append(f"chats will fail: {self.chat_template.fault}")
             lines += [
                 f"the chat template shows nothing of messages of the role {role}"
                 for role in sorted(self.chat_template.unread_roles)

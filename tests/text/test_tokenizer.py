@@ -370,8 +370,8 @@ def test_warnings_tell_what_the_files_lack(
 ) -> None:
     assert byte_level.warnings() == []
     assert short_of_embeddings.warnings() == [
-        "the tokenizer has 1 tokens that the model has no embeddings for ('<think>'): text that "
-        "spells one is refused"
+        "the model has no embeddings for 1 of the tokenizer's tokens ('<think>'): text that spells "
+        "one is refused"
     ]
     folder = write_byte_level_folder(tmp_path, template="nothing")
     (folder / "generation_config.json").unlink()
@@ -382,3 +382,10 @@ def test_warnings_tell_what_the_files_lack(
         *(f"the chat template shows nothing of messages of the role {role}"
           for role in ("assistant", "system", "user")),
     ]  # fmt: skip
+
+
+def test_warnings_tell_of_a_template_that_costs_too_much(tmp_path: Path) -> None:
+    folder = write_byte_level_folder(tmp_path, template="{{ messages }}{{ 'a' * 10**10 }}")
+    (line,) = Tokenizer.from_folder(folder).warnings()
+    assert line.startswith("chats will fail: ")
+    assert line.endswith("refuses this: it takes too much time or memory")
