@@ -31,8 +31,16 @@ _MAX_WIDTH_DIGITS = 6
 _SPEND, _MADE, _READ, _PRINTED = "_spend", "_made", "_read", "_printed"
 _TEXT_FILTERS = {"join", "string", "tojson", "urlencode", "escape", "e", "forceescape", "format"}
 # Slow or large whatever they are given, and of no use in a chat.
-_REMOVED_FILTERS = {"pprint", "urlize", "wordwrap", "xmlattr"}
-_REMOVED_METHODS = {"encode", "expandtabs", "format_map", "from_bytes", "to_bytes", "translate"}
+_REMOVED_FILTERS = {"pprint", "striptags", "urlize", "wordwrap", "xmlattr"}
+_REMOVED_METHODS = {
+    "encode", "expandtabs", "format_map", "from_bytes", "striptags", "to_bytes", "translate",
+    "unescape",
+}  # fmt: skip
+_COMPARING_TESTS = {
+    "!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le",
+    "lessthan", "lt", "ne",
+}  # fmt: skip
+_SEARCHES_FROM_THE_END = {"rfind", "rindex", "rpartition", "rsplit"}
 
 
 class BudgetError(ValueError):
@@ -75,6 +83,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.filters[name] = self._priced(name, function)
         for name in _REMOVED_FILTERS:
             del self.filters[name]
+        for name in _COMPARING_TESTS:
+            self.tests[name] = self._priced_test(self.tests[name])
         self.filters[_SPEND] = pass_context(lambda _, units: self._spend(max(units, 0)))
         self.filters[_MADE] = pass_context(lambda _, value: self._made(value))
         self.filters[_PRINTED] = pass_context(lambda _, value: self._printed(value))
@@ -201,6 +211,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         return priced
 
+    def _priced_test(self, function: Any) -> Callable[..., bool]:
+        def priced(*args: Any) -> bool:
+            for value in args:
+                self._read(value)
+            return bool(function(*args))
+
+        return priced
+
     def _price_text(self, name: str, value: Any, given: tuple[Any, ...]) -> None:
         """Pay for what a filter, or a method of a string, reads and may make of it."""
         numbers = sum(abs(number) for number in given if isinstance(number, int))
@@ -215,6 +233,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self._spend((str(value).count(old) + 1) * _longest(given[1:]))
         elif name == "indent":
             self._spend((str(value).count("\n") + 1) * (numbers + _longest(given)))
+        elif name in _SEARCHES_FROM_THE_END:
+            self._spend(len(value) * _longest(given) // _CHARS_READ_PER_UNIT)
         elif name == "tojson":
             self._spend(self._weigh(value, is_text=True) * (1 + numbers))
         elif name in ("batch", "slice", "center", "ljust", "rjust", "zfill"):
