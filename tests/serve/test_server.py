@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -59,6 +60,20 @@ def kernels(request: pytest.FixtureRequest) -> str:
     if request.param == "native" and not is_native_available("auto"):
         pytest.skip("no native kernels for this processor")
     return str(request.param)
+
+
+def test_start_warns_of_what_the_model_lacks(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama_folder, tmp_path / "endless")
+    for name in ("config.json", "tokenizer_config.json"):
+        fields = json.loads((folder / name).read_text())
+        fields = {key: value for key, value in fields.items() if not key.startswith("eos_token")}
+        (folder / name).write_text(json.dumps(fields))
+    lines: list[str] = []
+    service = build_service(
+        ServeConfig(model=str(folder), quantization="none"), report=lines.append
+    )
+    asyncio.run(close_service(service))
+    assert "warning: the model names no end token: answers run until max_tokens" in lines
 
 
 def test_service_answers(tiny_llama_folder: Path, kernels: str) -> None:
