@@ -4,10 +4,13 @@ Neither file can hold code. What a method keeps in `fields` and how it names its
 method's own business.
 """
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-METHODS = ("qst", "disp")
+from models.spec import DecoderSpec
+
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -33,7 +37,7 @@ class AdapterConfig:
     """What `adapter_config.json` holds.
 
     Attributes:
-        method: one of METHODS.
+        method: name of an entry of `adapters.methods`, which is checked there.
         base_id: id of the base that it was trained on, for messages.
         base_fingerprint: the base's `Checkpoint.fingerprint`, 64 hexadecimal digits.
         base_quantization: the base's quantisation in training, "nf4", "fp4" or "none".
@@ -65,8 +69,6 @@ class AdapterConfig:
                 problems.append(f"{name} must be an object, got {getattr(self, name)!r}")
         if not all(isinstance(item, str) for item in self.chain):
             problems.append(f"chain must be a list of strings, got {list(self.chain)!r}")
-        if self.method not in METHODS:
-            problems.append(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if problems:
             raise AdapterError("; ".join(problems))
 
@@ -86,34 +88,64 @@ class StoredAdapter:
     digest: str
 
 
-def read_adapter(folder: Path) -> StoredAdapter:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """What an adapter is attached to: a base, or a base and what is attached to it already.
+
+    Attributes:
+        spec: of the decoder that runs.
+        fingerprint: of the base, `Checkpoint.fingerprint`.
+        quantization: of the base, "nf4", "fp4" or "none".
+        model_id: of the base, for messages.
+        chain: digests of what is attached, in order.
+    """
+
+    spec: DecoderSpec
+    fingerprint: str
+    quantization: str
+    model_id: str
+    chain: tuple[str, ...] = ()
+
+
+def read_adapter(folder: Path, *, within: Path | None = None) -> StoredAdapter:
     """Read an adapter into memory; the files may change or go away afterwards.
+
+    What is checked is what is read: each file is opened once, and no link is followed to it.
+
+    Args:
+        folder: the adapter.
+        within: a folder above it; no link on the way from there is followed either. None: only
+            the files themselves must not be links.
 
     Raises:
         AdapterError: a file is missing, too large, a link, damaged, of a newer version or has a
             field that is unknown or of the wrong type.
     """
-    config, tensors = _read_file(folder / CONFIG_FILE), _read_file(folder / TENSOR_FILE)
+    with _opened(folder, within) as descriptor:
+        content = _read_file(folder / CONFIG_FILE, descriptor)
+        config = _parse_config(content, folder / CONFIG_FILE)
+        tensors = _read_file(folder / TENSOR_FILE, descriptor)
     return StoredAdapter(
-        config=_parse_config(config, folder / CONFIG_FILE),
+        config=config,
         tensors=_parse_tensors(tensors, folder / TENSOR_FILE),
-        digest=_digest(config, tensors),
+        digest=_digest(content, tensors),
     )
 
 
 def read_config(folder: Path) -> AdapterConfig:
     """Read and check `adapter_config.json`; raises as `read_adapter` does."""
-    return _parse_config(_read_file(folder / CONFIG_FILE), folder / CONFIG_FILE)
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read `adapter_model.safetensors`; raises as `read_adapter` does."""
-    return _parse_tensors(_read_file(folder / TENSOR_FILE), folder / TENSOR_FILE)
+    with _opened(folder) as descriptor:
+        content = _read_file(folder / CONFIG_FILE, descriptor)
+    return _parse_config(content, folder / CONFIG_FILE)
 
 
 def digest(folder: Path) -> str:
     """Return the SHA-256 of an adapter's two files; raises as `read_adapter` does."""
-    return _digest(_read_file(folder / CONFIG_FILE), _read_file(folder / TENSOR_FILE))
+    with _opened(folder) as descriptor:
+        config, tensors = (
+            _read_file(folder / name, descriptor) for name in (CONFIG_FILE, TENSOR_FILE)
+        )
+    return _digest(config, tensors)
 
 
 def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -157,53 +189,95 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: Mapping[str, Ten
         ) from error
 
 
-def check_base(
-    config: AdapterConfig, *, fingerprint: str, model_id: str, chain: Sequence[str] = ()
-) -> None:
-    """Hold an adapter against the base that it is to be attached to.
-
-    Args:
-        config: of the adapter.
-        fingerprint: of the base, `Checkpoint.fingerprint`.
-        model_id: of the base, for the message.
-        chain: digests of what is attached to the base already.
+def check_base(config: AdapterConfig, host: Host) -> None:
+    """Hold an adapter against the base, and what is on it, that it is to be attached to.
 
     Raises:
         AdapterError: it was trained on another base, on the same one quantised otherwise, or with
             other attachments on it.
     """
-    if config.base_fingerprint != fingerprint:
+    if config.base_fingerprint != host.fingerprint:
         hint = (
             "the name is the same, but the weights or how they are quantised differ; quantise the "
             "base as it was for the training"
-            if config.base_id == model_id
+            if config.base_id == host.model_id
             else "attach it to the base that it was trained on"
         )
         raise AdapterError(
             f"the adapter was trained on {config.base_id} (quantization "
             f"{config.base_quantization}, fingerprint {config.base_fingerprint[:_SHOWN_DIGITS]}), "
-            f"this base is {model_id} (fingerprint {fingerprint[:_SHOWN_DIGITS]}): {hint}, or "
-            "train the adapter anew on this one"
+            f"this base is {host.model_id} (fingerprint {host.fingerprint[:_SHOWN_DIGITS]}): "
+            f"{hint}, or train the adapter anew on this one"
         )
-    if config.chain != tuple(chain):
+    if config.chain != host.chain:
         raise AdapterError(
-            f"the adapter was trained with chain {list(config.chain)} attached to the base before "
-            f"it; this base has {list(chain)}"
+            f"the adapter was made for {describe_chain(config.chain)}; this is "
+            f"{describe_chain(host.chain)}"
         )
 
 
-def _read_file(path: Path) -> bytes:
+def describe_chain(chain: Sequence[str]) -> str:
+    """Name what is attached to a base, from the base on, by the digits that tell it."""
+    if not chain:
+        return "the base itself"
+    return "the base with " + ", then ".join(digest[:_SHOWN_DIGITS] for digest in chain)
+
+
+@contextmanager
+def _opened(folder: Path, within: Path | None = None) -> Iterator[int]:
+    """Open a folder; from `within` on, each step on the way must be a folder and no link."""
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    with ExitStack() as stack:
+
+        def enter(path: Path | str, flags: int, above: int | None = None) -> int:
+            descriptor = os.open(path, flags, dir_fd=above)
+            stack.callback(os.close, descriptor)
+            return descriptor
+
+        try:
+            descriptor = enter(within or folder, flags)
+            for name in folder.relative_to(within).parts if within else ():
+                descriptor = enter(name, flags | os.O_NOFOLLOW, descriptor)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise AdapterError(
+                f"{folder}: no adapter; it is no folder, or a link to one"
+            ) from error
+        except OSError as error:
+            raise AdapterError(f"{folder}: cannot be read ({error})") from error
+        yield descriptor
+
+
+def _read_file(path: Path, folder: int) -> bytes:
+    """Read a file of the folder that is open as `folder`."""
     limit = _MAX_BYTES[path.name]
     try:
-        if path.is_symlink():
-            raise AdapterError(f"{path}: is a link; an adapter is a folder of two plain files")
-        if not path.is_file():
-            raise AdapterError(f"{path.parent}: no adapter; {path.name} is missing")
-        if path.stat().st_size > limit:
-            raise AdapterError(f"{path}: over {limit} bytes, the most it may have")
-        return path.read_bytes()
+        # Without O_NONBLOCK, opening a pipe would wait for its writer.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        with open(os.open(path.name, flags, dir_fd=folder), "rb") as stream:
+            about = os.fstat(stream.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise AdapterError(f"{path}: is no plain file")
+            if about.st_size > limit:
+                raise AdapterError(f"{path}: over {limit} bytes, the most it may have")
+            return stream.read(about.st_size)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path.parent}: no adapter; {path.name} is missing") from error
     except (OSError, MemoryError) as error:
+        if getattr(error, "errno", None) == errno.ELOOP:
+            message = f"{path}: is a link; an adapter is a folder of two plain files"
+            raise AdapterError(message) from error
         raise AdapterError(f"{path}: cannot be read ({error})") from error
+
+
+def collect_problems(*checks: Callable[[], object]) -> list[str]:
+    """Run checks, and return the messages of those that raise `AdapterError`."""
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except AdapterError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _digest(config: bytes, tensors: bytes) -> str:
@@ -228,6 +302,13 @@ def _parse_config(content: bytes, path: Path) -> AdapterConfig:
         raise AdapterError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path}: must hold a JSON object, got {type(values).__name__}")
+    if bad := [_shown(item[0]) for item in values.items() if not _is_text(item)]:
+        raise AdapterError(f"{path}: {', '.join(bad)}: text with half a surrogate pair")
+    if "peft_type" in values:
+        raise AdapterError(
+            f"{path}: a PEFT adapter of type {_shown(values['peft_type'])}, which is not served; "
+            "served are side networks and variants, as 'proa train' and 'proa prune' make them"
+        )
     known = {item.name for item in fields(AdapterConfig)}
     problems = [f"{name}: unknown" for name in sorted(set(values) - known)]
     problems += [f"{name}: missing" for name in sorted(known - set(values))]
@@ -241,6 +322,21 @@ def _parse_config(content: bytes, path: Path) -> AdapterConfig:
         return AdapterConfig(**{**values, "chain": tuple(chain)})
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from None
+
+
+def _is_text(value: object) -> bool:
+    """Whether UTF-8 can carry a JSON value: half a surrogate pair can be spelt, but not sent."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
+
+
+def _shown(value: object) -> str:
+    """Show a value that may be as large as a file."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _check_version(version: object) -> None:

@@ -30,10 +30,10 @@ from benchmarks.disp_baselines import random_selections  # noqa: E402
 from benchmarks.perplexity import add_model_arguments, model_options  # noqa: E402
 from benchmarks.report import say  # noqa: E402
 from decoding import Sampler  # noqa: E402
-from models.checkpoints import Checkpoint, load_pruned  # noqa: E402
+from models.checkpoints import Checkpoint, prune  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
 from serve.backends.native import NativeBackend  # noqa: E402
-from serve.base_model import load_base, load_tokenizer, load_variant  # noqa: E402
+from serve.base_model import find_lineage, load_base, load_tokenizer, load_variant  # noqa: E402
 from serve.bench.engine import EngineStreams  # noqa: E402
 from serve.bench.streams import Decoding, random_prompts  # noqa: E402
 from serve.engine.limits import EngineLimits  # noqa: E402
@@ -101,11 +101,12 @@ def load_as_wide(
     found = {}
     for name, item in items.items():
         widths = item["fields"]["widths"]
-        found[name] = load_pruned(
-            options.model, base, random_selections(base.spec, widths, seed=0),
+        step = prune(
+            base.spec, random_selections(base.spec, widths, seed=0),
             digest=hashlib.sha256(f"by lot {widths}".encode()).hexdigest(),
-            cache_dir=options.cache_dir, report=say,
         )  # fmt: skip
+        lineage = find_lineage(model_options(options), base)
+        found[name] = lineage.derive(step, report=say).checkpoint
     return found
 
 
@@ -126,7 +127,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     variants: dict[str, Checkpoint] = {}
     for name, _, text in parts:
         folder = Path(text)
-        _, variants[name] = load_variant(about, base, folder, report=say)
+        variants[name] = load_variant(about, base, [folder], report=say)
         found[name] = {
             "variant": digest(folder),
             "folder_bytes": sum(path.stat().st_size for path in folder.glob("adapter_*")),

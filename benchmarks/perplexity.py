@@ -20,7 +20,7 @@ let_threads_sleep(os.environ)  # before torch is imported
 
 import torch  # noqa: E402
 
-from adapters.format import read_tensors  # noqa: E402
+from adapters.format import read_adapter  # noqa: E402
 from adapters.frozen_head import FrozenHead, head_loss, head_weight, perplexity  # noqa: E402
 from adapters.qst.adapter import load_qst  # noqa: E402
 from adapters.qst.examples import Example, pack_examples  # noqa: E402
@@ -97,7 +97,7 @@ def load_network(folder: Path, checkpoint: Checkpoint) -> QstNetwork:
         chain=checkpoint.chain,
     )  # fmt: skip
     network = QstNetwork(checkpoint.spec, adapter.qst)
-    network.load_state_dict({n: t.float() for n, t in read_tensors(folder).items()})
+    network.load_state_dict({n: t.float() for n, t in read_adapter(folder).tensors.items()})
     return network
 
 
@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     about = model_options(options, options.quantization)
     checkpoint = load_base(about, report=say)
     if options.variant is not None:
-        _, checkpoint = load_variant(about, checkpoint, options.variant, report=say)
+        checkpoint = load_variant(about, checkpoint, [options.variant], report=say)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     token_ids = tokenizer.encode(read_text(options.text), add_special_tokens=False)
     windows = cut_windows(token_ids, options.length, options.windows)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -39,12 +40,13 @@ from benchmarks.serving import memory_mb
 from decoding import Sampler, SamplingParams
 from models.checkpoints import Checkpoint, load_checkpoint
 from models.decoder import Decoder
-from serve.attachments.registry import AdapterRegistry
+from serve.attachments.native import NativeHost, NativeLoader, NativeRegistry
 from serve.backends.native import NativeBackend
-from serve.base_model import load_tokenizer
+from serve.base_model import build_decoder, find_lineage, load_tokenizer
 from serve.bench.streams import random_prompts
 from serve.engine.limits import EngineLimits
 from serve.event_loop import run_on_loop
+from serve.model_options import ModelOptions
 from serve.requests import Arm, GenerationRequest
 from stats.timings import StreamTiming, decode_rate
 
@@ -63,9 +65,12 @@ class Bench:
 
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, folders: Sequence[Path]) -> None:
         _, tables = load_tokenizer(checkpoint)
-        self.registry = AdapterRegistry(
-            decoder, fingerprint=checkpoint.fingerprint, model_id=checkpoint.name
-        )
+        lineage = find_lineage(ModelOptions(), checkpoint)
+        loader = NativeLoader(
+            NativeHost(decoder=decoder, lineage=lineage), partial(build_decoder, ModelOptions()),
+            report=lambda _: None,
+        )  # fmt: skip
+        self.registry = NativeRegistry(loader.load)
         self.backend = NativeBackend(
             decoder,
             Sampler(tables, eos_token_ids=()),

@@ -1,14 +1,14 @@
 """Load the base and its variants as the options say; the server, training and checks share it."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-from adapters.disp.variant import DispVariant, load_disp
+from adapters.format import read_adapter
+from adapters.methods import derive_variant, host_of, order_chain
 from decoding import TokenTables, build_token_tables
-from models.checkpoints import Checkpoint, load_checkpoint
-from models.checkpoints.pruned import load_pruned
+from models.checkpoints import Checkpoint, Lineage, Originals, load_checkpoint
 from models.decoder import Decoder, HeadPrecision, KernelChoice
 from serve.machine import release_mapped_pages, trim_heap
 from serve.model_options import ModelOptions
@@ -33,30 +33,41 @@ def load_base(
     )
 
 
+def find_lineage(options: ModelOptions, base: Checkpoint) -> Lineage:
+    """Return what variants of a base are derived from; `options` are what it was loaded with."""
+    originals = Originals(
+        options.model, base, cache_dir=options.cache_folder, dequantize=options.dequantize
+    )
+    return Lineage(checkpoint=base, originals=originals)
+
+
 def load_variant(
-    options: ModelOptions, base: Checkpoint, folder: Path, *, report: Callable[[str], None]
-) -> tuple[DispVariant, Checkpoint]:
-    """Load a pruned variant of the base, and the weights that it leaves.
+    options: ModelOptions,
+    base: Checkpoint,
+    folders: Sequence[Path],
+    *,
+    report: Callable[[str], None],
+) -> Checkpoint:
+    """Load the variant that some adapters make of a base, one on the other.
 
     Args:
         options: what `base` was loaded with.
-        base: not pruned.
-        folder: of the variant.
+        base: no variant.
+        folders: of the adapters, in any order; at least one.
         report: called with one line at a time about what is being done.
 
     Raises:
-        AdapterError: the folder does not hold a variant of this base.
+        AdapterError: a folder does not hold a variant of this base, or they do not follow one
+            another.
         CheckpointError: the base's original weights cannot be read, or there are none.
     """
-    variant = load_disp(
-        folder, base.spec, fingerprint=base.fingerprint, quantization=base.quantization,
-        model_id=base.name,
-    )  # fmt: skip
-    pruned = load_pruned(
-        options.model, base, variant.selections, digest=variant.digest,
-        cache_dir=options.cache_folder, dequantize=options.dequantize, report=report,
-    )  # fmt: skip
-    return variant, pruned
+    adapters = {folder: read_adapter(folder) for folder in folders}
+    top = max(adapters.values(), key=lambda stored: len(stored.config.chain))
+    lineage = find_lineage(options, base)
+    for folder in order_chain((*top.config.chain, top.digest), adapters):
+        step = derive_variant(folder, adapters[folder], host_of(lineage.checkpoint))
+        lineage = lineage.derive(step, report=report)
+    return lineage.checkpoint
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, TokenTables]:

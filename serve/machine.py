@@ -4,10 +4,12 @@ import ctypes
 import mmap
 import os
 import platform
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_LOW_PRIORITY = 19
 
 
 def count_processors(cgroup: Path = _CGROUP) -> int:
@@ -79,6 +81,12 @@ def trim_heap() -> None:
     """Return freed memory to the system, where the C library is glibc."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def lower_priority() -> None:
+    """Let this thread yield to all others, where the system has priorities of threads."""
+    with suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOW_PRIORITY)
 
 
 def _physical_bytes() -> int:

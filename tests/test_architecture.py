@@ -61,6 +61,7 @@ MAY_IMPORT = {
         "serve.engine",
         "serve.base_model",
         "serve.config",
+        "serve.machine",
         "serve.options",
         "models",
         "adapters",
@@ -76,7 +77,7 @@ MAY_IMPORT = {
         "models",
         "decoding",
     ),
-    "serve.backends.protocol": ("serve.requests",),
+    "serve.backends.protocol": ("serve.requests", "adapters.kinds"),
     "serve.backends.building": ("serve.backends", "serve.config", "text"),
     "serve.backends.native_builder": ("serve", "models", "decoding", "text"),
     "serve.api": (
@@ -307,6 +308,19 @@ def test_environment_is_read_in_one_module() -> None:
     pattern = re.compile(r"os\.environ(\[|\.get\b|\.setdefault\b)")
     found = [path for path, text in SOURCES.items() if pattern.search(text)]
     assert set(found) <= {"serve/environment.py"}
+
+
+def test_methods_are_known_by_name_to_themselves_and_their_commands_only() -> None:
+    names = {"qst", "disp"}
+    own = ("adapters/qst/", "adapters/disp/", "serve/cli/train.py", "serve/cli/prune.py")
+    breaches = [
+        f"{path}:{node.lineno} names {node.value!r}"
+        for path, tree in TREES.items()
+        if not path.startswith(own)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert breaches == []
 
 
 def test_no_file_has_a_name_that_says_nothing() -> None:

@@ -1,6 +1,6 @@
 """Pruned variants as adapter folders: which channels each layer keeps, and nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,18 @@ from torch import Tensor
 
 from adapters.disp.config import DispConfig, from_fields, removed_shares
 from adapters.disp.search_config import Residual
-from adapters.format import AdapterConfig, AdapterError, check_base, read_adapter, write_adapter
+from adapters.format import (
+    AdapterConfig,
+    AdapterError,
+    Host,
+    StoredAdapter,
+    check_base,
+    collect_problems,
+    read_adapter,
+    write_adapter,
+)
+from models.checkpoints.derived import Derivation
+from models.checkpoints.pruned import prune
 from models.pruning import (
     MODULES,
     LayerSelection,
@@ -21,6 +32,7 @@ from models.pruning import (
 )
 from models.spec import DecoderSpec, SpecError
 
+METHOD = "disp"
 _RESIDUAL_MODULES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 
 
@@ -47,9 +59,15 @@ class DispVariant:
 
 
 def load_disp(
-    folder: Path, spec: DecoderSpec, *, fingerprint: str, quantization: str, model_id: str
+    folder: Path,
+    spec: DecoderSpec,
+    *,
+    fingerprint: str,
+    quantization: str,
+    model_id: str,
+    chain: Sequence[str] = (),
 ) -> DispVariant:
-    """Read a pruned variant of a base.
+    """Read a pruned variant of a base, or of another variant that is not pruned.
 
     Args:
         folder: the adapter.
@@ -58,28 +76,68 @@ def load_disp(
         quantization: of the base. "none" fits a variant that was made for the quantised base, if
             the dense weights are the ones that were searched on.
         model_id: of the base, for messages.
+        chain: digests of what is attached to the base already.
 
     Raises:
         AdapterError: the folder cannot be read, is not for this base, or has fields or index lists
             that are missing, unknown, wrong or contradict each other; every one is named.
     """
     stored = read_adapter(folder)
-    if stored.config.method != "disp":
-        raise AdapterError(f"{folder}: method must be 'disp', got {stored.config.method!r}")
+    if stored.config.method != METHOD:
+        raise AdapterError(f"{folder}: method must be {METHOD!r}, got {stored.config.method!r}")
+    host = Host(
+        spec=spec, fingerprint=fingerprint, quantization=quantization, model_id=model_id,
+        chain=tuple(chain),
+    )  # fmt: skip
     try:
-        config = from_fields(stored.config.fields)
-        about = stored.config
-        if quantization == "none" and config.dense_fingerprint:
-            about = replace(
-                about, base_fingerprint=config.dense_fingerprint, base_quantization="none"
-            )
-        check_base(about, fingerprint=fingerprint, model_id=model_id)
-        selections = _read_selections(config, spec, stored.tensors)
+        return _build(stored, host)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
-    return DispVariant(
-        config=stored.config, disp=config, selections=selections, digest=stored.digest
-    )
+
+
+def derive_disp(stored: StoredAdapter, host: Host) -> Derivation:
+    """Hold a pruned variant against what it is made of, and say how its weights follow from it.
+
+    Raises:
+        AdapterError: as `load_disp`.
+    """
+    variant = _build(stored, host)
+    try:
+        return prune(host.spec, variant.selections, digest=variant.digest)
+    except SpecError as error:
+        raise AdapterError(str(error)) from error
+
+
+def describe_disp(stored: StoredAdapter) -> list[tuple[str, str]]:
+    """Return rows of name and value that say what a pruned variant is.
+
+    Raises:
+        AdapterError: a field is unknown, missing or has a value it may not have.
+    """
+    disp = from_fields(stored.config.fields)
+    rows = [
+        ("removed of linears", f"{disp.remove_linears:.1%}"),
+        ("removed of model", f"{disp.remove_total:.1%}"),
+        ("residual channels", disp.residual),
+        ("widths", f"of {len(disp.widths)} layers, multiples of {disp.align}"),
+    ]
+    for module, widths in zip(MODULES, zip(*disp.widths, strict=True), strict=True):
+        mean = sum(widths) / len(widths)
+        rows.append((f"widths: {module}", f"{mean:.1f} ({min(widths)} to {max(widths)})"))
+    return rows
+
+
+def _build(stored: StoredAdapter, host: Host) -> DispVariant:
+    config, about = from_fields(stored.config.fields), stored.config
+    if host.quantization == "none" and config.dense_fingerprint:
+        about = replace(about, base_fingerprint=config.dense_fingerprint, base_quantization="none")
+    found: list[Selections] = []
+    if problems := collect_problems(
+        lambda: check_base(about, host),
+        lambda: found.append(_read_selections(config, host.spec, stored.tensors)),
+    ):
+        raise AdapterError("; ".join(problems))
+    return DispVariant(config=stored.config, disp=config, selections=found[0], digest=stored.digest)
 
 
 def save_disp(
@@ -127,7 +185,7 @@ def save_disp(
     }
     _read_selections(config, spec, tensors)
     about = AdapterConfig(
-        method="disp", base_id=base_id, base_fingerprint=base_fingerprint,
+        method=METHOD, base_id=base_id, base_fingerprint=base_fingerprint,
         base_quantization=base_quantization, description=description, fields=config.to_fields(),
         training=dict(training or {}),
     )  # fmt: skip

@@ -8,12 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.format import AdapterConfig, AdapterError, check_base, read_adapter, write_adapter
+from adapters.format import (
+    AdapterConfig,
+    AdapterError,
+    Host,
+    StoredAdapter,
+    check_base,
+    collect_problems,
+    read_adapter,
+    write_adapter,
+)
 from adapters.qst.config import QstConfig, from_fields
 from adapters.qst.network import FLOAT32_TENSORS, QstNetwork, assemble_network, qst_tensors
 from models.side import SideNetwork
 from models.spec import DecoderSpec
 
+METHOD = "qst"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -51,11 +61,11 @@ def load_qst(
     model_id: str,
     chain: Sequence[str] = (),
 ) -> QstAdapter:
-    """Read a side network for a base.
+    """Read a side network for a base, or for a variant of one.
 
     Args:
         folder: the adapter.
-        spec: of the base.
+        spec: of what it sits on.
         fingerprint: of the base, `Checkpoint.fingerprint`.
         model_id: of the base, for messages.
         chain: digests of what is attached to the base already.
@@ -65,14 +75,32 @@ def load_qst(
             missing, unknown, misshapen or not finite; every one is named.
     """
     stored = read_adapter(folder)
-    if stored.config.method != "qst":
-        raise AdapterError(f"{folder}: method must be 'qst', got {stored.config.method!r}")
+    if stored.config.method != METHOD:
+        raise AdapterError(f"{folder}: method must be {METHOD!r}, got {stored.config.method!r}")
+    host = Host(
+        spec=spec, fingerprint=fingerprint, quantization=stored.config.base_quantization,
+        model_id=model_id, chain=tuple(chain),
+    )  # fmt: skip
     try:
-        check_base(stored.config, fingerprint=fingerprint, model_id=model_id, chain=chain)
-        config = from_fields(stored.config.fields).resolved(spec)
-        check_qst_tensors(config, spec, stored.tensors)
+        return build_qst(stored, host)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
+
+
+def build_qst(stored: StoredAdapter, host: Host) -> QstAdapter:
+    """Hold a side network against what it is to be attached to, and make it ready.
+
+    Raises:
+        AdapterError: it was not trained on this, or has tensors that are missing, unknown,
+            misshapen or not finite; every one is named.
+    """
+    config, spec = from_fields(stored.config.fields), host.spec
+    if problems := collect_problems(
+        lambda: check_base(stored.config, host),
+        lambda: check_qst_tensors(config.resolved(spec), spec, stored.tensors),
+    ):
+        raise AdapterError("; ".join(problems))
+    config = config.resolved(spec)
     tensors = {name: tensor.float().contiguous() for name, tensor in stored.tensors.items()}
     return QstAdapter(
         config=stored.config,
@@ -82,6 +110,39 @@ def load_qst(
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         digest=stored.digest,
     )
+
+
+def describe_qst(stored: StoredAdapter) -> list[tuple[str, str]]:
+    """Return rows of name and value that say what a side network is.
+
+    Raises:
+        AdapterError: a field is unknown or has a value it may not have.
+    """
+    qst, tensors = from_fields(stored.config.fields), stored.tensors
+    has_rank = qst.downsample in ("lora", "adapter")
+    downsample = f"downsample {qst.downsample}" + (f" of rank {qst.rank}" if has_rank else "")
+    rows = [
+        ("reduction", f"{qst.reduction}, {downsample}"),
+        ("task", qst.task + (f", {qst.num_labels} labels" if qst.num_labels else "")),
+    ]
+    if "alpha" in tensors and "gamma" in tensors:
+        alpha = tensors["alpha"].float()
+        if qst.final_gate != "raw":
+            alpha = (alpha if qst.final_gate == "sigmoid" else -alpha).sigmoid()
+        rows.append(("share of base", _describe_range(alpha)))
+        rows.append(("mix gates", _describe_range(tensors["gamma"].float().sigmoid())))
+    return rows
+
+
+def why_unservable_qst(stored: StoredAdapter) -> str | None:
+    """Say why a server cannot answer with a side network; None: it can."""
+    task = from_fields(stored.config.fields).task
+    return None if task == "causal_lm" else f"it is for {task}"
+
+
+def _describe_range(values: Tensor) -> str:
+    mean = f"{values.mean():.4f}"
+    return mean if values.numel() == 1 else f"{mean} ({values.min():.4f} to {values.max():.4f})"
 
 
 def save_qst(
@@ -137,7 +198,7 @@ def write_qst_tensors(
     config = config.resolved(spec)
     check_qst_tensors(config, spec, stored)
     about = AdapterConfig(
-        method="qst", base_id=base_id, base_fingerprint=base_fingerprint,
+        method=METHOD, base_id=base_id, base_fingerprint=base_fingerprint,
         base_quantization=base_quantization, chain=tuple(chain), description=description,
         fields=config.to_fields(), training=dict(training or {}),
     )  # fmt: skip

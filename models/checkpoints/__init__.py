@@ -8,8 +8,14 @@ from models.checkpoints.checkpoint import (
     load_checkpoint,
     quantize_checkpoint,
 )
+from models.checkpoints.derived import (
+    Derivation,
+    Lineage,
+    Originals,
+    count_linear_parameters,
+)
 from models.checkpoints.four_bit import select_rows
-from models.checkpoints.pruned import load_pruned
+from models.checkpoints.pruned import prune
 from models.families import CheckpointError, UnsupportedArchitectureError
 
 __all__ = [
@@ -17,10 +23,14 @@ __all__ = [
     "QUANTIZATIONS",
     "Checkpoint",
     "CheckpointError",
+    "Derivation",
+    "Lineage",
+    "Originals",
     "UnsupportedArchitectureError",
+    "count_linear_parameters",
     "fingerprint_weights",
     "load_checkpoint",
-    "load_pruned",
+    "prune",
     "quantize_checkpoint",
     "select_rows",
 ]

@@ -24,6 +24,7 @@ def build_adapters_router(context: ApiContext) -> APIRouter:
             "object": "adapter",
             "name": info.name,
             "method": info.method,
+            "kind": info.kind,
             "description": info.description,
             "num_parameters": info.num_parameters,
             "num_bytes": info.num_bytes,
@@ -36,8 +37,7 @@ def build_adapters_router(context: ApiContext) -> APIRouter:
         }
 
     async def attach(name: str, path: str) -> AdapterInfo:
-        root = context.settings.adapter_root
-        if root is None:
+        if context.settings.adapter_root is None:
             raise ApiError(
                 "Adapters can be attached only where the server has a folder for them: start it "
                 "with --adapter-root.",
@@ -49,9 +49,7 @@ def build_adapters_router(context: ApiContext) -> APIRouter:
         try:
             return await backend.attach_adapter(name, path)
         except AdapterLoadError as error:
-            # The client knows its folder by the path below the root.
-            message = str(error).replace(f"{root}/", "").replace(root, "the adapter root")
-            raise ApiError(message, code="invalid_adapter") from None
+            raise ApiError(str(error), code="invalid_adapter") from None
 
     @router.get("/v1/adapters")
     async def list_adapters() -> dict[str, object]:

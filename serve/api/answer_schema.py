@@ -273,7 +273,7 @@ class ModelEntry(AnswerModel):
     parent: str | None
     max_model_len: int
     x_kind: str = Field(
-        description="What the id stands for: the base, something on it, a strategy."
+        description="What the id stands for: base, variant, side_network or strategy."
     )
 
 
@@ -291,7 +291,7 @@ class AdapterEntry(AnswerModel):
     object: Literal["adapter"]
     name: str
     method: str
-    kind: str = Field("", description="What the adapter is: a side network or a variant.")
+    kind: str = Field(description="What the adapter is: side_network or variant.")
     description: str
     num_parameters: int
     num_bytes: int

@@ -98,9 +98,10 @@ def to_api_error(error: BaseException) -> ApiError:
         case AdapterConflictError():
             return ApiError(str(error), status=409, code="adapter_conflict")
         case AdapterLoadError():
-            log_failure(error)
             return ApiError(
-                "The adapter cannot be loaded any more.", status=503, code="adapter_unavailable"
+                f"An adapter cannot be loaded any more: {error}",
+                status=503,
+                code="adapter_unavailable",
             )
         case QueueFullError():
             retry_after_s = max(1, error.retry_after_s)

@@ -239,17 +239,17 @@ class _AdapterCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         adapters = self._backend.adapters()
-        variants = [adapter for adapter in adapters if adapter.method == "disp"]
+        sides = [adapter for adapter in adapters if adapter.has_side]
         gauges = {
             "adapters_attached": ("Adapters that can be asked for.", len(adapters)),
             "adapters_loaded": ("Adapters in memory.", sum(a.is_loaded for a in adapters)),
             "adapter_memory_bytes": (
                 "Memory of the loaded side networks.",
-                sum(a.num_bytes for a in adapters if a.is_loaded and a not in variants),
+                sum(adapter.num_bytes for adapter in sides if adapter.is_loaded),
             ),
             "variant_memory_bytes": (
                 "Memory of the variants, what they share with the base left out.",
-                sum(variant.num_bytes for variant in variants),
+                sum(adapter.num_bytes for adapter in adapters if not adapter.has_side),
             ),
         }
         for name, (text, value) in gauges.items():

@@ -18,7 +18,7 @@ def build_models_router(context: ApiContext) -> APIRouter:
         if adapter is not None:
             plain = f"{base}:{adapter.name}"
             parent = base if adapter.on is None else f"{base}:{adapter.on}"
-            kind = "variant" if adapter.method == "disp" else "adapter"
+            kind = adapter.kind
         if strategy is not None:
             parent, kind = plain, "strategy"
         return {

@@ -68,10 +68,10 @@ def split_model(model: str | None, context: ApiContext) -> ModelChoice:
         raise _no_such_model("There is no such model; /v1/models lists what is served.")
     if found[1] is None:
         return ModelChoice(model, None, False, found[2])
-    known = {info.name: info.method for info in context.backend.adapters()}
+    known = {info.name: info for info in context.backend.adapters()}
     if found[1] not in known:
         raise _no_such_model(f"There is no such adapter; attached: {_list_names(list(known))}.")
-    return ModelChoice(model, found[1], known[found[1]] != "disp", found[2])
+    return ModelChoice(model, found[1], known[found[1]].has_side, found[2])
 
 
 def _list_names(names: Sequence[str]) -> str:

@@ -3,19 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.format import CONFIG_FILE, TENSOR_FILE
 from serve.backends.protocol import AdapterLoadError
 
 
-def find_folder(path: str, roots: Sequence[Path]) -> Path:
-    """Find a folder below one of some roots, the files of an adapter in it too.
+def find_folder(path: str, roots: Sequence[Path]) -> tuple[Path, Path]:
+    """Find a folder below one of some roots.
+
+    A link may be swapped for another a moment later: whoever reads the folder must follow none.
 
     Args:
         path: absolute, or relative to a root.
         roots: resolved.
 
     Returns:
-        The folder, resolved.
+        The folder, resolved, and its root.
 
     Raises:
         AdapterLoadError: it is not below a root, by way of a symlink or otherwise, or is no folder.
@@ -28,15 +29,8 @@ def find_folder(path: str, roots: Sequence[Path]) -> Path:
     try:
         for root in roots:
             folder = (root / path).resolve()
-            if root not in folder.parents:
-                continue
-            for file in (folder / CONFIG_FILE, folder / TENSOR_FILE):
-                if root not in file.resolve().parents:
-                    raise AdapterLoadError(
-                        f"path {shown}: {file.name} is a link to outside of the adapter root"
-                    )
-            if folder.is_dir():
-                return folder
+            if root in folder.parents and folder.is_dir():
+                return folder, root
     except (OSError, RuntimeError) as error:  # too long a name, a circle of links
         raise AdapterLoadError(f"path {shown} cannot be followed") from error
     raise AdapterLoadError(f"path must be a folder below the adapter root, got {shown}")

@@ -1,22 +1,24 @@
 """The adapters that a backend serves, by name: side networks, in memory while there is room, and
-pruned variants of the base, which always are.
+variants of the base, which always are.
 
-Every method is called on the event loop's thread; folders are read on worker threads.
+What is made of an adapter is the business of the backend's loader. Every method is called on the
+event loop's thread; folders are read on worker threads.
 """
 
 import asyncio
+import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
-from adapters.format import AdapterConfig, read_config
-from adapters.qst.adapter import QstAdapter, load_qst
-from models.side import AttachedSide, SideNetwork
-from models.spec import DecoderSpec
+from adapters.format import StoredAdapter, describe_chain, read_adapter
+from adapters.methods import method_of
 from serve.attachments.paths import find_folder
 from serve.backends.protocol import (
     AdapterConflictError,
@@ -24,85 +26,88 @@ from serve.backends.protocol import (
     AdapterLoadError,
     AdapterNotFoundError,
 )
-from serve.engine.model import Model
-from serve.engine.sequence import Attachment, ModelVariant, SideAdapter
+from serve.machine import lower_priority
+
+logger = logging.getLogger(__name__)
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 """Names of adapters."""
 _SHOWN_DIGITS = 12
 
-
-class Decoder(Protocol):
-    """The part of `models.decoder.Decoder` that a registry uses."""
-
-    spec: DecoderSpec
-
-    def attach(self, network: SideNetwork) -> AttachedSide: ...
+Given = TypeVar("Given")
+"""What a request gets of an adapter that it names."""
+Below = TypeVar("Below")
+"""What a loader needs of a variant to load what sits on it."""
+Result = TypeVar("Result")
 
 
-class VariantDecoder(Decoder, Model, Protocol):
-    """The same of a variant's decoder, which sequences run on."""
+class SpeedTest(Protocol):
+    """Finds out how fast a variant is, a little at a time.
+
+    Attributes:
+        speed: as in `AdapterInfo`; None until it is known.
+    """
+
+    speed: float | None
+
+    def step(self) -> bool:
+        """Go on with it, where the base may run; return whether there is more to do."""
+
+    def run(self) -> None:
+        """Do all of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoadedVariant:
-    """A pruned variant in memory.
+class Loaded(Generic[Given, Below]):
+    """An adapter in memory.
 
     Attributes:
-        decoder: built over the base's.
-        digest: of the files that it came from.
-        description, num_parameters, num_bytes, removed, speed: as in `AdapterInfo`.
+        given: to the requests that name it.
+        below: of a variant, what the loader needs to load what sits on it.
+        num_parameters, num_bytes, removed: as in `AdapterInfo`.
+        speed_test: of a variant, if its speed matters.
     """
 
-    decoder: VariantDecoder
-    digest: str
-    description: str
+    given: Given
+    below: Below | None = None
     num_parameters: int
     num_bytes: int
-    removed: float
-    speed: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Host:
-    """What a side network can sit on: the base, or the variant of a name."""
-
-    name: str | None
-    decoder: Decoder
-    variant: ModelVariant | None
-    chain: tuple[str, ...]
+    removed: float | None = None
+    speed_test: SpeedTest | None = None
 
 
 @dataclass(slots=True, eq=False)
-class _Entry:
-    """An attached side network and what it sits on, or a variant, which is its own host.
+class _Entry(Generic[Given, Below]):
+    """An attached adapter.
 
-    `side` is None while a side network is not in memory; `loading` is set while it comes back.
+    Attributes:
+        folder, within: where it is read from; see `adapters.format.read_adapter`.
+        chain: digests of what it sits on, then its own.
+        on: the variant that it sits on, or None for the base.
+        loaded: None while a side network is not in memory.
+        loading: set while it comes back.
     """
 
     facts: AdapterInfo
     folder: Path
-    digest: str
-    host: _Host
-    side: SideAdapter | None
+    within: Path | None
+    chain: tuple[str, ...]
+    on: "_Entry[Given, Below] | None"
+    loaded: Loaded[Given, Below] | None
     loading: asyncio.Task[None] | None = None
     num_users: int = 0
     last_use: int = 0
 
-    @property
-    def is_variant(self) -> bool:
-        return self.facts.method == "disp"
-
-    @property
-    def is_loaded(self) -> bool:
-        return self.is_variant or self.side is not None
-
     def info(self) -> AdapterInfo:
-        return replace(self.facts, is_loaded=self.is_loaded, num_running=self.num_users)
+        test = None if self.loaded is None else self.loaded.speed_test
+        return replace(
+            self.facts, is_loaded=self.loaded is not None, num_running=self.num_users,
+            speed=None if test is None else test.speed,
+        )  # fmt: skip
 
 
-class AdapterRegistry:
-    """Attached adapters of one decoder.
+class AdapterRegistry(Generic[Given, Below]):
+    """Attached adapters of one base.
 
     The least recently used side networks that no request uses leave memory when all together take
     more than the limit, and come back with their next request. Those in use stay, even above it.
@@ -110,36 +115,29 @@ class AdapterRegistry:
 
     def __init__(
         self,
-        decoder: Decoder,
+        load: Callable[[StoredAdapter, Below | None], Loaded[Given, Below]],
         *,
-        fingerprint: str,
-        model_id: str,
         roots: Sequence[Path] = (),
         max_bytes: int | None = None,
-        load: Callable[..., QstAdapter] = load_qst,
     ) -> None:
         """Start with nothing attached.
 
         Args:
-            decoder: the base.
-            fingerprint: of the base.
-            model_id: of the base, for messages.
+            load: makes what a backend runs of an adapter and of what it sits on, None: the base.
+                Called on worker threads while the base runs; raises `ValueError` or `OSError` if
+                the adapter does not fit.
             roots: folders below which `attach` may read.
             max_bytes: memory for side networks, >= 0; None: no limit.
-            load: reads the folder of one.
 
         Raises:
             ValueError: the limit is negative.
         """
         if max_bytes is not None and max_bytes < 0:
             raise ValueError(f"adapter_memory_bytes must be at least 0, got {max_bytes}")
-        self._base = _Host(name=None, decoder=decoder, variant=None, chain=())
-        self._fingerprint = fingerprint
-        self._model_id = model_id
+        self._load = load
         self._roots = [root.resolve() for root in roots]
         self._max_bytes = max_bytes
-        self._load = load
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, _Entry[Given, Below]] = {}
         self._reserved: set[str] = set()
         self._num_uses = 0
 
@@ -147,50 +145,26 @@ class AdapterRegistry:
         """Return what is attached, in the order of names."""
         return [self._entries[name].info() for name in sorted(self._entries)]
 
-    def check_name(self, name: str) -> None:
-        """Refuse a name that is taken or not allowed; raises as `attach_folder` does."""
-        if not NAME_PATTERN.fullmatch(name):
-            raise AdapterLoadError(
-                f"adapter name must be 1 to 64 letters, digits, '.', '_' or '-', and not begin "
-                f"with '.'; got {name[:80]!r}"
-            )
-        if name in self._entries or name in self._reserved:
-            raise AdapterConflictError(f"an adapter is called {name!r} already; detach it first")
-
-    def add_variant(self, name: str, folder: Path, variant: LoadedVariant) -> AdapterInfo:
-        """Attach a pruned variant that the operator names.
-
-        Raises:
-            AdapterConflictError: the name is taken.
-            AdapterLoadError: a bad name.
-        """
-        self.check_name(name)
-        facts = AdapterInfo(
-            name=name, method="disp", description=variant.description,
-            num_parameters=variant.num_parameters, num_bytes=variant.num_bytes, is_loaded=True,
-            num_running=0, created=int(time.time()), removed=variant.removed, speed=variant.speed,
-        )  # fmt: skip
-        host = _Host(
-            name=name,
-            decoder=variant.decoder,
-            variant=ModelVariant(variant.decoder, variant.digest),
-            chain=(variant.digest,),
-        )
-        self._entries[name] = _Entry(facts, folder, variant.digest, host, None)
-        return facts
+    def speed_test(self, name: str) -> SpeedTest | None:
+        """Return what measures an attached variant, if anything does."""
+        loaded = self._entry(name).loaded
+        return None if loaded is None else loaded.speed_test
 
     def attach_folder(self, name: str, folder: Path) -> AdapterInfo:
-        """Attach a side network that the operator names, wherever it lies; blocks while it loads.
+        """Attach an adapter that the operator names, wherever it lies; blocks while it loads.
 
         Raises:
             AdapterConflictError: the name is taken.
             AdapterLoadError: a bad name, or the folder does not hold a fitting adapter.
         """
-        self.check_name(name)
-        return self._insert(name, folder, *self._read(name, folder, self._hosts()))
+        self._check_name(name)
+        try:
+            return self._insert(self._read(name, folder, None, self._variants()))
+        except (ValueError, OSError, MemoryError) as error:
+            raise AdapterLoadError(f"adapter {name!r}: {error}") from error
 
     async def attach(self, name: str, path: str) -> AdapterInfo:
-        """Attach a side network that a client names.
+        """Attach an adapter that a client names; nothing is attached unless all of it is right.
 
         Args:
             name: 1 to 64 of A-Z, a-z, 0-9, ".", "_", "-", without a leading ".".
@@ -200,12 +174,17 @@ class AdapterRegistry:
             AdapterConflictError: the name is taken.
             AdapterLoadError: a bad name or path, or the folder does not hold a fitting adapter.
         """
-        self.check_name(name)
+        self._check_name(name)
         self._reserved.add(name)
         try:
-            folder = await asyncio.to_thread(find_folder, path, self._roots)
-            read = await asyncio.to_thread(self._read, name, folder, self._hosts())
-            return self._insert(name, folder, *read)
+            folder, root = await asyncio.to_thread(find_folder, path, self._roots)
+            try:
+                work = partial(self._read, name, folder, root, self._variants())
+                entry = await _in_background(work)
+            except (ValueError, OSError, MemoryError) as error:
+                reason = _below_root(error, folder, root)
+                raise AdapterLoadError(f"adapter {name!r}: {reason}") from error
+            return self._insert(entry)
         finally:
             self._reserved.discard(name)
 
@@ -214,14 +193,10 @@ class AdapterRegistry:
 
         Raises:
             AdapterNotFoundError: no adapter has this name.
-            AdapterConflictError: requests use it, or side networks sit on it.
+            AdapterConflictError: requests use it, or other adapters sit on it.
         """
         entry = self._entry(name)
-        on_it = [
-            other.facts.name
-            for other in self._entries.values()
-            if other is not entry and other.host is entry.host and entry.is_variant
-        ]
+        on_it = [other.facts.name for other in self._entries.values() if other.on is entry]
         if on_it:
             raise AdapterConflictError(
                 f"the variant {name!r} carries {', '.join(sorted(on_it))}; detach what sits on it "
@@ -237,7 +212,7 @@ class AdapterRegistry:
         del self._entries[name]
 
     @asynccontextmanager
-    async def use(self, name: str) -> AsyncIterator[Attachment]:
+    async def use(self, name: str) -> AsyncIterator[Given]:
         """Give an adapter to a request and keep it in memory until the request ends.
 
         Raises:
@@ -248,74 +223,91 @@ class AdapterRegistry:
         entry.num_users += 1
         self._touch(entry)
         try:
-            if not entry.is_loaded:
+            if entry.loaded is None:
                 if entry.loading is None:
                     entry.loading = asyncio.create_task(self._reload(entry))
                     entry.loading.add_done_callback(_take_exception)
                 await asyncio.shield(entry.loading)
-            assert entry.is_loaded, "an adapter in use has left memory"
-            yield Attachment(entry.host.variant, entry.side)
+            assert entry.loaded is not None, "an adapter in use has left memory"
+            yield entry.loaded.given
         finally:
             entry.num_users -= 1
             self._make_room()
 
-    def _entry(self, name: str) -> _Entry:
+    def _check_name(self, name: str) -> None:
+        if not NAME_PATTERN.fullmatch(name):
+            raise AdapterLoadError(
+                f"adapter name must be 1 to 64 letters, digits, '.', '_' or '-', and not begin "
+                f"with '.'; got {name[:80]!r}"
+            )
+        if name in self._entries or name in self._reserved:
+            raise AdapterConflictError(f"an adapter is called {name!r} already; detach it first")
+
+    def _entry(self, name: str) -> _Entry[Given, Below]:
         entry = self._entries.get(name)
         if entry is None:
             raise AdapterNotFoundError(f"no adapter is called {name!r}")
         return entry
 
-    def _touch(self, entry: _Entry) -> None:
+    def _touch(self, entry: _Entry[Given, Below]) -> None:
         self._num_uses += 1
         entry.last_use = self._num_uses
 
-    def _hosts(self) -> list[_Host]:
-        return [self._base, *(entry.host for entry in self._entries.values() if entry.is_variant)]
+    def _variants(self) -> dict[tuple[str, ...], _Entry[Given, Below]]:
+        """Return the attached variants by chain, the older of two that are the same."""
+        entries = reversed(self._entries.values())
+        return {entry.chain: entry for entry in entries if entry.facts.kind == "variant"}
 
     def _read(
-        self, name: str, folder: Path, hosts: Sequence[_Host]
-    ) -> tuple[QstAdapter, AttachedSide, _Host]:
-        """Load a folder and hand it to the decoder that it is for; runs on any thread."""
-        try:
-            host = _find_host(read_config(folder), hosts)
-            adapter = self._load(
-                folder, host.decoder.spec, fingerprint=self._fingerprint, model_id=self._model_id,
-                chain=host.chain,
-            )  # fmt: skip
-            if adapter.qst.task != "causal_lm":
-                raise ValueError(f"it is for {adapter.qst.task}, which cannot be served")
-            return adapter, host.decoder.attach(adapter.network), host
-        except (ValueError, OSError) as error:
-            raise AdapterLoadError(f"adapter {name!r}: {error}") from error
-
-    def _insert(
-        self, name: str, folder: Path, adapter: QstAdapter, side: AttachedSide, host: _Host
-    ) -> AdapterInfo:
-        if host not in self._hosts():
-            raise AdapterLoadError(f"adapter {name!r}: the variant {host.name!r} is detached")
+        self,
+        name: str,
+        folder: Path,
+        within: Path | None,
+        variants: Mapping[tuple[str, ...], _Entry[Given, Below]],
+    ) -> _Entry[Given, Below]:
+        """Load a folder onto what it is for; runs on any thread."""
+        stored = read_adapter(folder, within=within)
+        about = stored.config
+        method = method_of(about)
+        on = _find_below(about.chain, variants)
+        loaded = self._load(stored, _below(on))
         facts = AdapterInfo(
-            name=name, method="qst", description=adapter.description,
-            num_parameters=adapter.num_parameters, num_bytes=side.num_bytes, is_loaded=True,
-            num_running=0, created=int(time.time()), on=host.name,
+            name=name, method=about.method, kind=method.kind, description=about.description,
+            num_parameters=loaded.num_parameters, num_bytes=loaded.num_bytes, is_loaded=True,
+            num_running=0, created=int(time.time()), removed=loaded.removed,
+            on=None if on is None else on.facts.name,
         )  # fmt: skip
-        running = SideAdapter(side, adapter.digest)
-        entry = self._entries[name] = _Entry(facts, folder, adapter.digest, host, running)
+        return _Entry(facts, folder, within, (*about.chain, stored.digest), on, loaded)
+
+    def _insert(self, entry: _Entry[Given, Below]) -> AdapterInfo:
+        name, on = entry.facts.name, entry.on
+        if on is not None and self._entries.get(on.facts.name) is not on:
+            raise AdapterLoadError(f"adapter {name!r}: the variant {on.facts.name!r} is detached")
+        self._entries[name] = entry
         self._touch(entry)
         self._make_room()
         return entry.info()
 
-    async def _reload(self, entry: _Entry) -> None:
+    async def _reload(self, entry: _Entry[Given, Below]) -> None:
         """Bring an adapter back into memory."""
-        try:
-            name, folder = entry.facts.name, entry.folder
-            adapter, side, _ = await asyncio.to_thread(self._read, name, folder, self._hosts())
-            if adapter.digest != entry.digest:
-                raise AdapterLoadError(
-                    f"adapter {name!r}: {folder} has changed since it was attached; "
-                    "detach it and attach it again"
+
+        def load() -> Loaded[Given, Below]:
+            stored = read_adapter(entry.folder, within=entry.within)
+            if (*stored.config.chain, stored.digest) != entry.chain:
+                raise ValueError(
+                    f"{entry.folder} has changed since it was attached; detach it and attach it "
+                    "again"
                 )
-            entry.side = SideAdapter(side, adapter.digest)
+            return self._load(stored, _below(entry.on))
+
+        name = entry.facts.name
+        try:
+            entry.loaded = await asyncio.to_thread(load)
             self._make_room()
+        except (ValueError, OSError, MemoryError) as error:
+            logger.error("adapter %r cannot be loaded any more: %s", name, error)
+            reason = _below_root(error, entry.folder, entry.within)
+            raise AdapterLoadError(f"adapter {name!r}: {reason}") from error
         finally:
             entry.loading = None
 
@@ -323,33 +315,55 @@ class AdapterRegistry:
         """Drop side networks that nobody uses until the others fit, least recently used first."""
         if self._max_bytes is None:
             return
-        loaded = [entry for entry in self._entries.values() if entry.side is not None]
+        entries = self._entries.values()
+        loaded = [x for x in entries if x.loaded is not None and x.facts.kind == "side_network"]
         num_bytes = sum(entry.facts.num_bytes for entry in loaded)
         for entry in sorted(loaded, key=lambda entry: entry.last_use):
             if num_bytes > self._max_bytes and not entry.num_users:
-                entry.side = None
+                entry.loaded = None
                 num_bytes -= entry.facts.num_bytes
 
 
-def _find_host(config: AdapterConfig, hosts: Sequence[_Host]) -> _Host:
-    """Return what an adapter sits on.
+def _find_below(
+    chain: tuple[str, ...], variants: Mapping[tuple[str, ...], _Entry[Given, Below]]
+) -> _Entry[Given, Below] | None:
+    """Return the variant that an adapter with this chain sits on, None: the base.
 
     Raises:
-        ValueError: it is a variant itself, or what it was trained on is not there.
+        ValueError: a variant of the chain is not attached; the message says which.
     """
-    if config.method != "qst":
+    if chain and chain not in variants:
+        missing = next(i for i in range(len(chain)) if chain[: i + 1] not in variants)
+        digits = chain[missing][:_SHOWN_DIGITS]
+        place = f", which sits on {variants[chain[:missing]].facts.name!r}," if missing else ""
         raise ValueError(
-            "it is a pruned variant; pruned variants are loaded at the start of the server: "
-            "proa serve --variant name=DIR"
+            f"it was made for {describe_chain(chain)}; attach the variant {digits}{place} first "
+            "('proa adapters inspect' shows the digest of each)"
         )
-    for host in hosts:
-        if host.chain == config.chain:
-            return host
-    digits = ", ".join(digest[:_SHOWN_DIGITS] for digest in config.chain)
-    raise ValueError(
-        f"it was trained on a pruned variant ({digits}) that is not loaded; the server must be "
-        "started with it: proa serve --variant name=DIR"
-    )
+    return variants[chain] if chain else None
+
+
+async def _in_background(work: Callable[[], Result]) -> Result:
+    """Call a function on a thread that yields to those that compute what was asked for.
+
+    The threads of a step wait for one another: if one has to share its core, all do.
+    """
+    executor = ThreadPoolExecutor(1, initializer=lower_priority)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
+    finally:
+        executor.shutdown(wait=False)
+
+
+def _below(on: _Entry[Given, Below] | None) -> Below | None:
+    """Return what the loader made of the variant that an adapter sits on, None: the base."""
+    return None if on is None or on.loaded is None else on.loaded.below
+
+
+def _below_root(error: BaseException, folder: Path, root: Path | None) -> str:
+    """Return what is wrong with a folder, named as a client may see it."""
+    text = str(error).replace(f"{root or folder.parent}/", "")
+    return text.encode(errors="replace").decode()
 
 
 def _take_exception(task: "asyncio.Task[None]") -> None:

@@ -1,6 +1,7 @@
 """Measure how fast a variant decodes beside its base."""
 
 import time
+import weakref
 from statistics import median
 from typing import Protocol
 
@@ -24,30 +25,61 @@ class Decoder(Protocol):
     def forward(self, batch: PackedBatch, cache: KVCache) -> Tensor: ...
 
 
-def compare_decode_speed(decoder: Decoder, base: Decoder) -> float:
-    """Return how many times as fast as its base a variant decodes one stream.
+class DecodeSpeedTest:
+    """Compares how fast a variant and its base decode one stream.
 
     The two take turns, so that what else the machine does slows both. After `MIN_STEPS` each it
-    ends when `BUDGET_S` seconds are over.
+    ends when they have taken `BUDGET_S` seconds. A variant that leaves memory ends it, too.
 
-    Args:
-        decoder: the variant.
-        base: its base; caches of the one are caches of the other.
+    Attributes:
+        speed: how many times as fast as its base the variant is; None until it is known.
     """
-    cache = base.make_cache(num_blocks=1)
-    times_s: dict[Decoder, list[float]] = {base: [], decoder: []}
-    start_s = time.perf_counter()
-    with torch.inference_mode():
-        for position in range(WARM_UPS + MAX_STEPS):
-            is_late = time.perf_counter() - start_s > BUDGET_S
-            if is_late and position >= WARM_UPS + MIN_STEPS:
-                break
-            batch = _one_token(position)
-            for measured, times in times_s.items():
+
+    def __init__(self, decoder: Decoder, base: Decoder) -> None:
+        """Prepare it.
+
+        Args:
+            decoder: the variant.
+            base: its base; caches of the one are caches of the other.
+        """
+        self.speed: float | None = None
+        self._decoder = weakref.ref(decoder)
+        self._base = base
+        self._cache: KVCache | None = None
+        self._base_times_s: list[float] = []
+        self._times_s: list[float] = []
+
+    def run(self) -> None:
+        """Measure without a pause; nothing else may run on the two meanwhile."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """Decode one token with each of the two; nothing else may run on them meanwhile.
+
+        Returns:
+            Whether there is more to measure.
+        """
+        decoder = self._decoder()
+        if decoder is None or self.speed is not None:
+            return False
+        if self._cache is None:
+            self._cache = self._base.make_cache(num_blocks=1)
+        batch = _one_token(len(self._times_s))
+        with torch.inference_mode():
+            for measured, times_s in (
+                (self._base, self._base_times_s),
+                (decoder, self._times_s),
+            ):
                 before_s = time.perf_counter()
-                measured.forward(batch, cache)[0, 0].item()  # waits for a GPU
-                times.append(time.perf_counter() - before_s)
-    return median(times_s[base][WARM_UPS:]) / median(times_s[decoder][WARM_UPS:])
+                measured.forward(batch, self._cache)[0, 0].item()  # waits for a GPU
+                times_s.append(time.perf_counter() - before_s)
+        num_steps = len(self._times_s) - WARM_UPS
+        is_late = sum(self._base_times_s) + sum(self._times_s) > BUDGET_S
+        if num_steps == MAX_STEPS or (is_late and num_steps >= MIN_STEPS):
+            self.speed = median(self._base_times_s[WARM_UPS:]) / median(self._times_s[WARM_UPS:])
+            self._cache = None
+        return self.speed is None
 
 
 def _one_token(position: int) -> PackedBatch:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
 
 from decoding.sampler import Sampler
-from serve.attachments.registry import AdapterRegistry
+from serve.attachments.native import NativeRegistry
 from serve.backends.protocol import (
     AdapterInfo,
     AdapterLoadError,
@@ -68,7 +68,7 @@ class NativeBackend:
         limits: EngineLimits,
         *,
         eos_token_ids: Sequence[int],
-        adapters: AdapterRegistry | None = None,
+        adapters: NativeRegistry | None = None,
     ) -> None:
         """Allocate the cache and start the engine's thread.
 
@@ -137,7 +137,10 @@ class NativeBackend:
         """Load the adapter in a folder and serve it under a name; see `AdapterRegistry.attach`."""
         if self._adapters is None:
             raise AdapterLoadError("this server takes no adapters")
-        return await self._adapters.attach(name, path)
+        info = await self._adapters.attach(name, path)
+        if test := self._adapters.speed_test(name):
+            self._thread.run_when_idle(test.step)
+        return info
 
     async def detach_adapter(self, name: str) -> None:
         """Serve an adapter no more; see `AdapterRegistry.detach`."""
@@ -187,7 +190,7 @@ class NativeBackend:
         self._thread.stop()
         self._thread.join()
 
-    def _registry(self, name: str) -> AdapterRegistry:
+    def _registry(self, name: str) -> NativeRegistry:
         if self._adapters is None:
             raise AdapterNotFoundError(f"no adapter is called {name!r}")
         return self._adapters

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,12 +10,17 @@ import torch
 from decoding import Sampler
 from models.checkpoints import Checkpoint, CheckpointError
 from models.decoder import Decoder
-from serve.attachments.registry import AdapterRegistry
-from serve.attachments.variants import add_variants
+from serve.attachments.native import NativeHost, NativeLoader, NativeRegistry
+from serve.attachments.start import attach_at_start
 from serve.backends.building import BuiltBackend, Report
 from serve.backends.native import NativeBackend
-from serve.backends.protocol import AdapterConflictError, AdapterLoadError
-from serve.base_model import build_decoder, load_base, load_tokenizer, settle_memory
+from serve.base_model import (
+    build_decoder,
+    find_lineage,
+    load_base,
+    load_tokenizer,
+    settle_memory,
+)
 from serve.config import ServeConfig
 from serve.engine.limits import EngineLimits
 from serve.machine import count_processors, free_memory_bytes
@@ -52,7 +58,7 @@ def build(config: ServeConfig, *, report: Report) -> BuiltBackend:
     for line in tokenizer.warnings():
         report(f"warning: {line}")
     name, folder, eos_token_ids = checkpoint.name, checkpoint.folder, tokenizer.eos_token_ids
-    # Its weights are mapped from disk; what the decoder needs of them, it has.
+    # Its weights are mapped from disk, and stay so for variants; what the decoder reads, it has.
     del checkpoint
     settle_memory(folder.resolve())
     config = _size_cache(config, decoder, report)
@@ -74,26 +80,25 @@ def build(config: ServeConfig, *, report: Report) -> BuiltBackend:
 
 def _build_registry(
     config: ServeConfig, decoder: Decoder, checkpoint: Checkpoint, report: Report
-) -> AdapterRegistry | None:
+) -> NativeRegistry | None:
     """Attach the variants and adapters of the start; None where there can be none.
 
     The fingerprint that they are held against may take a pass over all weights.
     """
     if not config.adapter and not config.variant and config.adapter_root is None:
         return None
-    registry = AdapterRegistry(
-        decoder,
-        fingerprint=checkpoint.fingerprint,
-        model_id=checkpoint.name,
+    loader = NativeLoader(
+        NativeHost(decoder=decoder, lineage=find_lineage(config.model_options, checkpoint)),
+        partial(build_decoder, config.model_options),
+        report=report,
+    )
+    registry = NativeRegistry(
+        loader.load,
         roots=() if config.adapter_root is None else (Path(config.adapter_root),),
         max_bytes=config.adapter_memory_bytes,
     )
-    add_variants(registry, config, checkpoint, decoder, report=report)
-    for name, folder in config.adapters:
-        try:
-            registry.attach_folder(name, Path(folder))
-        except (AdapterLoadError, AdapterConflictError) as error:
-            raise ConfigError(str(error)) from error
+    model_id = config.served_model_name or checkpoint.name
+    attach_at_start(registry, config, model_id, report=report)
     return registry
 
 

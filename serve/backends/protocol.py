@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
+from adapters.kinds import Kind
 from serve.requests import GenerationRequest, TokenOutput
 
 
@@ -28,29 +29,34 @@ class AdapterConflictError(Exception):
 
 
 class AdapterLoadError(Exception):
-    """The adapter cannot be attached: outside the root, damaged, or made for another base."""
+    """The adapter cannot be attached: outside the root, damaged, or made for another base; or it
+    cannot come back to memory. The message has no paths of the server."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterInfo:
-    """An attached adapter: a side network, or a pruned variant of the base.
+    """An attached adapter.
 
     Attributes:
         name: what follows the base's id in a model id: `base:name`.
-        method: "qst", a side network, or "disp", a variant.
+        method: what it was made with, by name; see `adapters.methods`.
+        kind: what it is; "variant": a decoder that runs in the base's place, "side_network": what
+            reads the hidden states of base or variant.
         description: free text from the adapter's card; may be empty.
         num_parameters: of the adapter; of a variant, those that are left in the layers' linears.
         num_bytes: memory that it takes while it is loaded, what it shares with the base left out.
         is_loaded: in memory; if not, its next request loads it. A variant always is.
         num_running: requests that name it and run now.
         created: Unix time at which it was attached, in seconds.
-        on: name of the variant that a side network sits on; None: the base.
+        on: name of the variant that it sits on; None: the base.
         removed: share of the layers' linears that a variant does without, 0 .. 1; None: no variant.
-        speed: a variant's decode speed at one stream, as a multiple of the base's on this machine.
+        speed: a variant's decode speed at one stream, as a multiple of the base's on this machine;
+            None: not measured yet.
     """
 
     name: str
     method: str
+    kind: Kind
     description: str
     num_parameters: int
     num_bytes: int
@@ -60,6 +66,11 @@ class AdapterInfo:
     on: str | None = None
     removed: float | None = None
     speed: float | None = None
+
+    @property
+    def has_side(self) -> bool:
+        """Whether a side network is part of it, so that there is something to scale."""
+        return self.kind == "side_network"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

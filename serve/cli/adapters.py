@@ -12,9 +12,9 @@ from serve.environment import client_settings
 from serve.model_options import MODEL_OPTIONS, build_model_options
 
 DESCRIPTION = """\
-Adapters are folders with an adapter_config.json and an adapter_model.safetensors: side networks
-(method qst) and pruned variants (method disp). List those of a running server or below a folder,
-show what one is, or hold one against a base model.
+Adapters are folders with an adapter_config.json and an adapter_model.safetensors: side networks,
+and variants of a model. List those of a running server or below a folder, show what one is, or hold
+one against a base model.
 """
 
 EXAMPLES = """\
@@ -26,7 +26,7 @@ examples:
   proa adapters verify ./healed --on ./small
 
 Attach one when a server starts with 'proa serve --adapter NAME=DIR', or --variant NAME=DIR if it is
-a pruned variant, and talk to it by the model id BASE:NAME.
+a variant, and talk to it by the model id BASE:NAME.
 """
 
 VERIFY_OPTIONS = {
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     verifying.add_argument("folder", type=Path, metavar="DIR", help="the adapter")
     verifying.add_argument(
-        "--on", type=Path, metavar="DIR", help="the pruned variant that it was trained on"
+        "--on", type=Path, metavar="DIR", nargs="+", default=(), help="the variants that it sits on"
     )
     add_options(verifying, VERIFY_OPTIONS)
 
@@ -94,13 +94,14 @@ def table(adapters: Sequence[dict[str, Any]]) -> str:
     if not adapters:
         return "no adapter is attached; 'proa serve --adapter NAME=DIR' attaches one"
     width = max(len(entry["id"]) for entry in adapters)
-    lines = [f"{'model id':{width}}  {'method':6}  {'parameters':>10}  {'MB':>7}  state"]
+    lines = [f"{'model id':{width}}  {'kind':12}  {'parameters':>10}  {'MB':>7}  state"]
     for entry in adapters:
         state = "loaded" if entry["is_loaded"] else "waits on disk"
         if entry["num_running"]:
             state = f"in use by {entry['num_running']}"
         lines.append(
-            f"{entry['id']:{width}}  {entry['method']:6}  {entry['num_parameters']:>10}  "
+            f"{entry['id']:{width}}  {entry['kind'].replace('_', ' '):12}  "
+            f"{entry['num_parameters']:>10}  "
             f"{entry['num_bytes'] / 1e6:>7.1f}  {state}{_describe_place(entry)}"
             + (f"  {printable(entry['description'])}" if entry["description"] else "")
         )
@@ -108,8 +109,8 @@ def table(adapters: Sequence[dict[str, Any]]) -> str:
 
 
 def _describe_place(entry: dict[str, Any]) -> str:
-    """Say what a side network sits on, or what a variant is worth."""
+    """Say what an adapter sits on, and what a variant is worth."""
     place = f", on {printable(entry['on'])}" if entry.get("on") else ""
     if entry.get("removed") is not None:
-        place = f", {entry['removed']:.0%} removed"
+        place += f", {entry['removed']:.0%} removed"
     return place + (f", {entry['speed']:.2f}x the base" if entry.get("speed") else "")

@@ -103,7 +103,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     side = parser.add_argument_group("Side network")
     side.add_argument(
-        "--on", metavar="DIR", type=Path, help="the pruned variant of the model that it sits on"
+        "--on",
+        metavar="DIR",
+        type=Path,
+        nargs="+",
+        default=(),
+        help="the variant of the model that it sits on, and what that sits on",
     )
     for flag, kind, metavar, text in SIDE_FLAGS:
         side.add_argument(flag, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)
@@ -159,8 +164,9 @@ def run(arguments: argparse.Namespace) -> int:
     for flag, path in (("--data", arguments.data), ("--eval-data", arguments.eval_data)):
         if path is not None and not path.is_file():
             raise UserError(f"{flag}: {path} is not a file")
-    if arguments.on is not None and not arguments.on.is_dir():
-        raise UserError(f"--on: {arguments.on} is not a folder")
+    for folder in arguments.on:
+        if not folder.is_dir():
+            raise UserError(f"--on: {folder} is not a folder")
     if arguments.max_length is not None and arguments.max_length < 2:
         raise UserError(f"--max-length must be at least 2, got {arguments.max_length}")
     given = given_options(arguments, MODEL_FLAGS)

@@ -1,6 +1,7 @@
 """Run a training from the command line: model, data, signals, and what is told."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,9 +47,9 @@ def run_training(
         raise UserError(str(error)) from error
     for line in tokenizer.warnings():
         say(f"warning: {line}")
-    if arguments.on is not None:
+    if arguments.on:
         try:
-            _, checkpoint = load_variant(options, checkpoint, arguments.on, report=say)
+            checkpoint = load_variant(options, checkpoint, arguments.on, report=say)
         except (AdapterError, CheckpointError) as error:
             raise UserError(f"--on: {error}") from error
     examples, eval_examples, labels = read_data(arguments, checkpoint, tokenizer)
@@ -119,13 +120,13 @@ def read_data(
     return found[0], found[1] if len(found) > 1 else None, labels
 
 
-def describe_result(result: TrainingResult, output: Path, variant: Path | None) -> list[str]:
+def describe_result(result: TrainingResult, output: Path, variants: Sequence[Path]) -> list[str]:
     """Return the lines that end a training.
 
     Args:
         result: what came of it.
         output: folder of the adapter.
-        variant: folder of the variant that it sits on, or None.
+        variants: folders of those that it sits on.
     """
     lines = [result.memory.describe()]
     found = result.evaluation
@@ -140,6 +141,6 @@ def describe_result(result: TrainingResult, output: Path, variant: Path | None) 
         lines.append(f"held-out loss: {base}{adapted}")
     lines.append(f"{output}: {result.steps} steps, {result.num_parameters} parameters")
     if found is None or found.accuracy is None:
-        below = "" if variant is None else f"--variant {variant.resolve().name}={variant} "
+        below = "".join(f"--variant {path.resolve().name}={path} " for path in variants)
         lines.append(f"serve it with: proa serve {below}--adapter {output.resolve().name}={output}")
     return lines

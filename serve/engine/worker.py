@@ -44,6 +44,7 @@ class EngineThread:
         self._commands: list[Callable[[], None]] = []
         self._submitted: dict[LiveRequest, None] = {}
         self._queued: dict[LiveRequest, None] = {}
+        self._idle_work: deque[Callable[[], bool]] = deque()
         self._is_stopping = False
         self._is_closed = False
         self._admission_times_s: deque[float] = deque(maxlen=64)
@@ -100,6 +101,15 @@ class EngineThread:
             self._commands.append(partial(self._engine.abort_sequence, request, index))
             self._condition.notify()
 
+    def run_when_idle(self, work: Callable[[], bool]) -> None:
+        """Call a function on the thread while there is nothing else to do, until it returns False.
+
+        It may run the model. Each call is short: a request that comes meanwhile waits for its end.
+        """
+        with self._condition:
+            self._idle_work.append(work)
+            self._condition.notify()
+
     def drain(self) -> None:
         """End the thread once nothing is left to do."""
         with self._condition:
@@ -138,6 +148,8 @@ class EngineThread:
         try:
             while self._take_orders():
                 self._step()
+                if self._idle_work and not self._engine.has_work:
+                    self._do_idle_work()
         except BaseException as error:  # whatever it is, nobody above would tell the clients
             logger.error("the engine failed: %s", describe_error(error))
             self._engine.abandon(error)
@@ -158,7 +170,13 @@ class EngineThread:
         engine = self._engine
         with self._condition:
             self._count_admissions()
-            while not (self._submitted or self._commands or engine.has_work or self.is_draining):
+            while not (
+                self._submitted
+                or self._commands
+                or self._idle_work
+                or engine.has_work
+                or self.is_draining
+            ):
                 self._condition.wait()
             has_ended = not (self._submitted or self._commands or engine.has_work)
             if self._is_stopping or (self.is_draining and has_ended):
@@ -177,6 +195,16 @@ class EngineThread:
         for request in left:
             del self._queued[request]
         self._admission_times_s.extend([time.monotonic()] * len(left))
+
+    def _do_idle_work(self) -> None:
+        """Take one step of the first piece of idle work; one that fails is dropped."""
+        try:
+            has_more = self._idle_work[0]()
+        except Exception as error:
+            logger.error("idle work failed: %s", describe_error(error))
+            has_more = False
+        if not has_more:
+            self._idle_work.popleft()
 
     def _close(self) -> None:
         """End what is left, so that no request is ever without an end."""

@@ -24,7 +24,7 @@ async def load_catalog(client: ApiClient, key: str) -> Catalog:
         entry["id"]: [] for entry in models if entry["x_kind"] in ("base", "variant")
     }
     for entry in models:
-        if entry["x_kind"] == "adapter" and entry["parent"] in found:
+        if entry["x_kind"] == "side_network" and entry["parent"] in found:
             found[entry["parent"]].append(entry["id"])
     return {
         "models": found,

@@ -17,7 +17,6 @@ PROMPT = ("proa_prefix_cache_queries_total",)
 HITS = "proa_prefix_cache_hits_total"
 RUNNING, WAITING = "proa_num_requests_running", "proa_num_requests_waiting"
 KV_USAGE, SIDE_KV_USAGE = "proa_kv_cache_usage_perc", "proa_side_kv_cache_usage_perc"
-_KINDS = {"qst": "side network", "disp": "variant"}
 _COLUMNS = (
     "Name", "Kind", "On", "Parameters", "Memory", "In memory", "Requests", "Removed", "Speed",
 )  # fmt: skip
@@ -98,7 +97,7 @@ def _row(entry: dict[str, Any]) -> str:
         name += f'<span class="about">{escape(description)}</span>'
     removed, speed = entry.get("removed"), entry.get("speed")
     cells = (
-        escape(_KINDS.get(entry["method"], entry["method"])),
+        escape(entry["kind"].replace("_", " ")),
         escape(entry.get("on") or "base"),
         format_count(entry["num_parameters"]),
         format_bytes(entry["num_bytes"]),

@@ -107,15 +107,19 @@ def write_adapter(tiny_llama_folder: Path) -> WriteAdapter:
         seed: int = 0,
         fingerprint: str | None = None,
         on: Path | None = None,
+        chain: tuple[str, ...] | None = None,
         **sizes: int,
     ) -> Path:
-        """Write to a folder, for the variant in the folder `on`; `sizes`: fields of `QstConfig`."""
-        spec, chain = base.spec, ()
+        """Write to a folder, for the variant in the folder `on`; `sizes`: fields of `QstConfig`.
+
+        `chain` is given where more than that variant is below it.
+        """
+        spec, below = base.spec, ()
         if on is not None:
             variant = load_disp(
                 on, spec, fingerprint=base.fingerprint, quantization="none", model_id=base.name
             )
-            spec, chain = prune_spec(spec, variant.selections), (variant.digest,)
+            spec, below = prune_spec(spec, variant.selections), (variant.digest,)
         network = QstNetwork(spec, QstConfig(**{"reduction": 4, "rank": 4, **sizes}), seed=seed)
         with torch.no_grad():
             network.get_parameter("alpha").fill_(0.25)
@@ -125,7 +129,7 @@ def write_adapter(tiny_llama_folder: Path) -> WriteAdapter:
             base_id=base.name,
             base_fingerprint=fingerprint or base.fingerprint,
             base_quantization=base.quantization,
-            chain=chain,
+            chain=below if chain is None else chain,
             description=f"side network {seed}",
             training={"steps": 0, "data": "none"},
         )

@@ -2,12 +2,18 @@
 
 import mmap
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from serve.config import OPTIONS
-from serve.machine import count_processors, free_memory_bytes, release_mapped_pages
+from serve.machine import (
+    count_processors,
+    free_memory_bytes,
+    lower_priority,
+    release_mapped_pages,
+)
 from serve.resolve import TOKENS_PER_SEQUENCE
 
 
@@ -60,3 +66,18 @@ def test_nothing_is_released_without_smaps(tmp_path: Path) -> None:
 
 def test_help_tells_the_automatic_cache_size() -> None:
     assert f"auto is {TOKENS_PER_SEQUENCE} for each" in OPTIONS["kv_cache_tokens"].help
+
+
+def test_priority_is_lowered_for_one_thread_only() -> None:
+    found: list[int] = []
+
+    def work() -> None:
+        lower_priority()
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [19]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before

@@ -132,7 +132,7 @@ def test_adapter_of_another_method_is_refused(folder: Path) -> None:
 def test_variant_of_a_variant_is_refused(folder: Path) -> None:
     values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     (folder / CONFIG_FILE).write_text(json.dumps(values | {"chain": ["x"]}), encoding="utf-8")
-    with pytest.raises(AdapterError, match=r"trained with chain \['x'\] .* this base has \[\]"):
+    with pytest.raises(AdapterError, match="made for the base with x; this is the base itself"):
         load(folder)
 
 
@@ -261,6 +261,7 @@ def test_newer_format_and_missing_files_are_named(folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(values | {"format_version": 2}), encoding="utf-8")
     with pytest.raises(AdapterError, match="format_version 2 is newer than 1"):
         read_config(folder)
+    (folder / CONFIG_FILE).write_text(json.dumps(values), encoding="utf-8")
     (folder / TENSOR_FILE).unlink()
     with pytest.raises(AdapterError, match=f"no adapter; {TENSOR_FILE} is missing"):
         load(folder)

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from models.checkpoints import (
     Checkpoint,
     CheckpointError,
+    Lineage,
+    Originals,
     load_checkpoint,
-    load_pruned,
+    prune,
     quantize_checkpoint,
 )
 from models.checkpoints.origins import open_gguf
@@ -58,15 +60,15 @@ class Bench:
     def load(
         self, selections: Selections, *, digest: str = DIGEST, dequantize: bool = False
     ) -> Checkpoint:
-        return load_pruned(
-            self.source, self.base, selections, digest=digest, cache_dir=self.cache,
-            dequantize=dequantize, report=self.lines.append,
-        )  # fmt: skip
+        originals = Originals(self.source, self.base, cache_dir=self.cache, dequantize=dequantize)
+        step = prune(self.base.spec, selections, digest=digest)
+        base = Lineage(checkpoint=self.base, originals=originals)
+        return base.derive(step, report=self.lines.append).checkpoint
 
     @property
     def folder(self) -> Path:
         """Where the one variant lies."""
-        (folder,) = (self.cache / "checkpoints").glob("*-pruned-*")
+        (folder,) = (self.cache / "checkpoints").glob("*-variant-*")
         return folder
 
 
@@ -113,7 +115,9 @@ def test_original_weights_are_sliced_then_quantised(
     kinds = {n: type(w) for n, w in loaded.weights.items() if w is not bench.base.weights[n]}
     assert {kinds[n] for n in kinds if n.endswith(".weight")} == {Quantized4Bit}
     assert {kinds[n] for n in kinds if n.endswith(".bias")} <= {torch.Tensor}
-    assert bench.lines == [f"slicing {bench.base.name} (once; later starts use {tmp_path})"]
+    assert bench.lines == [
+        f"deriving a variant of {bench.base.name} (once; later starts use {tmp_path})"
+    ]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -204,7 +208,7 @@ def test_4_bit_folder_is_refused_unless_asked_for_and_warned_about(
     quantize_checkpoint(tiny_folder("llama"), source, quant_type=kind)
     bench = Bench(source, tmp_path / "cache", load_checkpoint(source))
     selections = random_selections(bench.base.spec)
-    message = r"four-bit: has 4-bit weights only, and slicing needs the original ones.*23\.1 to 28"
+    message = r"four-bit: has 4-bit weights only, and a variant is made of .*23\.1 to 28"
     with pytest.raises(CheckpointError, match=message):
         bench.load(selections)
     assert not list((tmp_path / "cache").glob("checkpoints/*"))
@@ -256,7 +260,7 @@ def test_another_digest_or_source_is_sliced_anew(
     original = load_checkpoint(bench.source, quantization="none")
     assert_same(loaded, slices_of(original, other), bench.base)
     Bench(bench.source, bench.cache, original).load(other, digest="ef" * 32)
-    assert len(list(bench.cache.glob("checkpoints/*-pruned-*"))) == 3
+    assert len(list(bench.cache.glob("checkpoints/*-variant-*"))) == 3
 
 
 @pytest.mark.parametrize("length", [0, 100, -1], ids=["empty", "header", "cut"])
@@ -310,7 +314,7 @@ def test_another_model_is_not_the_bases_source(
     bench.source = damaged
     with pytest.raises(CheckpointError, match=r"missing model\.layers\.2\.self_attn\.q_proj"):
         bench.load(random_selections(bench.base.spec))
-    assert not list(bench.cache.glob("checkpoints/*-pruned-*"))
+    assert not list(bench.cache.glob("checkpoints/*-variant-*"))
 
 
 def test_missing_source_is_named(bench: Bench, tmp_path: Path) -> None:

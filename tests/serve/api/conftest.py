@@ -240,8 +240,8 @@ def params_of(request: GenerationRequest, index: int) -> SamplingParams:
 
 def make_adapter(name: str, **fields: Any) -> AdapterInfo:
     facts: dict[str, Any] = {
-        "method": "qst", "description": "a test", "num_parameters": 10, "num_bytes": 40,
-        "is_loaded": True, "num_running": 0, "created": 1_700_000_000,
+        "method": "qst", "kind": "side_network", "description": "a test", "num_parameters": 10,
+        "num_bytes": 40, "is_loaded": True, "num_running": 0, "created": 1_700_000_000,
     }  # fmt: skip
     return AdapterInfo(name=name, **{**facts, **fields})
 

@@ -25,7 +25,7 @@ def test_models_are_base_adapters_and_strategies_of_each(client: Client) -> None
     assert [model["id"] for model in data] == ids
     found = {m["id"]: (m["parent"], m["root"], m["x_kind"]) for m in data}
     assert found["smollm2"] == (None, "smollm2", "base")
-    assert found["smollm2:poet"] == ("smollm2", "smollm2", "adapter")
+    assert found["smollm2:poet"] == ("smollm2", "smollm2", "side_network")
     assert found["smollm2:poet@adapt"] == ("smollm2:poet", "smollm2", "strategy")
     created = {m["id"]: m["created"] for m in data}
     assert created["smollm2:poet"] == created["smollm2:poet@adapt"] == 1_700_000_000
@@ -35,14 +35,14 @@ def test_models_are_base_adapters_and_strategies_of_each(client: Client) -> None
 
 
 def test_models_name_variants_and_what_sits_on_them(client: Client, backend: FakeBackend) -> None:
-    backend.attached["small"] = make_adapter("small", method="disp", created=5)
+    backend.attached["small"] = make_adapter("small", kind="variant", created=5)
     backend.attached["healed"] = make_adapter("healed", on="small")
     data = client.get("/v1/models").json()["data"]
     found = {m["id"]: (m["parent"], m["root"], m["x_kind"]) for m in data}
     assert found["smollm2:small"] == ("smollm2", "smollm2", "variant")
     assert found["smollm2:small@adapt"] == ("smollm2:small", "smollm2", "strategy")
-    assert found["smollm2:healed"] == ("smollm2:small", "smollm2", "adapter")
-    assert found["smollm2:poet"] == ("smollm2", "smollm2", "adapter")
+    assert found["smollm2:healed"] == ("smollm2:small", "smollm2", "side_network")
+    assert found["smollm2:poet"] == ("smollm2", "smollm2", "side_network")
     for model in data:
         assert client.get(f"/v1/models/{model['id']}").json() == model
 
@@ -52,7 +52,7 @@ def test_models_name_variants_and_what_sits_on_them(client: Client, backend: Fak
 def test_scale_of_a_variant_alone_is_refused(
     client: Client, backend: FakeBackend, suffix: str, scale: float
 ) -> None:
-    backend.attached["small"] = make_adapter("small", method="disp")
+    backend.attached["small"] = make_adapter("small", kind="variant")
     backend.attached["healed"] = make_adapter("healed", on="small")
     for send in (client.chat, client.complete):
         response = send(model="smollm2:small" + suffix, adapter_scale=scale)

@@ -142,7 +142,7 @@ def test_shared_scale_is_for_the_arms_with_an_adapter(client: Client, backend: F
 
 
 def test_shared_scale_is_not_for_variants_alone(client: Client, backend: FakeBackend) -> None:
-    backend.attached["small"] = make_adapter("small", method="disp")
+    backend.attached["small"] = make_adapter("small", kind="variant")
     backend.attached["healed"] = make_adapter("healed", on="small")
     small, healed = {"model": "smollm2:small"}, {"model": "smollm2:healed"}
     assert compare(client, small, healed, adapter_scale=0.5).status_code == 200

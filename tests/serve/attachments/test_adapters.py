@@ -1,7 +1,7 @@
 """A whole server with adapters: attached at the start and later, mixed, compared."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +10,20 @@ import pytest
 
 from serve.config import ServeConfig
 from serve.options import ConfigError
-from serve.server import build_service, close_service
-
-ADMIN = {"Authorization": "Bearer sk-admin"}
-QUESTION = {"prompt": "abcdefgh" * 4, "max_tokens": 12, "seed": 3, "ignore_eos": True}
+from serve.server import build_service
+from tests.serve.attachments.server_client import (
+    QUESTION,
+    attach,
+    complete,
+    detach,
+    with_server,
+)
 
 
 def make_config(model: Path, **fields: Any) -> ServeConfig:
     return ServeConfig(
         model=str(model), quantization="none", max_context=512, admin_key=("sk-admin",), **fields
     )
-
-
-def with_server(config: ServeConfig, work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
-    """Build a server in this process and give a client of it."""
-
-    async def run() -> None:
-        service = build_service(config, report=lambda _: None)
-        transport = httpx.ASGITransport(app=service.app)
-        try:
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://localhost", timeout=60
-            ) as client:
-                await work(client)
-        finally:
-            await close_service(service)
-
-    asyncio.run(run())
-
-
-async def complete(client: httpx.AsyncClient, model: str, **fields: Any) -> str:
-    body = {"model": model, **QUESTION, **fields}
-    response = await client.post("/v1/completions", json=body)
-    assert response.status_code == 200, response.text
-    return str(response.json()["choices"][0]["text"])
 
 
 @pytest.fixture
@@ -82,20 +62,16 @@ def test_adapter_comes_and_goes_at_run_time(tiny_llama_folder: Path, adapters: P
     async def work(client: httpx.AsyncClient) -> None:
         base = await complete(client, "tiny-llama")
         for path in ("one", str(adapters / "two")):
-            name = Path(path).name
-            body = {"name": name, "path": path}
-            response = await client.post("/v1/adapters", json=body, headers=ADMIN)
-            assert response.status_code == 200, response.text
-            again = await client.post("/v1/adapters", json=body, headers=ADMIN)
-            assert again.status_code == 409
+            for status in (200, 409):
+                response = await attach(client, Path(path).name, path)
+                assert response.status_code == status, response.text
         assert await complete(client, "tiny-llama:one") != base
         # Any adapter is over the limit: it leaves memory and comes back for its request.
         assert await complete(client, "tiny-llama:two") != await complete(client, "tiny-llama:one")
         listed = (await client.get("/v1/adapters")).json()["data"]
         assert [entry["is_loaded"] for entry in listed] == [False, False]
         for name, status in (("one", 200), ("one", 404), ("two", 200)):
-            response = await client.delete(f"/v1/adapters/{name}", headers=ADMIN)
-            assert response.status_code == status
+            assert (await detach(client, name)).status_code == status
         refused = await client.post("/v1/completions", json={"model": "tiny-llama:one", **QUESTION})
         assert refused.status_code == 404
         assert await complete(client, "tiny-llama") == base
@@ -109,11 +85,11 @@ def test_adapter_in_use_stays(tiny_llama_folder: Path, adapters: Path) -> None:
         answer = asyncio.create_task(complete(client, "tiny-llama:one", max_tokens=400))
         while not (await client.get("/v1/adapters/one")).json()["num_running"]:
             await asyncio.sleep(0)
-        response = await client.delete("/v1/adapters/one", headers=ADMIN)
+        response = await detach(client, "one")
         assert response.status_code == 409, response.text
         assert "1 request uses" in response.json()["error"]["message"]
         await answer
-        assert (await client.delete("/v1/adapters/one", headers=ADMIN)).status_code == 200
+        assert (await detach(client, "one")).status_code == 200
 
     with_server(make_config(tiny_llama_folder, adapter=(f"one={adapters}/one",)), work)
 
@@ -162,8 +138,7 @@ def test_bad_names_and_paths_attach_nothing(
 
     async def work(client: httpx.AsyncClient) -> None:
         for case, (name, path, match) in REFUSED.items():
-            body = {"name": name, "path": path}
-            response = await client.post("/v1/adapters", json=body, headers=ADMIN)
+            response = await attach(client, name, path)
             assert response.status_code == 400, (case, response.text)
             message = response.json()["error"]["message"]
             assert match in message, case

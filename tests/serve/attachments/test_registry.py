@@ -7,19 +7,17 @@ from typing import Any
 
 import pytest
 
+import serve.attachments.registry
 from adapters.format import CONFIG_FILE, TENSOR_FILE
-from adapters.qst.adapter import save_qst
-from serve.attachments.registry import AdapterRegistry
+from serve.attachments.paths import find_folder
 from serve.backends.protocol import (
     AdapterConflictError,
     AdapterInfo,
     AdapterLoadError,
     AdapterNotFoundError,
 )
-from tests.adapters.side_decoders import make_network
 from tests.serve.backends.backend_client import run, until
-from tests.serve.engine.scripted_adapters import NUM_BYTES, Folders
-from tests.serve.engine.tiny_decoder import make_decoder
+from tests.serve.engine.scripted_adapters import NUM_BYTES, Folders, ScriptedRegistry
 
 
 @pytest.fixture
@@ -27,11 +25,11 @@ def folders(tmp_path: Path) -> Folders:
     return Folders(tmp_path / "root")
 
 
-def attach(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
+def attach(registry: ScriptedRegistry, name: str, path: str) -> AdapterInfo:
     return asyncio.run(registry.attach(name, path))
 
 
-def loaded(registry: AdapterRegistry) -> set[str]:
+def loaded(registry: ScriptedRegistry) -> set[str]:
     return {info.name for info in registry.infos() if info.is_loaded}
 
 
@@ -39,15 +37,40 @@ def test_attached_adapters_are_listed_by_name(folders: Folders) -> None:
     registry = folders.registry()
     registry.attach_folder("poet", folders.write("x"))
     info = attach(registry, "ant", str(folders.write("y")))
-    assert (info.method, info.description, info.num_parameters) == ("qst", "says y", 7)
+    assert (info.method, info.kind, info.description) == ("qst", "side_network", "y")
+    assert (info.num_parameters, info.has_side) == (7, True)
     assert (info.num_bytes, info.is_loaded, info.num_running) == (NUM_BYTES, True, 0)
     assert info.created > 1.7e9
     assert [info.name for info in registry.infos()] == ["ant", "poet"]
 
 
+def test_attaching_yields_to_what_computes_and_coming_back_does_not(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yielding: set[int] = set()
+    monkeypatch.setattr(
+        serve.attachments.registry, "lower_priority", lambda: yielding.add(threading.get_ident())
+    )
+    loaded: list[bool] = []
+
+    def load(*given: Any) -> Any:
+        loaded.append(threading.get_ident() in yielding)
+        return folders.load(*given)
+
+    registry = ScriptedRegistry(load, roots=[folders.root], max_bytes=0)
+    folders.write("x")
+
+    async def main() -> None:
+        await registry.attach("x", "x")
+        async with registry.use("x"):
+            assert loaded == [True, False]
+
+    run(main())
+
+
 def test_path_may_be_relative_to_the_root(folders: Folders) -> None:
     folders.write("deep/x")
-    assert attach(folders.registry(), "x", "deep/x").description == "says deep/x"
+    assert attach(folders.registry(), "x", "deep/x").description == "deep/x"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +127,7 @@ def test_symlink_is_followed_below_the_root_only(folders: Folders) -> None:
     (folders.root / "in").symlink_to(inside)
     (folders.root / "out").symlink_to(outside)
     registry = folders.registry()
-    assert attach(registry, "in", "in").description == "says inside"
+    assert attach(registry, "in", "in").description == "inside"
     with pytest.raises(AdapterLoadError, match="path must be a folder below the adapter root"):
         attach(registry, "out", "out")
 
@@ -116,7 +139,9 @@ def test_file_that_is_a_link_to_outside_is_refused(file: str, folders: Folders) 
     outside.write_text("secret", encoding="utf-8")
     (folder / file).unlink(missing_ok=True)
     (folder / file).symlink_to(outside)
-    with pytest.raises(AdapterLoadError, match=f"{file} is a link to outside of the adapter root"):
+    with pytest.raises(
+        AdapterLoadError, match=f"adapter 'x': x/{file}: is a link; an adapter is a"
+    ):
         attach(folders.registry(), "x", "x")
 
 
@@ -129,15 +154,15 @@ def test_nothing_is_attached_at_run_time_without_a_root(folders: Folders) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("method", "message"),
     [
-        ("damaged", "adapter 'x': .*: not for base"),
-        ("classifier", "adapter 'x': it is for sequence_classification, which cannot be served"),
+        ("qst", "adapter 'x': not for base"),
+        ("lora", "adapter 'x': method must be one of .*; got 'lora'"),
     ],
-    ids=["damaged", "classifier"],
+    ids=["damaged", "method"],
 )
-def test_folder_that_does_not_fit_is_refused(text: str, message: str, folders: Folders) -> None:
-    path = folders.write("x", text)
+def test_folder_that_does_not_fit_is_refused(method: str, message: str, folders: Folders) -> None:
+    path = folders.write("x", "damaged", method=method)
     registry = folders.registry()
     with pytest.raises(AdapterLoadError, match=message):
         attach(registry, "x", "x")
@@ -287,24 +312,37 @@ def test_requests_that_want_one_adapter_back_load_it_once(folders: Folders) -> N
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("y", "has changed since it was attached; detach it"), ("damaged", "not for base")],
-    ids=["changed", "damaged"],
+    [
+        ("y", "x has changed since it was attached; detach it and attach it again"),
+        (None, f"x: no adapter; {TENSOR_FILE} is missing"),
+    ],
+    ids=["changed", "gone"],
 )
+@pytest.mark.parametrize("by", ["operator", "client"])
 def test_folder_that_has_changed_does_not_come_back(
-    text: str, message: str, folders: Folders
+    by: str, text: str | None, message: str, folders: Folders, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = folders.registry(max_bytes=0)
-    registry.attach_folder("a", folders.write("x"))
+    path = folders.write("x")
+    if by == "operator":
+        registry.attach_folder("a", path)
+    else:
+        attach(registry, "a", "x")
 
     async def use() -> None:
-        with pytest.raises(AdapterLoadError, match=message):
+        with pytest.raises(AdapterLoadError, match=f"^adapter 'a': {message}$"):
             async with registry.use("a"):
                 raise AssertionError("it came back")
 
-    folders.write("x", text)
+    if text is None:
+        os.remove(path / TENSOR_FILE)
+    else:
+        folders.write("x", text)
     run(use())
     run(use())
     assert registry.infos()[0].num_running == 0
+    said = f"adapter 'a' cannot be loaded any more: {folders.root}/{message}"
+    assert caplog.messages == [said, said]
     registry.detach("a")
 
 
@@ -313,28 +351,39 @@ def test_negative_limit_is_refused(folders: Folders) -> None:
         folders.registry(max_bytes=-1)
 
 
-def test_adapter_of_this_base_is_loaded_and_another_refused(tmp_path: Path) -> None:
-    decoder = make_decoder("reference")
-    fingerprint = "ab" * 32
-    for name, of in (("good", fingerprint), ("other", "cd" * 32)):
-        network = make_network(decoder.spec, seed=1)
-        save_qst(
-            tmp_path / name, network, base_id="tiny", base_fingerprint=of, base_quantization="nf4"
-        )
-    registry = AdapterRegistry(
-        decoder, fingerprint=fingerprint, model_id="tiny", roots=[tmp_path], max_bytes=0
-    )
-    info = attach(registry, "good", "good")
-    assert info.num_bytes > 0
-    with pytest.raises(AdapterLoadError, match="adapter 'other'.*fingerprint"):
-        attach(registry, "other", "other")
+@pytest.mark.parametrize("swapped", ["x", "deep"])
+def test_folder_that_becomes_a_link_to_outside_is_not_read(
+    swapped: str, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders.write("deep/x")
+    folders.write("../outside/x", "secret")
 
-    async def use() -> None:
-        async with registry.use("good") as (_, adapter):
-            assert adapter is not None
-            assert adapter.side.num_bytes == info.num_bytes
+    def find_then_swap(path: str, roots: list[Path]) -> tuple[Path, Path]:
+        found = find_folder(path, roots)
+        folder = folders.root / "deep" / ("x" if swapped == "x" else "")
+        folder.rename(folders.root / "old")
+        folder.symlink_to(folders.root.parent / "outside" / ("x" if swapped == "x" else ""))
+        return found
 
-    run(use())
-    os.remove(tmp_path / "good" / TENSOR_FILE)
-    with pytest.raises(AdapterLoadError, match=TENSOR_FILE):
-        run(use())
+    monkeypatch.setattr(serve.attachments.registry, "find_folder", find_then_swap)
+    with pytest.raises(AdapterLoadError, match="adapter 'a': deep/x: .*it is no folder, or a link"):
+        attach(folders.registry(), "a", "deep/x")
+    assert folders.loaded == []
+
+
+def test_description_that_no_answer_could_carry_is_refused(folders: Folders) -> None:
+    path = folders.write("x") / CONFIG_FILE
+    path.write_text(path.read_text(encoding="utf-8").replace('"x"', '"\\ud800"'), encoding="utf-8")
+    registry = folders.registry()
+    with pytest.raises(AdapterLoadError, match="'description'.*: text with half a surrogate pair"):
+        attach(registry, "a", "x")
+    assert registry.infos() == []
+
+
+def test_name_of_a_folder_that_is_no_text_is_told_all_the_same(folders: Folders) -> None:
+    folder = folders.root / os.fsdecode(b"\xff")
+    folder.mkdir(parents=True)
+    (folders.root / "x").symlink_to(folder)
+    with pytest.raises(AdapterLoadError, match=f"{CONFIG_FILE} is missing") as error:
+        attach(folders.registry(), "a", "x")
+    assert str(error.value).encode()

@@ -1,23 +1,30 @@
 """A whole server with pruned variants: loaded at the start, mixed, compared, healed."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+import serve.backends.native_builder
 from models.checkpoints import load_checkpoint, quantize_checkpoint
-from serve.attachments.variants import describe_variant
+from models.decoder import Decoder
+from serve.attachments.start import describe_variant
 from serve.backends.protocol import AdapterInfo
+from serve.base_model import build_decoder
 from serve.config import ServeConfig
 from serve.options import ConfigError
-from serve.server import build_service, close_service, describe_start
-
-ADMIN = {"Authorization": "Bearer sk-admin"}
-QUESTION = {"prompt": "abcdefgh" * 4, "max_tokens": 12, "seed": 3, "ignore_eos": True}
-Work = Callable[[httpx.AsyncClient], Awaitable[None]]
+from serve.server import build_service
+from tests.serve.attachments.server_client import (
+    QUESTION,
+    attach,
+    complete,
+    detach,
+    with_server,
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,33 +60,6 @@ def make_config(tiny_llama_folder: Path, cache: Path, folders: Path) -> Callable
         return ServeConfig(**(settings | fields))
 
     return make
-
-
-def with_server(config: ServeConfig, work: Work) -> list[str]:
-    """Build a server in this process, give a client of it, and return what it said."""
-    lines: list[str] = []
-
-    async def run() -> None:
-        service = build_service(config, report=lines.append)
-        lines.extend(describe_start(service, "http://h"))
-        transport = httpx.ASGITransport(app=service.app)
-        try:
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://localhost", timeout=60
-            ) as client:
-                await work(client)
-        finally:
-            await close_service(service)
-
-    asyncio.run(run())
-    return lines
-
-
-async def complete(client: httpx.AsyncClient, model: str, **fields: Any) -> str:
-    body = {"model": model, **QUESTION, **fields}
-    response = await client.post("/v1/completions", json=body)
-    assert response.status_code == 200, response.text
-    return str(response.json()["choices"][0]["text"])
 
 
 async def nothing(_: httpx.AsyncClient) -> None:
@@ -118,9 +98,11 @@ def test_variants_are_listed_with_what_sits_on_them(
 ) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         listed = (await client.get("/v1/adapters")).json()["data"]
-        assert [(entry["name"], entry["method"], entry["on"]) for entry in listed] == [
-            ("healed", "qst", "small"), ("plain", "qst", None), ("small", "disp", None)
-        ]  # fmt: skip
+        assert [(entry["name"], entry["kind"], entry["on"]) for entry in listed] == [
+            ("healed", "side_network", "small"),
+            ("plain", "side_network", None),
+            ("small", "variant", None),
+        ]
         small = listed[2]
         # Per layer: q, k, v and o of 32 x 32 and 16 x 32, then three matrices of 64 x 32.
         total, kept = 2 * (3072 + 6144), 2 * (1024 + 512 + 3 * 512)
@@ -133,8 +115,8 @@ def test_variants_are_listed_with_what_sits_on_them(
         found = {m["id"]: (m["parent"], m["x_kind"]) for m in models if "@" not in m["id"]}
         assert found == {
             "tiny-llama": (None, "base"),
-            "tiny-llama:healed": ("tiny-llama:small", "adapter"),
-            "tiny-llama:plain": ("tiny-llama", "adapter"),
+            "tiny-llama:healed": ("tiny-llama:small", "side_network"),
+            "tiny-llama:plain": ("tiny-llama", "side_network"),
             "tiny-llama:small": ("tiny-llama", "variant"),
         }
         metrics = (await client.get("/metrics")).text
@@ -144,35 +126,107 @@ def test_variants_are_listed_with_what_sits_on_them(
     with_server(make_config("small", adapters=("plain", "healed")), work)
 
 
-def test_variant_comes_at_the_start_and_goes_last(make_config: Callable[..., ServeConfig]) -> None:
+def test_variant_comes_and_goes_at_run_time(make_config: Callable[..., ServeConfig]) -> None:
     async def work(client: httpx.AsyncClient) -> None:
-        async def post(name: str) -> httpx.Response:
-            body = {"name": name, "path": name}
-            return await client.post("/v1/adapters", json=body, headers=ADMIN)
-
-        async def delete(name: str) -> httpx.Response:
-            return await client.delete(f"/v1/adapters/{name}", headers=ADMIN)
-
-        refused = await post("smaller")
+        refused = await attach(client, "healed")
         assert refused.status_code == 400
-        message = refused.json()["error"]["message"]
-        assert message == (
-            "adapter 'smaller': it is a pruned variant; pruned variants are loaded at the start of "
-            "the server: proa serve --variant name=DIR"
-        )
-        assert (await post("healed")).json()["on"] == "small"
-        response = await delete("small")
+        assert "attach the variant" in refused.json()["error"]["message"]
+        base = await complete(client, "tiny-llama")
+        entry = (await attach(client, "small")).json()
+        assert (entry["kind"], entry["on"], entry["is_loaded"]) == ("variant", None, True)
+        while entry["speed"] is None:  # measured while the engine has nothing else to do
+            entry = (await client.get("/v1/adapters/small")).json()
+        assert entry["speed"] > 0
+        assert (await attach(client, "healed")).json()["on"] == "small"
+        answers = {
+            name: await complete(client, f"tiny-llama:{name}") for name in ("small", "healed")
+        }
+        assert len({base, *answers.values()}) == 3
+        response = await detach(client, "small")
         assert response.status_code == 409
         assert "carries healed" in response.json()["error"]["message"]
-        assert (await delete("healed")).status_code == 200
-        assert (await delete("small")).status_code == 200
-        again = await post("again")
-        assert again.status_code == 400
-        assert "that is not loaded" in again.json()["error"]["message"]
+        assert (await detach(client, "healed")).status_code == 200
+        assert (await detach(client, "small")).status_code == 200
         gone = await client.post("/v1/completions", json={"model": "tiny-llama:small", **QUESTION})
         assert gone.status_code == 404
+        for name in ("small", "healed"):
+            assert (await attach(client, name)).status_code == 200
+        again = {name: await complete(client, f"tiny-llama:{name}") for name in ("small", "healed")}
+        assert again == answers
+        started.update(answers)
 
-    with_server(make_config("small"), work)
+    started: dict[str, str] = {}
+    with_server(make_config(), work)
+
+    async def compare(client: httpx.AsyncClient) -> None:
+        for name, answer in started.items():
+            assert await complete(client, f"tiny-llama:{name}") == answer
+
+    with_server(make_config("small", adapters=("healed",)), compare)
+
+
+def test_variant_that_comes_and_goes_does_not_disturb_what_runs(
+    make_config: Callable[..., ServeConfig],
+) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        models = ("tiny-llama", "tiny-llama:smaller", "tiny-llama:plain")
+        alone = [await complete(client, model, max_tokens=300) for model in models]
+        running = [asyncio.create_task(complete(client, model, max_tokens=300)) for model in models]
+        for _ in range(3):
+            assert (await attach(client, "small")).status_code == 200
+            assert (await attach(client, "healed")).status_code == 200
+            await asyncio.gather(
+                *(complete(client, f"tiny-llama:{n}") for n in ("small", "healed"))
+            )
+            assert (await detach(client, "healed")).status_code == 200
+            assert (await detach(client, "small")).status_code == 200
+        assert await asyncio.gather(*running) == alone
+
+    with_server(make_config("smaller", adapters=("plain",)), work)
+
+
+def test_variant_that_is_detached_leaves_nothing_in_memory(
+    make_config: Callable[..., ServeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[weakref.ref[Decoder]] = []
+
+    def build(*given: Any) -> Decoder:
+        decoder = build_decoder(*given)
+        built.append(weakref.ref(decoder))
+        return decoder
+
+    monkeypatch.setattr(serve.backends.native_builder, "build_decoder", build)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for name in ("small", "healed"):
+            assert (await attach(client, name)).status_code == 200
+        answers = [complete(client, model) for model in (MODELS[0], MODELS[2], MODELS[4])]
+        await asyncio.gather(*answers)
+        base, variant = built
+        assert variant() is not None
+        for name in ("healed", "small"):
+            assert (await detach(client, name)).status_code == 200
+        async with asyncio.timeout(30):
+            while variant() is not None:  # the engine holds what it ran last until it has rested
+                await asyncio.sleep(0.01)
+        assert base() is not None
+        assert await complete(client, MODELS[0])
+
+    with_server(make_config(), work)
+
+
+def test_variant_that_does_not_fit_attaches_nothing(
+    make_config: Callable[..., ServeConfig], folders: Path, write_variant: Callable[..., Path]
+) -> None:
+    write_variant(folders / "other", fingerprint="0" * 64)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        response = await attach(client, "other")
+        assert response.status_code == 400
+        assert "adapter 'other': the adapter was trained on" in response.json()["error"]["message"]
+        assert (await client.get("/v1/adapters")).json()["data"] == []
+
+    with_server(make_config(), work)
 
 
 def test_variant_alone_has_nothing_to_scale(make_config: Callable[..., ServeConfig]) -> None:
@@ -185,27 +239,33 @@ def test_variant_alone_has_nothing_to_scale(make_config: Callable[..., ServeConf
     with_server(make_config("small"), work)
 
 
-def test_second_start_takes_the_sliced_weights_from_the_cache(
+def test_second_start_takes_the_derived_weights_from_the_cache(
     make_config: Callable[..., ServeConfig], tmp_path: Path
 ) -> None:
     config = make_config("small", quantization="none", cache_dir=str(tmp_path))
-    assert any("slicing" in line for line in with_server(config, nothing))
-    assert not any("slicing" in line for line in with_server(config, nothing))
+    assert any("deriving a variant" in line for line in with_server(config, nothing))
+    assert not any("deriving a variant" in line for line in with_server(config, nothing))
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no-folder": ({"variant": ("a=/no/such",)}, "variant: a: /no/such is not a folder"),
-    "empty": ({"variant": ("a={root}",)}, "variant 'a': .*adapter_config.json is missing"),
-    "side-network": ({"variant": ("a={root}/plain",)}, "variant 'a': .*method must be 'disp'"),
-    "other-base": ({"variant": ("a={root}/other",)}, "variant 'a': .*fingerprint 000000000000"),
-    "damaged": ({"variant": ("a={root}/damaged",)}, "variant 'a': .*not a whole safetensors file"),
-    "indices": ({"variant": ("a={root}/indices",)}, "variant 'a': .*layers.0.attn_in"),
+    "empty": ({"variant": ("a={root}",)}, "adapter 'a': .*adapter_config.json is missing"),
+    "side-network": (
+        {"variant": ("a={root}/plain",)},
+        "adapter 'a': .*/plain is a side network; give it with --adapter a=.*/plain",
+    ),
+    "other-base": ({"variant": ("a={root}/other",)}, "adapter 'a': .*fingerprint 000000000000"),
+    "damaged": ({"variant": ("a={root}/damaged",)}, "adapter 'a': .*not a whole safetensors file"),
+    "indices": ({"variant": ("a={root}/indices",)}, "adapter 'a': .*layers.0.attn_in"),
     "name": ({"variant": ("a:b={root}/small",)}, "adapter name must be .*; got 'a:b'"),
-    "as-adapter": ({"adapter": ("a={root}/small",)}, "adapter 'a': it is a pruned variant"),
-    "no-variant": ({"adapter": ("a={root}/healed",)}, "adapter 'a': .*that is not loaded"),
+    "as-adapter": (
+        {"adapter": ("a={root}/small",)},
+        "adapter 'a': .*/small is a variant; give it with --variant a=.*/small",
+    ),
+    "no-variant": ({"adapter": ("a={root}/healed",)}, "adapter 'a': .*; attach the variant"),
     "other-variant": (
         {"adapter": ("a={root}/healed",), "variant": ("b={root}/smaller",)},
-        "adapter 'a': it was trained on a pruned variant .*--variant name=DIR",
+        "adapter 'a': it was made for the base with .*; attach the variant",
     ),
 }
 
@@ -255,7 +315,7 @@ def test_variant_of_a_model_with_4_bit_weights_only_needs_dequantize(
     fingerprint = load_checkpoint(str(model)).fingerprint
     folder = write_variant(tmp_path / "v", fingerprint=fingerprint, quantization="nf4")
     fields = {"model": str(model), "quantization": "nf4", "variant": (f"v={folder}",)}
-    with pytest.raises(ConfigError, match="variant 'v': .*has 4-bit weights only.*dequantize"):
+    with pytest.raises(ConfigError, match="adapter 'v': .*has 4-bit weights only.*dequantize"):
         build_service(make_config(**fields), report=lambda _: None)
     lines = with_server(make_config(**fields, dequantize=True), nothing)
     assert any(line.startswith("warning: tiny-nf4: 4-bit weights are") for line in lines)
@@ -263,8 +323,8 @@ def test_variant_of_a_model_with_4_bit_weights_only_needs_dequantize(
 
 def describe(speed: float) -> str:
     info = AdapterInfo(
-        name="fast", method="disp", description="", num_parameters=1, num_bytes=38_200_000,
-        is_loaded=True, num_running=0, created=0, removed=0.4, speed=speed,
+        name="fast", method="disp", kind="variant", description="", num_parameters=1,
+        num_bytes=38_200_000, is_loaded=True, num_running=0, created=0, removed=0.4, speed=speed,
     )  # fmt: skip
     return describe_variant(info, "smollm2")
 

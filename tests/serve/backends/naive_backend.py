@@ -218,7 +218,8 @@ class NaiveBackend:
         if not folder.is_dir():
             raise AdapterLoadError(f"path must be a folder, got {folder}")
         return AdapterInfo(
-            name=name, method="scripted", description=folder.name, num_parameters=1, num_bytes=1,
+            name=name, method="scripted", kind="side_network", description=folder.name,
+            num_parameters=1, num_bytes=1,
             is_loaded=True, num_running=0, created=0,
         )  # fmt: skip
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters.format import digest
+
 ENTRY = {
-    "id": "tiny:poet", "object": "adapter", "name": "poet", "method": "qst",
+    "id": "tiny:poet", "object": "adapter", "name": "poet", "kind": "side_network",
     "description": "rhymes", "num_parameters": 1234, "num_bytes": 5_000_000, "is_loaded": True,
     "num_running": 0, "created": 1,
 }  # fmt: skip
@@ -34,14 +36,14 @@ def test_list_asks_the_server(call_proa, server) -> None:
     done = call_proa("adapters", "list", "--url", server.url, "--api-key", "k")
     assert done.returncode == 0
     _, first, second, third = done.stdout.splitlines()
-    assert first.split() == ["tiny:poet", "qst", "1234", "5.0", "loaded", "rhymes"]
+    assert first.split() == ["tiny:poet", "side", "network", "1234", "5.0", "loaded", "rhymes"]
     assert second.endswith("waits on disk")
     assert third.endswith("in use by 2  a?[2Jb")
     assert server.keys == ["Bearer k"]
 
 
 def test_list_shows_variants_and_what_sits_on_them(call_proa, server) -> None:
-    variant = {**ENTRY, "method": "disp", "removed": 0.4, "speed": 1.274, "on": None}
+    variant = {**ENTRY, "kind": "variant", "removed": 0.4, "speed": 1.274, "on": None}
     healed = {**ENTRY, "on": "small", "removed": None, "speed": None, "description": ""}
     server.adapters = [{**variant, "id": "tiny:small"}, {**healed, "id": "tiny:healed"}]
     done = call_proa("adapters", "list", "--url", server.url)
@@ -62,7 +64,7 @@ def test_list_finds_adapters_below_folders(call_proa, adapter: Path, tmp_path: P
     done = call_proa("adapters", "list", str(tmp_path))
     first, second = done.stdout.splitlines()
     assert first.startswith(f"{damaged}  damaged: ")
-    assert second.startswith(f"{adapter}  qst, ")
+    assert second.startswith(f"{adapter}  QST side network, ")
     assert second.endswith("for tiny-llama: side network 0")
     assert (
         call_proa("adapters", "list", str(tmp_path / "adapters" / "poet" / "none")).returncode == 2
@@ -74,7 +76,7 @@ def test_inspect_prints_the_card(call_proa, adapter: Path) -> None:
     assert done.returncode == 0
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
     rows = {name: value.strip() for name, value in rows.items()}
-    assert rows["method"] == "qst"
+    assert (rows["method"], rows["kind"]) == ("qst: QST side network", "side network")
     assert rows["description"] == "side network 0"
     assert rows["base"] == "tiny-llama, quantization none"
     assert len(rows["fingerprint"]) == len(rows["digest"]) == 64
@@ -86,7 +88,7 @@ def test_inspect_prints_the_card(call_proa, adapter: Path) -> None:
     num_parameters = sum(
         t.numel() for t in load_file(adapter / "adapter_model.safetensors").values()
     )
-    assert rows["parameters"].startswith(f"{num_parameters}, ")
+    assert rows["numbers"].startswith(f"{num_parameters}, ")
 
 
 def test_verify_says_that_it_fits(call_proa, adapter: Path, model: list[str]) -> None:
@@ -132,7 +134,7 @@ def variant(write_variant, tmp_path: Path) -> Path:
 def test_list_finds_variants_below_folders(call_proa, variant: Path) -> None:
     done = call_proa("adapters", "list", str(variant.parent))
     assert re.search(
-        r"small  disp, \d\.\d kB, for tiny-llama: variant 0$", done.stdout.rstrip("\n")
+        r"small  pruned variant, \d\.\d kB, for tiny-llama: variant 0$", done.stdout.rstrip("\n")
     )
 
 
@@ -141,7 +143,7 @@ def test_inspect_prints_the_card_of_a_variant(call_proa, variant: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
     rows = {name: value.strip() for name, value in rows.items()}
-    assert rows["method"] == "disp"
+    assert (rows["method"], rows["kind"]) == ("disp: pruned variant", "variant")
     assert len(rows["fingerprint"]) == len(rows["digest"]) == 64
     assert rows["after"] == "nothing: attaches to the base itself"
     assert rows["removed of linears"] == "66.7%"
@@ -150,7 +152,7 @@ def test_inspect_prints_the_card_of_a_variant(call_proa, variant: Path) -> None:
     assert rows["widths"] == "of 2 layers, multiples of 8"
     assert rows["widths: attn_in"] == "16.0 (16 to 16)"
     assert rows["widths: mlp_mid"] == "32.0 (32 to 32)"
-    assert rows["indices"].startswith(f"{2 * (4 * 16 + 32)}, ")
+    assert rows["numbers"].startswith(f"{2 * (4 * 16 + 32)}, ")
     assert rows["training: steps"] == "0"
 
 
@@ -167,7 +169,7 @@ def test_verify_holds_a_variant_against_the_base(
     assert "fingerprint 000000000000" in done.stderr
     done = call_proa("adapters", "verify", str(variant), "--on", str(variant), *model)
     assert done.returncode == 2
-    assert f"--on: {variant} is a pruned variant itself" in done.stderr
+    assert f"--on: {variant}: is no part of the chain, which is the base itself" in done.stderr
 
 
 def test_verify_holds_a_side_network_against_its_variant(
@@ -179,16 +181,14 @@ def test_verify_holds_a_side_network_against_its_variant(
     assert f"{healed} fits tiny-llama with the variant {variant} " in done.stdout
     done = call_proa("adapters", "verify", str(healed), *model)
     assert done.returncode == 2
-    assert "was trained on a pruned variant (" in done.stderr
-    assert "give it with --on" in done.stderr
+    assert f"was made for the base with {digest(variant)[:12]}; give those with --on" in done.stderr
     other = write_variant(tmp_path / "other", seed=1)
     done = call_proa("adapters", "verify", str(healed), "--on", str(other), *model)
-    assert done.returncode == 1
-    assert "was trained with chain" in done.stderr
+    assert done.returncode == 2
+    assert f"give the folder of {digest(variant)[:12]}, too" in done.stderr
     done = call_proa("adapters", "verify", str(healed), "--on", str(healed), *model)
     assert done.returncode == 2
-    assert "--on: " in done.stderr
-    assert "method must be 'disp'" in done.stderr
+    assert f"give the folder of {digest(variant)[:12]}, too" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_generate_answers_with_a_variant_and_with_what_sits_on_it(
     [
         (["--variant", "small"], "--variant: 'small' is not NAME=DIR"),
         (["--variant", "a=no/such/folder"], "variant: a: no/such/folder is not a folder"),
-        (["--variant", "a=tests"], "variant 'a': "),
+        (["--variant", "a=tests"], "adapter 'a': "),
         (["--adapter", "poet"], "--adapter: 'poet' is not NAME=DIR"),
         (["--adapter", "poet=no/such/folder"], "adapter: poet: no/such/folder is not a folder"),
         (["--adapter", "a/b=tests"], "adapter name must be"),

@@ -1,40 +1,60 @@
-"""Adapter folders for the scripted model, and a registry that reads them."""
+"""Adapter folders for the scripted model, and a registry that loads them."""
 
-import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
-from adapters.format import CONFIG_FILE, AdapterError, read_config
-from serve.attachments.registry import AdapterRegistry, LoadedVariant
+import torch
+
+from adapters.format import AdapterConfig, AdapterError, StoredAdapter, digest, write_adapter
+from serve.attachments.registry import AdapterRegistry, Loaded
+from serve.engine.sequence import Attachment, ModelVariant, SideAdapter
 from tests.serve.engine.conftest import HistoryModel
 
 NUM_BYTES = 100
+ScriptedRegistry: TypeAlias = AdapterRegistry[Attachment, ModelVariant]
 
 
-class ScriptedVariant(HistoryModel):
-    """A variant that side networks can be attached to."""
+class ScriptedSpeedTest:
+    """A speed test of three steps, unless another step is given."""
 
-    def attach(self, network: Any) -> Any:
-        """Stand in for `Decoder.attach`."""
-        name = f"{network} on {self.name}"
-        return SimpleNamespace(name=name, cache_shape=(1,), num_bytes=NUM_BYTES)
+    def __init__(self, step: Callable[[], bool] | None = None) -> None:
+        self.speed: float | None = None
+        self.num_steps = 0
+        self._step = step
+
+    def step(self) -> bool:
+        self.num_steps += 1
+        if self._step is not None:
+            return self._step()
+        if self.num_steps == 3:
+            self.speed = 1.25
+        return self.speed is None
+
+    def run(self) -> None:
+        while self.step():
+            pass
 
 
 class Folders:
-    """Writes folders whose one file has what the adapter is called by the model, as description.
+    """Writes adapters that are called by the model what their description says, and loads them.
 
     Attributes:
         root: below which they are written.
         loaded: names of the folders read, in order.
         gate: when set, each load waits for one release of it.
+        speed_tests: of the variants loaded, in order.
+        speed_step: of the speed tests of variants loaded from now on, in place of their own.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.loaded: list[str] = []
         self.gate: threading.Semaphore | None = None
+        self.speed_tests: list[ScriptedSpeedTest] = []
+        self.speed_step: Callable[[], bool] | None = None
 
     def write(
         self,
@@ -45,57 +65,47 @@ class Folders:
         method: str = "qst",
     ) -> Path:
         """Write a folder and return it."""
-        path = self.root / folder
-        path.mkdir(parents=True, exist_ok=True)
-        config = {
-            "method": method, "base_id": "base", "base_fingerprint": "f", "fields": {},
-            "base_quantization": "nf4", "chain": chain, "training": {}, "format_version": 1,
-            "description": folder if text is None else text,
-        }  # fmt: skip
-        (path / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-        return path
+        config = AdapterConfig(
+            method=method, base_id="base", base_fingerprint="f", base_quantization="nf4",
+            fields={"name": Path(folder).name}, chain=chain,
+            description=folder if text is None else text,
+        )  # fmt: skip
+        write_adapter(self.root / folder, config, {"numbers": torch.zeros(7)})
+        return self.root / folder
+
+    def write_variant(self, folder: str, text: str | None = None, *on: Path) -> Path:
+        """Write a variant of the scripted model, on some others."""
+        chain = tuple(digest(path) for path in on)
+        return self.write(folder, text, chain=chain, method="disp")
 
     def load(
-        self,
-        folder: Path,
-        spec: object,
-        *,
-        fingerprint: str,
-        model_id: str,
-        chain: tuple[str, ...],
-    ) -> Any:
-        """Stand in for `adapters.qst.adapter.load_qst`."""
-        self.loaded.append(folder.name)
+        self, stored: StoredAdapter, below: ModelVariant | None
+    ) -> Loaded[Attachment, ModelVariant]:
+        """Load as a backend would; side networks on a variant know it by name."""
+        text = stored.config.description
+        self.loaded.append(stored.config.fields["name"])
         if self.gate is not None:
             assert self.gate.acquire(timeout=30)
-        config = read_config(folder)
-        assert config.chain == chain
-        text = config.description
         if text == "damaged":
-            raise AdapterError(f"{folder}: not for {model_id}")
-        task = "sequence_classification" if text == "classifier" else "causal_lm"
-        return SimpleNamespace(
-            qst=SimpleNamespace(task=task), network=text, digest=text, description=f"says {text}",
-            num_parameters=7,
+            raise AdapterError("not for base")
+        if stored.config.method == "disp":
+            variant = ModelVariant(HistoryModel(name=text), stored.digest)
+            self.speed_tests.append(ScriptedSpeedTest(self.speed_step))
+            return Loaded(
+                given=Attachment(variant, None), below=variant, num_parameters=5,
+                num_bytes=10 * NUM_BYTES, removed=0.4, speed_test=self.speed_tests[-1],
+            )  # fmt: skip
+        below_name = "" if below is None else f" on {below.model.name}"  # type: ignore[attr-defined]
+        return Loaded(
+            given=Attachment(below, self.side(text + below_name)), num_parameters=7,
+            num_bytes=NUM_BYTES,
         )  # fmt: skip
 
-    def registry(self, **settings: Any) -> AdapterRegistry:
+    def side(self, name: str) -> SideAdapter:
+        """Return the side network that the scripted model knows by a name."""
+        network: Any = SimpleNamespace(name=name, cache_shape=(1,), num_bytes=NUM_BYTES)
+        return SideAdapter(network, name)
+
+    def registry(self, **settings: Any) -> ScriptedRegistry:
         """Return a registry over the folders."""
-        return AdapterRegistry(
-            self, fingerprint="f", model_id="base", load=self.load,  # type: ignore[arg-type]
-            **({"roots": [self.root]} | settings),
-        )  # fmt: skip
-
-    def variant(self, digest: str = "d" * 64, **fields: Any) -> LoadedVariant:
-        """Return a variant of the scripted model; side networks on it know its digest."""
-        facts: dict[str, Any] = {
-            "description": "a variant", "num_parameters": 5, "num_bytes": 10 * NUM_BYTES,
-            "removed": 0.4, "speed": 1.25, "decoder": ScriptedVariant(name=digest[:2]),
-        }  # fmt: skip
-        return LoadedVariant(digest=digest, **(facts | fields))
-
-    spec: Any = None
-
-    def attach(self, network: str) -> Any:
-        """Stand in for `Decoder.attach`."""
-        return SimpleNamespace(name=network, cache_shape=(1,), num_bytes=NUM_BYTES)
+        return ScriptedRegistry(self.load, **({"roots": [self.root]} | settings))

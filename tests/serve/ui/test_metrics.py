@@ -35,7 +35,7 @@ odd{name="a } b \\" c"} 4
 usage NaN
 """
 ENTRY = {
-    "name": "poet", "method": "qst", "description": "Rhymes", "num_parameters": 744_043,
+    "name": "poet", "kind": "side_network", "description": "Rhymes", "num_parameters": 744_043,
     "num_bytes": 3_283_108, "on": None, "removed": None, "speed": None, "is_loaded": True,
     "num_running": 1,
 }  # fmt: skip
@@ -173,7 +173,8 @@ def test_table_shows_a_side_network_on_the_base() -> None:
 
 
 def test_table_shows_what_a_variant_saves() -> None:
-    table = render_adapters([{**ENTRY, "method": "disp", "removed": 0.2, "speed": 1.25}])
+    table = render_adapters([{**ENTRY, "kind": "variant", "removed": 0.2, "speed": 1.25}])
+    assert ">variant<" in table
     assert ">20.0%<" in table
     assert ">1.25 \u00d7 the base's<" in table
 

@@ -15,7 +15,6 @@ from serve.backends.protocol import (
     AdapterNotFoundError,
     BackendUnavailableError,
 )
-from serve.engine.sequence import SideAdapter
 from serve.requests import Arm
 from tests.serve.backends.backend_client import (
     TIMEOUT_S,
@@ -43,10 +42,6 @@ def make_arm(adapter: str | None = None, scale: float = 1.0, **fields: Any) -> A
     return Arm(params=params, adapter=adapter, adapter_scale=scale)
 
 
-def as_side(folders: Folders, name: str) -> SideAdapter:
-    return SideAdapter(folders.attach(name), name)
-
-
 def test_arms_say_what_they_say_alone(
     make_backend: MakeBackend, folders: Folders, expect: Expect
 ) -> None:
@@ -59,7 +54,7 @@ def test_arms_say_what_they_say_alone(
     async def main() -> None:
         outputs = await collect(backend, ask(prompt=PROMPT, arms=arms))
         for index, arm in enumerate(arms):
-            side = as_side(folders, arm.adapter) if arm.adapter and arm.adapter_scale else None
+            side = folders.side(arm.adapter) if arm.adapter and arm.adapter_scale else None
             expected = expect(PROMPT, arm.params, 0, side, arm.adapter_scale)
             assert said(outputs, index) == expected.token_ids
         stats = backend.stats()
@@ -86,7 +81,7 @@ def test_adapter_in_use_is_not_detached_and_its_request_ends_well(
             await backend.detach_adapter("x")
         model.gate.release(100)
         outputs = await task
-        expected = expect(PROMPT, make_arm().params, 0, as_side(folders, "x"))
+        expected = expect(PROMPT, make_arm().params, 0, folders.side("x"))
         assert said(outputs) == expected.token_ids
         await backend.detach_adapter("x")
 

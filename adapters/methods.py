@@ -1,0 +1,154 @@
+"""The methods that adapters are made with: what each makes of a folder that has been read.
+
+Whoever serves, lists or checks adapters asks the entry of their method, and knows none by name.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, TypeAlias
+
+from adapters.disp import variant as disp
+from adapters.format import (
+    AdapterConfig,
+    AdapterError,
+    Host,
+    StoredAdapter,
+    describe_chain,
+)
+from adapters.kinds import Kind
+from adapters.qst import adapter as qst
+from models.checkpoints import Checkpoint, Derivation
+from models.side import SideNetwork
+
+_SHOWN_DIGITS = 12
+Describe: TypeAlias = Callable[[StoredAdapter], list[tuple[str, str]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VariantMethod:
+    """A method that makes variants.
+
+    Attributes:
+        title: what one of them is, for people.
+        describe: gives rows of name and value for people; raises `AdapterError`.
+        derive: holds one against what it is made of, and says how its weights follow from that;
+            raises `AdapterError`, which names everything that does not fit.
+    """
+
+    kind: ClassVar[Kind] = "variant"
+    title: str
+    describe: Describe
+    derive: Callable[[StoredAdapter, Host], Derivation]
+
+    def check(self, stored: StoredAdapter, host: Host) -> None:
+        """Hold an adapter against what it is to be attached to.
+
+        Raises:
+            AdapterError: names everything that does not fit.
+        """
+        self.derive(stored, host)
+
+    def why_unservable(self, _: StoredAdapter) -> str | None:
+        """Say why a server cannot answer with an adapter that fits; None: it can."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SideMethod:
+    """A method that makes side networks.
+
+    Attributes:
+        title, describe: as in `VariantMethod`.
+        build: holds one against what it is to be attached to, and makes it ready for
+            `Decoder.attach`; raises `AdapterError`, which names everything that does not fit.
+        why_unservable: says why a server cannot answer with one that fits; None: it can.
+    """
+
+    kind: ClassVar[Kind] = "side_network"
+    title: str
+    describe: Describe
+    build: Callable[[StoredAdapter, Host], SideNetwork]
+    why_unservable: Callable[[StoredAdapter], str | None]
+
+    def check(self, stored: StoredAdapter, host: Host) -> None:
+        """Hold an adapter against what it is to be attached to.
+
+        Raises:
+            AdapterError: names everything that does not fit.
+        """
+        self.build(stored, host)
+
+
+Method: TypeAlias = VariantMethod | SideMethod
+
+METHODS: dict[str, Method] = {
+    qst.METHOD: SideMethod(
+        title="QST side network", describe=qst.describe_qst,
+        build=lambda stored, host: qst.build_qst(stored, host).network,
+        why_unservable=qst.why_unservable_qst,
+    ),
+    disp.METHOD: VariantMethod(
+        title="pruned variant", describe=disp.describe_disp, derive=disp.derive_disp
+    ),
+}  # fmt: skip
+"""By the name that an adapter's config has. A new method is one more line here."""
+
+
+def host_of(checkpoint: Checkpoint) -> Host:
+    """Describe a checkpoint to what is to be attached to it."""
+    return Host(
+        spec=checkpoint.spec, fingerprint=checkpoint.fingerprint,
+        quantization=checkpoint.quantization, model_id=checkpoint.name, chain=checkpoint.chain,
+    )  # fmt: skip
+
+
+def method_of(config: AdapterConfig) -> Method:
+    """Return the method that an adapter was made with.
+
+    Raises:
+        AdapterError: this version does not know it.
+    """
+    method = METHODS.get(config.method)
+    if method is None:
+        known = ", ".join(f"{name} ({entry.title})" for name, entry in METHODS.items())
+        raise AdapterError(f"method must be one of {known}; got {config.method[:80]!r}")
+    return method
+
+
+def order_chain(chain: tuple[str, ...], given: Mapping[Path, StoredAdapter]) -> list[Path]:
+    """Return folders of adapters in the order in which they follow one another.
+
+    Args:
+        chain: digests, from the base on.
+        given: what the folders hold.
+
+    Raises:
+        AdapterError: one of the chain is not among them, or one of them is not in the chain.
+    """
+    folders = {stored.digest: folder for folder, stored in given.items()}
+    if missing := [digest for digest in chain if digest not in folders]:
+        raise AdapterError(
+            f"it was made for {describe_chain(chain)}; give the folder of "
+            f"{missing[0][:_SHOWN_DIGITS]}, too ('proa adapters inspect' shows the digest of each)"
+        )
+    if unused := [str(folder) for digest, folder in folders.items() if digest not in chain]:
+        raise AdapterError(
+            f"{', '.join(unused)}: is no part of the chain, which is {describe_chain(chain)}"
+        )
+    return [folders[digest] for digest in chain]
+
+
+def derive_variant(folder: Path, stored: StoredAdapter, host: Host) -> Derivation:
+    """Say how a variant's weights follow from those of what it sits on.
+
+    Raises:
+        AdapterError: the folder does not hold a variant of this, or no variant at all.
+    """
+    try:
+        method = method_of(stored.config)
+        if not isinstance(method, VariantMethod):
+            raise AdapterError(f"it is a {method.title}; nothing can sit on one")
+        return method.derive(stored, host)
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from None
