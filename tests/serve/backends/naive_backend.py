@@ -38,7 +38,7 @@ from serve.requests import (
 from text.tokenizer import Tokenizer
 
 EOS_TOKEN_ID = 256
-CONTEXT_TOKENS = 512
+CONTEXT_TOKENS = 2048
 
 
 def build(config: ServeConfig, *, report: Report) -> BuiltBackend:

@@ -31,7 +31,7 @@ def make_backend(
     def make(**options: Any) -> Backend:
         defaults: dict[str, Any] = {
             "backend": request.param, "model": str(tiny_llama_folder), "quantization": "none",
-            "max_context": 512, "threads": 1, "adapter_root": str(adapter_folders),
+            "max_context": 2048, "threads": 1, "adapter_root": str(adapter_folders),
             "adapter": tuple(f"{name}={adapter_folders}/{name}" for name in ("one", "two")),
         }  # fmt: skip
         found = build_backend(ServeConfig(**(defaults | options)), report=lambda _: None)

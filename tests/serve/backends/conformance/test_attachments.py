@@ -90,7 +90,7 @@ def test_running_requests_go_on_while_adapters_come_and_go(backend: Backend) -> 
 def test_adapter_in_use_is_not_detached(backend: Backend) -> None:
     async def main() -> None:
         await backend.attach_adapter("third", "three")
-        request = ask(prompt=PROMPT, arms=(arm("third", max_tokens=400),))
+        request = ask(prompt=PROMPT, arms=(arm("third", max_tokens=1500),))
         async with aclosing(backend.generate(request)) as steps:
             await anext(steps)
             with pytest.raises(AdapterConflictError, match="third"):
