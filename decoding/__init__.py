@@ -3,9 +3,9 @@
 Tensors and token ids in, token ids out. Nothing here knows a tokenizer, a model or a server.
 """
 
-from decoding.counter_random import derive_seed
-from decoding.errors import LogitsError, ParameterError
-from decoding.logprobs import TopLogprobs, token_logprobs
+from decoding.draw import derive_seed
+from decoding.logprobs import LogitsError, TopLogprobs, token_logprobs
+from decoding.options import ParameterError
 from decoding.params import SamplingParams
 from decoding.row import Row
 from decoding.sampler import Sampled, Sampler

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from decoding.errors import LogitsError
 from decoding.rows import find_largest, sum_rows
 
 # Rows at a time, so that a long prompt's log probabilities are never all in memory.
@@ -14,6 +13,13 @@ _MAX_ROWS = 32
 _MAX_SURPRISE = torch.finfo(torch.float32).max
 
 TopLogprobs = tuple[tuple[int, float], ...]
+
+
+class LogitsError(ValueError):
+    """Logits are not numbers, so no token can be drawn: the weights or the kernels are broken."""
+
+    def __init__(self) -> None:
+        super().__init__("the model's logits are not numbers; are its weights damaged?")
 
 
 def token_logprobs(

@@ -8,11 +8,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
-from decoding.errors import ParameterError
-
 Kind = Literal["number", "integer", "boolean", "choice", "token_ids", "strings", "token_biases"]
 
 MAX_TOKEN_ID = 2**31 - 1
+
+
+class ParameterError(ValueError):
+    """A sampling parameter is out of range, of the wrong type or unknown.
+
+    Attributes:
+        param: the field as a request spells it, for example `top_p` or `decoding.a`.
+    """
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 MAX_TOKEN_IDS = 2**16
 
 

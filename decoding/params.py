@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from decoding.errors import ParameterError
-from decoding.options import check_options, option
+from decoding.options import ParameterError, check_options, option
 from decoding.strategies import STRATEGIES, Fixed, Strategy
 
 

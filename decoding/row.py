@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from decoding.counter_random import uniforms
+from decoding.draw import uniforms
 from decoding.params import SamplingParams
 from decoding.penalties import Edits, TokenCounts
 from decoding.strategies import Controller

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from decoding.draw import draw_dense
-from decoding.errors import LogitsError, ParameterError
 from decoding.filters import draw_filtered
-from decoding.logprobs import TopLogprobs, entropies, token_logprobs
+from decoding.logprobs import LogitsError, TopLogprobs, entropies, token_logprobs
+from decoding.options import ParameterError
 from decoding.params import SamplingParams
 from decoding.penalties import apply_edits
 from decoding.row import Row

@@ -17,8 +17,6 @@ from tests.browser import NAMES, find_chromium
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-LEFT_OUT = pytest.StashKey[list[str]]()
-
 
 def has_gpu() -> bool:
     """Return whether torch finds a CUDA device."""
@@ -34,27 +32,26 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
 }
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests whose marker asks for something that is not there."""
-    config.stash[LEFT_OUT] = []
     for marker, (is_there, missing) in NEEDS.items():
         wanted = [item for item in items if item.get_closest_marker(marker)]
         if not wanted or is_there():
             continue
-        config.stash[LEFT_OUT].append(
-            f"{len(wanted)} tests marked {marker} were NOT RUN on this machine: {missing}."
-        )
         for item in wanted:
             item.add_marker(pytest.mark.skip(reason=missing))
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    """Say how many tests were not run, and for want of what."""
-    for line in config.stash.get(LEFT_OUT, []):
-        terminalreporter.section("TESTS LEFT OUT", sep="!", red=True, bold=True)
-        terminalreporter.write_line(line)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests were not run, and for want of what, wherever they were collected."""
+    reasons = [str(report.longrepr) for report in terminalreporter.getreports("skipped")]
+    for marker, (_, missing) in NEEDS.items():
+        count = sum(missing in reason for reason in reasons)
+        if count:
+            terminalreporter.section("TESTS LEFT OUT", sep="!", red=True, bold=True)
+            terminalreporter.write_line(
+                f"{count} tests marked {marker} were NOT RUN on this machine: {missing}."
+            )
 
 
 @pytest.fixture(scope="session", autouse=True)

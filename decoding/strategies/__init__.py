@@ -7,8 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from decoding.errors import ParameterError
-from decoding.options import options_of, schema_of
+from decoding.options import ParameterError, options_of, schema_of
 from decoding.strategies.adapt import Adapt
 from decoding.strategies.base import Controller, Strategy
 from decoding.strategies.dynatemp import DynaTemp

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from decoding.automaton import Automaton
-from decoding.errors import ParameterError
 from decoding.lines import LINE_STATES, STATE_INDEX, LineState, Place
-from decoding.options import check_options, option, options_of
+from decoding.options import ParameterError, check_options, option, options_of
 from decoding.tables import TokenTables
 
 Policy = Literal["line_initial", "block_initial", "reference"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from decoding import derive_seed
-from decoding.counter_random import uniforms
+from decoding.draw import uniforms
 
 WORD = 2**64
 GAMMA = 0x9E3779B97F4A7C15
