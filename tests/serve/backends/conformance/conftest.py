@@ -23,7 +23,10 @@ MakeBackend = Callable[..., Backend]
 
 @pytest.fixture(scope="module", params=BACKENDS_HELD)
 def make_backend(
-    request: pytest.FixtureRequest, tiny_llama_folder: Path, adapter_folders: Path
+    request: pytest.FixtureRequest,
+    tiny_llama_folder: Path,
+    adapter_folders: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[MakeBackend]:
     """Give a function that builds a backend, closed at the end; its arguments are options."""
     built: list[Backend] = []
@@ -32,6 +35,7 @@ def make_backend(
         defaults: dict[str, Any] = {
             "backend": request.param, "model": str(tiny_llama_folder), "quantization": "none",
             "max_context": 2048, "threads": 1, "adapter_root": str(adapter_folders),
+            "cache_dir": str(tmp_path_factory.mktemp("cache")),
             "adapter": tuple(f"{name}={adapter_folders}/{name}" for name in ("one", "two")),
         }  # fmt: skip
         found = build_backend(ServeConfig(**(defaults | options)), report=lambda _: None)
@@ -47,12 +51,15 @@ def make_backend(
 
 @pytest.fixture(scope="module")
 def adapter_folders(
-    write_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    write_adapter: Callable[..., Path],
+    write_variant: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Three side networks below one root."""
+    """Three side networks and a variant below one root."""
     root = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("one", "two", "three")):
         write_adapter(root / name, seed=seed)
+    write_variant(root / "small")
     return root
 
 
