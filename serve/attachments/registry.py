@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from adapters.format import StoredAdapter, describe_chain, read_adapter
+from adapters.format import SHOWN_DIGITS, AdapterError, StoredAdapter, describe_chain, read_adapter
 from adapters.methods import method_of
 from serve.attachments.paths import find_folder
 from serve.backends.protocol import (
@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 """Names of adapters."""
-_SHOWN_DIGITS = 12
+
+# torch tells a lack of memory as a RuntimeError.
+_FAILURES = (ValueError, OSError, MemoryError, RuntimeError)
 
 Given = TypeVar("Given")
 """What a request gets of an adapter that it names."""
@@ -52,9 +54,6 @@ class SpeedTest(Protocol):
 
     def step(self) -> bool:
         """Go on with it, where the base may run; return whether there is more to do."""
-
-    def run(self) -> None:
-        """Do all of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,8 +123,8 @@ class AdapterRegistry(Generic[Given, Below]):
 
         Args:
             load: makes what a backend runs of an adapter and of what it sits on, None: the base.
-                Called on worker threads while the base runs; raises `ValueError` or `OSError` if
-                the adapter does not fit.
+                Called on worker threads while the base runs; raises `AdapterError` if the adapter
+                does not fit, and other errors that have nothing to do with it.
             roots: folders below which `attach` may read.
             max_bytes: memory for side networks, >= 0; None: no limit.
 
@@ -160,7 +159,7 @@ class AdapterRegistry(Generic[Given, Below]):
         self._check_name(name)
         try:
             return self._insert(self._read(name, folder, None, self._variants()))
-        except (ValueError, OSError, MemoryError) as error:
+        except (ValueError, OSError) as error:
             raise AdapterLoadError(f"adapter {name!r}: {error}") from error
 
     async def attach(self, name: str, path: str) -> AdapterInfo:
@@ -181,9 +180,8 @@ class AdapterRegistry(Generic[Given, Below]):
             try:
                 work = partial(self._read, name, folder, root, self._variants())
                 entry = await _in_background(work)
-            except (ValueError, OSError, MemoryError) as error:
-                reason = _below_root(error, folder, root)
-                raise AdapterLoadError(f"adapter {name!r}: {reason}") from error
+            except _FAILURES as error:
+                raise _refusal(name, error, folder, root) from error
             return self._insert(entry)
         finally:
             self._reserved.discard(name)
@@ -294,20 +292,17 @@ class AdapterRegistry(Generic[Given, Below]):
         def load() -> Loaded[Given, Below]:
             stored = read_adapter(entry.folder, within=entry.within)
             if (*stored.config.chain, stored.digest) != entry.chain:
-                raise ValueError(
+                raise AdapterError(
                     f"{entry.folder} has changed since it was attached; detach it and attach it "
                     "again"
                 )
             return self._load(stored, _below(entry.on))
 
-        name = entry.facts.name
         try:
             entry.loaded = await asyncio.to_thread(load)
             self._make_room()
-        except (ValueError, OSError, MemoryError) as error:
-            logger.error("adapter %r cannot be loaded any more: %s", name, error)
-            reason = _below_root(error, entry.folder, entry.within)
-            raise AdapterLoadError(f"adapter {name!r}: {reason}") from error
+        except _FAILURES as error:
+            raise _refusal(entry.facts.name, error, entry.folder, entry.within) from error
         finally:
             entry.loading = None
 
@@ -330,13 +325,13 @@ def _find_below(
     """Return the variant that an adapter with this chain sits on, None: the base.
 
     Raises:
-        ValueError: a variant of the chain is not attached; the message says which.
+        AdapterError: a variant of the chain is not attached; the message says which.
     """
     if chain and chain not in variants:
         missing = next(i for i in range(len(chain)) if chain[: i + 1] not in variants)
-        digits = chain[missing][:_SHOWN_DIGITS]
+        digits = chain[missing][:SHOWN_DIGITS]
         place = f", which sits on {variants[chain[:missing]].facts.name!r}," if missing else ""
-        raise ValueError(
+        raise AdapterError(
             f"it was made for {describe_chain(chain)}; attach the variant {digits}{place} first "
             "('proa adapters inspect' shows the digest of each)"
         )
@@ -360,10 +355,16 @@ def _below(on: _Entry[Given, Below] | None) -> Below | None:
     return None if on is None or on.loaded is None else on.loaded.below
 
 
-def _below_root(error: BaseException, folder: Path, root: Path | None) -> str:
-    """Return what is wrong with a folder, named as a client may see it."""
-    text = str(error).replace(f"{root or folder.parent}/", "")
-    return text.encode(errors="replace").decode()
+def _refusal(name: str, error: BaseException, folder: Path, root: Path | None) -> AdapterLoadError:
+    """Log why an adapter cannot be loaded, and return it as a client may see it.
+
+    What is wrong with its folder is told in full; what the server lacks may name other paths.
+    """
+    logger.error("adapter %r cannot be loaded: %s", name, str(error) or type(error).__name__)
+    reason = "the server cannot load it; its log says why"
+    if isinstance(error, AdapterError):
+        reason = str(error).replace(f"{root or folder.parent}/", "")
+    return AdapterLoadError(f"adapter {name!r}: {reason.encode(errors='replace').decode()}")
 
 
 def _take_exception(task: "asyncio.Task[None]") -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import serve.attachments.registry
 from adapters.format import CONFIG_FILE, TENSOR_FILE
+from models.checkpoints import CheckpointError
 from serve.attachments.paths import find_folder
 from serve.backends.protocol import (
     AdapterConflictError,
@@ -18,11 +19,6 @@ from serve.backends.protocol import (
 )
 from tests.serve.backends.backend_client import run, until
 from tests.serve.engine.scripted_adapters import NUM_BYTES, Folders, ScriptedRegistry
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Folders:
-    return Folders(tmp_path / "root")
 
 
 def attach(registry: ScriptedRegistry, name: str, path: str) -> AdapterInfo:
@@ -170,6 +166,31 @@ def test_folder_that_does_not_fit_is_refused(method: str, message: str, folders:
         registry.attach_folder("x", path)
     folders.write("x")
     assert attach(registry, "x", "x").is_loaded
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "/srv/cache/x"),
+        CheckpointError("/srv/model: has 4-bit weights only"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_server_lacks_is_logged_and_not_told(
+    error: Exception, folders: Folders, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(*_: Any) -> Any:
+        raise error
+
+    folders.write("x")
+    with pytest.raises(
+        AdapterLoadError, match="^adapter 'x': the server cannot load it; its log says why$"
+    ):
+        attach(ScriptedRegistry(load, roots=[folders.root]), "x", "x")
+    reason = str(error) or "MemoryError"
+    assert caplog.messages == [f"adapter 'x' cannot be loaded: {reason}"]
 
 
 def test_name_that_is_taken_is_refused(folders: Folders) -> None:
@@ -341,7 +362,7 @@ def test_folder_that_has_changed_does_not_come_back(
     run(use())
     run(use())
     assert registry.infos()[0].num_running == 0
-    said = f"adapter 'a' cannot be loaded any more: {folders.root}/{message}"
+    said = f"adapter 'a' cannot be loaded: {folders.root}/{message}"
     assert caplog.messages == [said, said]
     registry.detach("a")
 
