@@ -25,7 +25,8 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 _MAX_BYTES = {CONFIG_FILE: 1 << 20, TENSOR_FILE: 4 << 30}
-_SHOWN_DIGITS = 12
+SHOWN_DIGITS = 12
+"""Digits of a fingerprint or a digest that messages show."""
 
 
 class AdapterError(ValueError):
@@ -205,8 +206,8 @@ def check_base(config: AdapterConfig, host: Host) -> None:
         )
         raise AdapterError(
             f"the adapter was trained on {config.base_id} (quantization "
-            f"{config.base_quantization}, fingerprint {config.base_fingerprint[:_SHOWN_DIGITS]}), "
-            f"this base is {host.model_id} (fingerprint {host.fingerprint[:_SHOWN_DIGITS]}): "
+            f"{config.base_quantization}, fingerprint {config.base_fingerprint[:SHOWN_DIGITS]}), "
+            f"this base is {host.model_id} (fingerprint {host.fingerprint[:SHOWN_DIGITS]}): "
             f"{hint}, or train the adapter anew on this one"
         )
     if config.chain != host.chain:
@@ -220,7 +221,7 @@ def describe_chain(chain: Sequence[str]) -> str:
     """Name what is attached to a base, from the base on, by the digits that tell it."""
     if not chain:
         return "the base itself"
-    return "the base with " + ", then ".join(digest[:_SHOWN_DIGITS] for digest in chain)
+    return "the base with " + ", then ".join(digest[:SHOWN_DIGITS] for digest in chain)
 
 
 @contextmanager

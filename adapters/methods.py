@@ -10,6 +10,7 @@ from typing import ClassVar, TypeAlias
 
 from adapters.disp import variant as disp
 from adapters.format import (
+    SHOWN_DIGITS,
     AdapterConfig,
     AdapterError,
     Host,
@@ -21,7 +22,6 @@ from adapters.qst import adapter as qst
 from models.checkpoints import Checkpoint, Derivation
 from models.side import SideNetwork
 
-_SHOWN_DIGITS = 12
 Describe: TypeAlias = Callable[[StoredAdapter], list[tuple[str, str]]]
 
 
@@ -130,7 +130,7 @@ def order_chain(chain: tuple[str, ...], given: Mapping[Path, StoredAdapter]) -> 
     if missing := [digest for digest in chain if digest not in folders]:
         raise AdapterError(
             f"it was made for {describe_chain(chain)}; give the folder of "
-            f"{missing[0][:_SHOWN_DIGITS]}, too ('proa adapters inspect' shows the digest of each)"
+            f"{missing[0][:SHOWN_DIGITS]}, too ('proa adapters inspect' shows the digest of each)"
         )
     if unused := [str(folder) for digest, folder in folders.items() if digest not in chain]:
         raise AdapterError(

@@ -52,11 +52,6 @@ class DispVariant:
     selections: Selections
     digest: str
 
-    @property
-    def description(self) -> str:
-        """One line for people."""
-        return self.config.description
-
 
 def load_disp(
     folder: Path,

@@ -36,7 +36,6 @@ class QstAdapter:
         qst: its method's part, resolved.
         network: float32, ready for `Decoder.attach`.
         classifier: (num_labels, D) float32 head of a sequence classifier, or None.
-        num_parameters: numbers in the file.
         digest: SHA-256 of the folder's files; the adapter's identity.
     """
 
@@ -44,13 +43,7 @@ class QstAdapter:
     qst: QstConfig
     network: SideNetwork
     classifier: Tensor | None
-    num_parameters: int
     digest: str
-
-    @property
-    def description(self) -> str:
-        """One line for people."""
-        return self.config.description
 
 
 def load_qst(
@@ -107,7 +100,6 @@ def build_qst(stored: StoredAdapter, host: Host) -> QstAdapter:
         qst=config,
         network=assemble_network(config, spec, tensors),
         classifier=tensors.get("classifier.weight"),
-        num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         digest=stored.digest,
     )
 

@@ -3,26 +3,18 @@
 import time
 import weakref
 from statistics import median
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from models.batch import PackedBatch
 from models.kv_cache import KVCache
+from serve.engine.model import Model
 
 WARM_UPS = 3
 MAX_STEPS = 12
 MIN_STEPS = 3
 BUDGET_S = 0.5
-
-
-class Decoder(Protocol):
-    """The part of `models.decoder.Decoder` that is measured."""
-
-    def make_cache(self, *, num_blocks: int, block_size: int = 16) -> KVCache: ...
-
-    def forward(self, batch: PackedBatch, cache: KVCache) -> Tensor: ...
 
 
 class DecodeSpeedTest:
@@ -35,7 +27,7 @@ class DecodeSpeedTest:
         speed: how many times as fast as its base the variant is; None until it is known.
     """
 
-    def __init__(self, decoder: Decoder, base: Decoder) -> None:
+    def __init__(self, decoder: Model, base: Model) -> None:
         """Prepare it.
 
         Args:
@@ -48,11 +40,6 @@ class DecodeSpeedTest:
         self._cache: KVCache | None = None
         self._base_times_s: list[float] = []
         self._times_s: list[float] = []
-
-    def run(self) -> None:
-        """Measure without a pause; nothing else may run on the two meanwhile."""
-        while self.step():
-            pass
 
     def step(self) -> bool:
         """Decode one token with each of the two; nothing else may run on them meanwhile.

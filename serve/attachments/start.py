@@ -1,6 +1,7 @@
 """Attach what a server starts with."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from adapters.format import AdapterError, read_config
@@ -31,22 +32,21 @@ def attach_at_start(
     """
     given = [("--variant", *item) for item in config.variants]
     given += [("--adapter", *item) for item in config.adapters]
-    depths = [_check(option, name, Path(folder)) for option, name, folder in given]
-    for _, (_, name, folder) in sorted(zip(depths, given, strict=True), key=lambda item: item[0]):
+    for _, name, folder in sorted(given, key=lambda item: _depth(*item)):
         try:
-            registry.attach_folder(name, Path(folder))
+            info = registry.attach_folder(name, Path(folder))
         except (AdapterLoadError, AdapterConflictError) as error:
             raise ConfigError(str(error)) from error
         if test := registry.speed_test(name):
-            test.run()
-            (info,) = (info for info in registry.infos() if info.name == name)
-            report(describe_variant(info, model_id))
+            while test.step():
+                pass
+            report(describe_variant(replace(info, speed=test.speed), model_id))
 
 
-def _check(option: str, name: str, folder: Path) -> int:
+def _depth(option: str, name: str, folder: str) -> int:
     """Return how many variants an adapter sits on; refuse one that is given by the wrong option."""
     try:
-        about = read_config(folder)
+        about = read_config(Path(folder))
         kind = method_of(about).kind
     except AdapterError:
         return 0  # the registry says what is wrong with it

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from adapters.format import (
     CONFIG_FILE,
+    SHOWN_DIGITS,
     TENSOR_FILE,
     AdapterError,
     StoredAdapter,
@@ -19,8 +20,6 @@ from models.checkpoints import CheckpointError
 from serve.base_model import load_base
 from serve.cli.arguments import CommandError, UserError, printable, say
 from serve.model_options import ModelOptions
-
-_SHOWN_DIGITS = 12
 
 
 def describe_folders(roots: Sequence[Path]) -> str:
@@ -113,7 +112,7 @@ def verify_folder(folder: Path, options: ModelOptions, *, on: Sequence[Path] = (
         host = replace(host, spec=step.spec, chain=(*host.chain, step.digest))
     if problems := collect_problems(lambda: method.check(stored, host)):
         raise CommandError(f"{folder} does not fit {base.name}: {printable(problems[0])}")
-    digits = stored.config.base_fingerprint[:_SHOWN_DIGITS]
+    digits = stored.config.base_fingerprint[:SHOWN_DIGITS]
     place = "".join(f" with the variant {path}" for path, _ in below)
     reason = method.why_unservable(stored)
     served = f"; {reason} and cannot be served" if reason else ""

@@ -103,7 +103,6 @@ def test_search_leaves_variants_metrics_and_a_picture(
         found = load_disp(
             result.folder, checkpoint.spec, fingerprint=SERVED, quantization="nf4", model_id="tiny"
         )
-        assert found.description == "for tests"
         assert found.disp.dense_fingerprint == checkpoint.fingerprint
         assert (found.disp.align, found.disp.residual) == (8, "independent")
         assert found.disp.remove_linears == result.remove_linears

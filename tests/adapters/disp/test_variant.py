@@ -60,7 +60,6 @@ def test_variant_is_read_as_it_was_written(
     assert variant.selections == selections
     assert variant.disp.widths == (widths,) * 3
     assert variant.digest == digest(tmp_path)
-    assert variant.description == "for tests"
     assert variant.config.training == {"steps": 3}
     assert (variant.config.method, variant.config.base_quantization) == ("disp", "nf4")
 

@@ -65,9 +65,7 @@ def test_loaded_adapter_gives_the_logits_of_the_saved_one(
     ]
     saved, loaded = run_streams(decoder, streams)[0]
     assert torch.equal(saved, loaded)
-    assert adapter.num_parameters == network.num_parameters
     assert adapter.digest == digest(tmp_path)
-    assert adapter.description == "for tests"
     assert not adapter.network.up.requires_grad
 
 

@@ -24,6 +24,11 @@ def ask(request_id: str = "a", prompt: list[int] | None = None, **fields: Any) -
     return GenerationRequest(request_id=request_id, prompt_token_ids=prompt or [1, 2, 3], **fields)
 
 
+def make_arm(adapter: str | None = None, scale: float = 1.0, **fields: Any) -> Arm:
+    params = SamplingParams(**({"seed": 5, "max_tokens": 6, "ignore_eos": True} | fields))
+    return Arm(params=params, adapter=adapter, adapter_scale=scale)
+
+
 async def collect(backend: Backend, request: GenerationRequest) -> list[TokenOutput]:
     async with aclosing(backend.generate(request)) as steps:
         return [output async for outputs in steps for output in outputs]

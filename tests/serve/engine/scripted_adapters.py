@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
+import pytest
 import torch
 
 from adapters.format import AdapterConfig, AdapterError, StoredAdapter, digest, write_adapter
@@ -32,10 +33,6 @@ class ScriptedSpeedTest:
         if self.num_steps == 3:
             self.speed = 1.25
         return self.speed is None
-
-    def run(self) -> None:
-        while self.step():
-            pass
 
 
 class Folders:
@@ -109,3 +106,8 @@ class Folders:
     def registry(self, **settings: Any) -> ScriptedRegistry:
         """Return a registry over the folders."""
         return ScriptedRegistry(self.load, **({"roots": [self.root]} | settings))
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path / "root")

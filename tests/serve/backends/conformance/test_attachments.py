@@ -2,31 +2,23 @@
 
 import asyncio
 from contextlib import aclosing
-from typing import Any
 
 import pytest
 
-from decoding import SamplingParams
 from serve.backends.protocol import (
     AdapterConflictError,
     AdapterLoadError,
     AdapterNotFoundError,
     Backend,
 )
-from serve.requests import Arm
-from tests.serve.backends.backend_client import ask, collect, run, said
+from tests.serve.backends.backend_client import ask, collect, make_arm, run, said
 
 PROMPT = [1 + i * i % 97 for i in range(40)]
 UNKNOWN = "no adapter is called 'unknown'"
 
 
-def arm(adapter: str | None = None, scale: float = 1.0, **fields: Any) -> Arm:
-    params = SamplingParams(**({"seed": 5, "max_tokens": 8, "ignore_eos": True} | fields))
-    return Arm(params=params, adapter=adapter, adapter_scale=scale)
-
-
 def test_arms_that_share_a_prompt_say_what_each_says_alone(backend: Backend) -> None:
-    arms = (arm("one"), arm(), arm("two", 0.5), arm("one", temperature=0.0))
+    arms = (make_arm("one"), make_arm(), make_arm("two", 0.5), make_arm("one", temperature=0.0))
 
     async def main() -> None:
         together = await collect(backend, ask(prompt=PROMPT, arms=arms))
@@ -39,7 +31,7 @@ def test_arms_that_share_a_prompt_say_what_each_says_alone(backend: Backend) -> 
 
 def test_what_is_attached_changes_the_text(backend: Backend) -> None:
     async def main() -> None:
-        arms = (arm(), arm("one"), arm("two"))
+        arms = (make_arm(), make_arm("one"), make_arm("two"))
         outputs = await collect(backend, ask(prompt=PROMPT, arms=arms))
         assert len({tuple(said(outputs, index)) for index in range(3)}) == 3
 
@@ -48,7 +40,9 @@ def test_what_is_attached_changes_the_text(backend: Backend) -> None:
 
 def test_scale_of_zero_is_the_base(backend: Backend) -> None:
     async def main() -> None:
-        outputs = await collect(backend, ask(prompt=PROMPT, arms=(arm("one", 0.0), arm())))
+        outputs = await collect(
+            backend, ask(prompt=PROMPT, arms=(make_arm("one", 0.0), make_arm()))
+        )
         assert said(outputs, 0) == said(outputs, 1)
 
     run(main())
@@ -64,7 +58,7 @@ def test_adapter_is_attached_used_and_detached_at_run_time(folder: str, backend:
     async def main() -> None:
         info = await backend.attach_adapter("third", folder)
         assert info.name in [listed.name for listed in backend.adapters()]
-        request = ask(prompt=PROMPT, arms=(arm("third"), arm("one"), arm()))
+        request = ask(prompt=PROMPT, arms=(make_arm("third"), make_arm("one"), make_arm()))
         first, again = await collect(backend, request), await collect(backend, request)
         assert said(first) == said(again)
         assert said(first) not in (said(first, 1), said(first, 2))
@@ -77,7 +71,9 @@ def test_adapter_is_attached_used_and_detached_at_run_time(folder: str, backend:
 
 def test_running_requests_go_on_while_adapters_come_and_go(backend: Backend) -> None:
     async def main() -> None:
-        request = ask(prompt=PROMPT, max_tokens=100, arms=(arm("one", max_tokens=100), arm()))
+        request = ask(
+            prompt=PROMPT, max_tokens=100, arms=(make_arm("one", max_tokens=100), make_arm())
+        )
         alone = await collect(backend, request)
         task = asyncio.create_task(collect(backend, request))
         for _ in range(3):
@@ -92,7 +88,7 @@ def test_running_requests_go_on_while_adapters_come_and_go(backend: Backend) -> 
 def test_adapter_in_use_is_not_detached(backend: Backend) -> None:
     async def main() -> None:
         await backend.attach_adapter("third", "three")
-        request = ask(prompt=PROMPT, arms=(arm("third", max_tokens=1500),))
+        request = ask(prompt=PROMPT, arms=(make_arm("third", max_tokens=1500),))
         async with aclosing(backend.generate(request)) as steps:
             await anext(steps)
             with pytest.raises(AdapterConflictError, match="third"):
@@ -121,7 +117,7 @@ def test_folder_that_is_not_there_is_refused(backend: Backend) -> None:
 def test_unknown_adapter_is_refused(backend: Backend) -> None:
     async def main() -> None:
         with pytest.raises(AdapterNotFoundError, match=UNKNOWN):
-            await collect(backend, ask(arms=(arm("one"), arm("unknown"))))
+            await collect(backend, ask(arms=(make_arm("one"), make_arm("unknown"))))
         with pytest.raises(AdapterNotFoundError, match=UNKNOWN):
             await backend.detach_adapter("unknown")
         assert [info.num_running for info in backend.adapters()] == [0, 0]

@@ -10,8 +10,9 @@ from serve.attachments.registry import AdapterRegistry
 from serve.backends.native import NativeBackend
 from serve.engine.limits import EngineLimits
 from tests.serve.engine.conftest import expect, expect_all, model, sampler, tables
+from tests.serve.engine.scripted_adapters import folders
 
-__all__ = ["expect", "expect_all", "make_backend", "model", "sampler", "tables"]
+__all__ = ["expect", "expect_all", "folders", "make_backend", "model", "sampler", "tables"]
 
 
 @pytest.fixture

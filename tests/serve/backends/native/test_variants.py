@@ -3,22 +3,20 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from adapters.format import digest
-from decoding import SamplingParams
 from serve.backends.native import NativeBackend
 from serve.backends.protocol import AdapterConflictError, AdapterNotFoundError
 from serve.engine.sequence import NO_ATTACHMENT, Attachment, LiveRequest, ModelVariant
-from serve.requests import Arm
 from tests.serve.backends.backend_client import (
     TIMEOUT_S,
     all_blocks_are_back,
     ask,
     collect,
+    make_arm,
     run,
     said,
     until,
@@ -29,16 +27,6 @@ from tests.serve.engine.scripted_adapters import Folders
 MakeBackend = Callable[..., NativeBackend]
 ExpectAll = Callable[[LiveRequest], list[Any]]
 PROMPT = [1 + i for i in range(9)]
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Folders:
-    return Folders(tmp_path / "root")
-
-
-def make_arm(adapter: str | None = None, scale: float = 1.0, **fields: Any) -> Arm:
-    params = SamplingParams(**({"seed": 5, "max_tokens": 6, "ignore_eos": True} | fields))
-    return Arm(params=params, adapter=adapter, adapter_scale=scale)
 
 
 def test_arms_of_several_models_say_what_they_say_alone(
