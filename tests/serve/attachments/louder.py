@@ -19,7 +19,6 @@ from adapters.format import (
     collect_problems,
     write_adapter,
 )
-from adapters.methods import VariantMethod
 from models.checkpoints import Derivation
 from models.checkpoints.derived import Read
 
@@ -49,9 +48,6 @@ def derive(stored: StoredAdapter, host: Host) -> Derivation:
 
     names = frozenset(f"layers.{i}.o.weight" for i in range(layers))
     return Derivation(digest=stored.digest, spec=host.spec, changed=names, derive=multiply)
-
-
-METHOD = VariantMethod(title="variant with louder attention", describe=describe, derive=derive)
 
 
 def save(folder: Path, factors: Sequence[float], *, base: Host, chain: Sequence[str] = ()) -> Path:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adapters.format import digest
-from adapters.methods import METHODS, host_of
+from adapters.methods import METHODS, VariantMethod, host_of
 from models.checkpoints import load_checkpoint
 from serve.base_model import load_base, load_variant
 from serve.cli.adapter_folders import describe_folders, inspect_folder, verify_folder
@@ -23,7 +23,10 @@ FACTORS = [30.0, -20.0]
 
 @pytest.fixture(autouse=True)
 def method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, louder.NAME, louder.METHOD)
+    entry = VariantMethod(
+        title="variant with louder attention", describe=louder.describe, derive=louder.derive
+    )
+    monkeypatch.setitem(METHODS, louder.NAME, entry)
 
 
 @pytest.fixture
