@@ -1,16 +1,22 @@
-"""Run the chunks of a step: the base, its variants and their side networks, over the caches."""
+"""Run the chunks of a step: lay them out as the packed batch that a decoder reads, and hand it to
+the base or a variant, over the caches.
+"""
 
+import math
+from array import array
+from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
+from models.batch import PackedBatch, SideBatch
 from models.kv_cache import KVCache
 from models.side import AttachedSide
 from serve.engine.limits import EngineLimits
 from serve.engine.model import Model
-from serve.engine.packing import BatchPacker
 from serve.engine.scheduler import Chunk
-from serve.engine.sequence import ModelVariant
+from serve.engine.sequence import ModelVariant, SideStream
 
 
 class ModelRunner:
@@ -69,3 +75,178 @@ def group_by_variant(chunks: list[Chunk]) -> list[list[Chunk]]:
     for chunk in chunks:
         groups.setdefault(chunk.sequence.variant, []).append(chunk)
     return [group for group in groups.values() if group]
+
+
+class _Buffer:
+    """An int32 buffer that Python fills through `view` and torch reads through `head`."""
+
+    def __init__(self, size: int) -> None:
+        storage = array("i", bytes(4 * size))
+        self.view = memoryview(storage)
+        self._tensor = torch.frombuffer(storage, dtype=torch.int32)
+        self._shape: tuple[int, ...] = (size,)
+        self._head = self._tensor
+
+    def head(self, *shape: int) -> Tensor:
+        """Give the first elements in a shape; steps share the tensor: views are slow to make."""
+        if self._shape != shape:
+            self._shape, self._head = shape, self._tensor[: math.prod(shape)].view(shape)
+        return self._head
+
+
+class BatchPacker:
+    """Builds packed batches in buffers that every step overwrites."""
+
+    def __init__(
+        self, limits: EngineLimits, *, side_cache: Callable[[AttachedSide], KVCache]
+    ) -> None:
+        """Allocate the buffers.
+
+        Args:
+            limits: fitted to the model.
+            side_cache: gives the cache of a side network.
+        """
+        num_tokens, num_rows = limits.max_batch_tokens, limits.max_running_sequences
+        num_blocks = limits.max_sequence_blocks
+        self._token_ids = _Buffer(num_tokens)
+        self._positions = _Buffer(num_tokens)
+        self._output_rows = _Buffer(num_tokens)
+        self._query_starts = _Buffer(num_rows + 1)
+        self._context_lens = _Buffer(num_rows)
+        self._block_tables = _Buffer(num_rows * num_blocks)
+        self._write_starts = _Buffer(num_rows)
+        self._sides = SidePacker(num_rows, num_blocks, side_cache)
+        longest = max(limits.max_context_tokens, num_tokens)
+        self._count_up = memoryview(array("i", range(longest)))
+
+    def pack(self, chunks: list[Chunk]) -> PackedBatch:
+        """Lay out one step.
+
+        Args:
+            chunks: at least one, within the limits given at the start.
+
+        Returns:
+            The batch; its tensors are valid until the next call.
+        """
+        token_ids, positions = self._token_ids.view, self._positions.view
+        output_rows, count_up = self._output_rows.view, self._count_up
+        query_starts, context_lens = self._query_starts.view, self._context_lens.view
+        block_tables = self._block_tables.view
+        num_columns = max(len(chunk.sequence.blocks) for chunk in chunks)
+        num_tokens = num_outputs = 0
+        has_sides = is_again = False
+        for b, chunk in enumerate(chunks):
+            sequence, start, length = chunk.sequence, chunk.start, chunk.num_tokens
+            end = num_tokens + length
+            if length == 1:
+                token_ids[num_tokens] = sequence.token_ids[start]
+                positions[num_tokens] = start
+            else:
+                token_ids[num_tokens:end] = sequence.token_ids[start : start + length]
+                positions[num_tokens:end] = count_up[start : start + length]
+            if chunk.num_logits == 1:
+                output_rows[num_outputs] = end - 1
+            else:
+                first = end - chunk.num_logits
+                output_rows[num_outputs : num_outputs + chunk.num_logits] = count_up[first:end]
+            num_outputs += chunk.num_logits
+            num_tokens = end
+            query_starts[b + 1] = end
+            context_lens[b] = start + length
+            blocks = sequence.blocks
+            column = b * num_columns
+            block_tables[column : column + len(blocks)] = blocks
+            if sequence.sides:
+                has_sides = True
+            if start < sequence.write_start:
+                is_again = True
+        if not has_sides:
+            self.forget()
+        num_rows = len(chunks)
+        return PackedBatch(
+            token_ids=self._token_ids.head(num_tokens),
+            positions=self._positions.head(num_tokens),
+            query_starts=self._query_starts.head(num_rows + 1),
+            context_lens=self._context_lens.head(num_rows),
+            block_tables=self._block_tables.head(num_rows, num_columns),
+            output_rows=self._output_rows.head(num_outputs),
+            write_starts=self._pack_write_starts(chunks) if is_again else None,
+            side=self._sides.pack(chunks, num_columns) if has_sides else None,
+        )
+
+    def forget(self) -> None:
+        """Hold no side network any more, so that one that left is freed."""
+        if self._sides.streams:
+            self._sides.start([])
+
+    def _pack_write_starts(self, chunks: list[Chunk]) -> Tensor:
+        for b, chunk in enumerate(chunks):
+            self._write_starts.view[b] = chunk.sequence.write_start
+        return self._write_starts.head(len(chunks))
+
+
+class SidePacker:
+    """Builds side batches in buffers that every step overwrites.
+
+    Attributes:
+        streams: of the latest batch.
+    """
+
+    def __init__(
+        self, num_streams: int, max_blocks: int, side_cache: Callable[[AttachedSide], KVCache]
+    ) -> None:
+        """Allocate the buffers.
+
+        Args:
+            num_streams: side networks in a batch, usually; more make the buffers grow.
+            max_blocks: blocks in a sequence at most.
+            side_cache: gives the cache of a side network.
+        """
+        self._max_blocks = max_blocks
+        self._side_cache = side_cache
+        self._allocate(num_streams)
+        self.start([])
+
+    def pack(self, chunks: list[Chunk], num_columns: int) -> SideBatch:
+        """Lay out the side networks of a step.
+
+        Args:
+            chunks: of which at least one has side networks.
+            num_columns: most blocks that a sequence has.
+        """
+        streams = [side for chunk in chunks for side in chunk.sequence.sides]
+        if streams != self.streams:
+            self.start(streams)
+        sequences, block_tables = self._sequences.view, self._block_tables.view
+        row = column = 0
+        for b, chunk in enumerate(chunks):
+            for side in chunk.sequence.sides:
+                sequences[row] = b
+                block_tables[column : column + len(side.blocks)] = side.blocks
+                row += 1
+                column += num_columns
+        return SideBatch(
+            networks=self._networks,
+            caches=self._caches,
+            sequences=self._sequences.head(row),
+            block_tables=self._block_tables.head(row, num_columns),
+            write_starts=self._write_starts,
+            scales=self._scales,
+        )
+
+    def start(self, streams: list[SideStream]) -> None:
+        """Prepare what stays as it is while the same streams run."""
+        if len(streams) > len(self._sequences.view):
+            self._allocate(len(streams))
+        for side in streams:
+            if side.cache is None:
+                side.cache = self._side_cache(side.adapter.side)
+        self.streams = streams
+        self._networks = tuple(side.adapter.side for side in streams)
+        self._caches = tuple(side.cache for side in streams if side.cache is not None)
+        self._write_starts = torch.tensor([side.start for side in streams], dtype=torch.int32)
+        self._scales = torch.tensor([side.scale for side in streams], dtype=torch.float32)
+
+    def _allocate(self, num_streams: int) -> None:
+        self._sequences = _Buffer(num_streams)
+        self._block_tables = _Buffer(num_streams * self._max_blocks)
