@@ -107,34 +107,31 @@ class ChatTemplate:
     def _probe(self) -> tuple[frozenset[str], frozenset[str]]:
         """Return the roles whose content must be a list of parts, and those that are not shown."""
         for roles in _PROBES:
-            words = [f"probing{i}" for i in range(len(roles))]
-            messages = [{"role": r, "content": w} for r, w in zip(roles, words, strict=True)]
-
-            def lost(
-                part_roles: frozenset[str],
-                turns: Sequence[Mapping[str, str]] = messages,
-                roles: Sequence[str] = roles,
-            ) -> frozenset[str] | None:
-                try:
-                    text = self._render(turns, part_roles, True)
-                except ChatTemplateError as error:
-                    if isinstance(error.__cause__, BudgetError):
-                        raise
-                    return None
-                shown = {turn["role"] for turn in turns if turn["content"] in text}
-                return frozenset(roles) - shown
-
-            as_text = lost(frozenset())
+            turns = [{"role": role, "content": f"probing{i}"} for i, role in enumerate(roles)]
+            as_text = self._lost(turns, frozenset())
             if as_text == frozenset():
                 return as_text, as_text
             part_roles = frozenset(roles) if as_text is None else as_text
-            as_parts = lost(part_roles)
+            as_parts = self._lost(turns, part_roles)
             if as_parts is not None:
                 # What is not shown as parts either stays text.
                 return part_roles - as_parts, as_parts
             if as_text is not None:
                 return frozenset(), as_text
         return frozenset(), frozenset()
+
+    def _lost(
+        self, turns: Sequence[Mapping[str, str]], part_roles: frozenset[str]
+    ) -> frozenset[str] | None:
+        """Return the roles whose words are not shown; None where the template refuses them."""
+        try:
+            text = self._render(turns, part_roles, True)
+        except ChatTemplateError as error:
+            if isinstance(error.__cause__, BudgetError):
+                raise
+            return None
+        shown = {turn["role"] for turn in turns if turn["content"] in text}
+        return frozenset(turn["role"] for turn in turns) - shown
 
 
 def load_chat_template(
@@ -144,13 +141,20 @@ def load_chat_template(
 
     `chat_template.jinja` comes before `chat_template` in `tokenizer_config.json`; of several named
     templates the one called "default" is taken.
+
+    Raises:
+        ChatTemplateError: it is no Jinja template.
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return ChatTemplate(path.read_text(encoding="utf-8"), special_tokens)
+        try:
+            return ChatTemplate(path.read_text(encoding="utf-8"), special_tokens)
+        except UnicodeDecodeError as error:
+            raise ChatTemplateError(f"{path}: not UTF-8 text: {error}") from None
     source = tokenizer_config.get("chat_template")
     if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        named = [entry for entry in source if isinstance(entry, dict)]
+        source = next((e.get("template") for e in named if e.get("name") == "default"), None)
     return ChatTemplate(source, special_tokens) if isinstance(source, str) else None
 
 

@@ -8,7 +8,7 @@ repetitions, text of lists), its own size after, output by its length.
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sized
 from functools import wraps
 from typing import Any
 
@@ -25,20 +25,23 @@ _BASE_UNITS = 4_000_000
 _UNITS_PER_CHAR = 50
 _STEP_UNITS = 10
 _CALL_UNITS = 100
-_CHARS_READ_PER_UNIT = 16
+_READ_UNITS = 1 / 16  # of a character that is searched or compared
 _MAX_INTEGER_BITS = 4096
 _MAX_WIDTH_DIGITS = 6
 _SPEND, _MADE, _READ, _PRINTED = "_spend", "_made", "_read", "_printed"
-_TEXT_FILTERS = {"join", "string", "tojson", "urlencode", "escape", "e", "forceescape", "format"}
+_TEXT_FILTERS = {
+    "dictsort", "e", "escape", "forceescape", "format", "groupby", "join", "max", "min", "sort",
+    "string", "tojson", "unique", "urlencode",
+}  # fmt: skip
 # Slow or large whatever they are given, and of no use in a chat.
 _REMOVED_FILTERS = {"pprint", "striptags", "urlize", "wordwrap", "xmlattr"}
 _REMOVED_METHODS = {
     "encode", "expandtabs", "format_map", "from_bytes", "striptags", "to_bytes", "translate",
     "unescape",
 }  # fmt: skip
-_COMPARING_TESTS = {
+_READING_TESTS = {
     "!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "in", "le",
-    "lessthan", "lt", "ne",
+    "lessthan", "lower", "lt", "ne", "upper",
 }  # fmt: skip
 _SEARCHES_FROM_THE_END = {"rfind", "rindex", "rpartition", "rsplit"}
 
@@ -83,8 +86,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.filters[name] = self._priced(name, function)
         for name in _REMOVED_FILTERS:
             del self.filters[name]
-        for name in _COMPARING_TESTS:
+        for name in _READING_TESTS:
             self.tests[name] = self._priced_test(self.tests[name])
+        # With a context, so that jinja does not try them on constants when it compiles.
         self.filters[_SPEND] = pass_context(lambda _, units: self._spend(max(units, 0)))
         self.filters[_MADE] = pass_context(lambda _, value: self._made(value))
         self.filters[_PRINTED] = pass_context(lambda _, value: self._printed(value))
@@ -117,20 +121,24 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise BudgetError
         return True
 
-    def _weigh(self, value: object, *, is_text: bool) -> int:
+    def _weigh(self, value: object, char_units: float) -> int:
         """Price what is nested in a value: its items, and the characters of its text.
+
+        Args:
+            value: any.
+            char_units: price of a character.
 
         Raises:
             BudgetError: it is over the budget.
         """
-        limit, total, pending = self._local.units, 0, [value]
+        limit, total, pending = self._local.units, 0.0, [value]
         while pending:
             item = pending.pop()
             total += _STEP_UNITS
             if isinstance(item, str):
-                total += len(item) if is_text else 0
+                total += len(item) * char_units
             elif isinstance(item, int):
-                total += item.bit_length() // 3 if is_text else 0
+                total += item.bit_length() / 3 * char_units
             elif isinstance(item, Mapping):
                 pending += [*item.keys(), *item.values()]
             elif isinstance(item, list | tuple | set | frozenset):
@@ -141,21 +149,24 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 pending.append(getattr(item, "_Namespace__attrs"))  # noqa: B009
             if total + _STEP_UNITS * len(pending) > limit:
                 raise BudgetError
-        return total
+        return int(total)
+
+    def _size(self, value: Any) -> int:
+        return len(value) if isinstance(value, str) else self._weigh(value, 0)
 
     def _made(self, value: Any) -> Any:
-        self._spend(len(value) if isinstance(value, str) else self._weigh(value, is_text=False))
+        self._spend(self._size(value))
         return value
 
     def _printed(self, value: Any) -> Any:
-        self._spend(len(value) if isinstance(value, str) else self._weigh(value, is_text=True))
+        self._spend(len(value) if isinstance(value, str) else self._weigh(value, 1))
         return value
 
     def _read(self, value: Any) -> Any:
         if isinstance(value, str):
-            self._spend(len(value) // _CHARS_READ_PER_UNIT)
+            self._spend(int(len(value) * _READ_UNITS))
         elif not isinstance(value, Undefined | int | float | None):
-            self._spend(self._weigh(value, is_text=False))
+            self._spend(self._weigh(value, _READ_UNITS))
         return value
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -169,10 +180,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             for value, times in ((left, right), (right, left)):
                 if isinstance(times, int) and not isinstance(value, float):
-                    size = (
-                        len(value) if isinstance(value, str) else self._weigh(value, is_text=False)
-                    )
-                    self._spend(size * max(times, 1))
+                    self._spend(self._size(value) * max(times, 1))
         elif operator == "%" and isinstance(left, str):
             self._price_format(left, right if isinstance(right, tuple) else (right,))
         elif operator == "+":
@@ -203,8 +211,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         @wraps(function)
         def priced(*args: Any, **kwargs: Any) -> Any:
             value = args[skip]
-            if name == "join" and not isinstance(value, str):
-                value = list(value)
+            if isinstance(value, Iterator | MappingView) or (
+                name == "join" and not isinstance(value, str)
+            ):
+                value = list(args[skip])
                 args = (*args[:skip], value, *args[skip + 1 :])
             self._price_text(name, value, (*args[skip + 1 :], *kwargs.values()))
             return self._made(function(*args, **kwargs))
@@ -227,22 +237,24 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif name == "join":
             parts = [value, *given]
             count = sum(len(part) for part in parts if isinstance(part, list))
-            self._spend(self._weigh(parts, is_text=True) + count * _longest(parts))
+            self._spend(self._weigh(parts, 1) + count * _longest(parts))
         elif name == "replace":
             old = given[0] if given and isinstance(given[0], str) else ""
             self._spend((str(value).count(old) + 1) * _longest(given[1:]))
         elif name == "indent":
             self._spend((str(value).count("\n") + 1) * (numbers + _longest(given)))
         elif name in _SEARCHES_FROM_THE_END:
-            self._spend(len(value) * _longest(given) // _CHARS_READ_PER_UNIT)
+            self._spend(int(len(value) * _longest(given) * _READ_UNITS))
         elif name == "tojson":
-            self._spend(self._weigh(value, is_text=True) * (1 + numbers))
+            self._spend(self._weigh(value, 1) * (1 + numbers))
+        elif name == "sum" and any(isinstance(start, list | tuple) for start in given):
+            self._spend(len(list(value)) * self._weigh(value, 0))  # each sum is a copy
         elif name in ("batch", "slice", "center", "ljust", "rjust", "zfill"):
             self._spend(numbers)
         if isinstance(value, str):
             self._read(value)
         elif name in _TEXT_FILTERS:
-            self._spend(self._weigh(value, is_text=True))
+            self._spend(self._weigh(value, 1))
         elif isinstance(value, Sized):
             self._spend(_STEP_UNITS * len(value))
 
@@ -252,7 +264,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if any(len(run) > _MAX_WIDTH_DIGITS for run in runs):
             raise BudgetError
         widths = [int(run) for run in runs] + [abs(n) for n in given if isinstance(n, int)]
-        size = max(widths, default=0) + self._weigh(given, is_text=True)
+        size = max(widths, default=0) + self._weigh(given, 1)
         self._spend((1 + text.count("%") + text.count("{")) * size)
 
 

@@ -1,8 +1,10 @@
 """What templates may read and what they may cost."""
 
+from pathlib import Path
+
 import pytest
 
-from text.chat_template import ChatTemplate, ChatTemplateError
+from text.chat_template import ChatTemplate, ChatTemplateError, load_chat_template
 
 ROLES = ("system", "user", "assistant", "user")
 CHAT = [{"role": role, "content": f"words {i}"} for i, role in enumerate(ROLES)]
@@ -63,6 +65,19 @@ def test_role_that_is_not_shown_is_told_and_the_rest_rendered() -> None:
     template = ChatTemplate(source, {})
     assert template.unread_roles == {"system"}
     assert template.render(CHAT) == SHOWN.removeprefix("<system>words 0")
+
+
+@pytest.mark.parametrize(
+    "source", [[1, None], [{"name": "default"}], [{"template": TEXT}], 5, {"default": TEXT}]
+)
+def test_setting_that_holds_no_template_is_none(tmp_path: Path, source: object) -> None:
+    assert load_chat_template(tmp_path, {"chat_template": source}, {}) is None
+
+
+def test_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ChatTemplateError, match=r"chat_template.jinja: not UTF-8 text"):
+        load_chat_template(tmp_path, {}, {})
 
 
 def doubling(expression: str, start: str = "'abcdefgh'") -> str:
@@ -127,6 +142,18 @@ COSTLY = {
     "select": BIG + nested("{{ [1] | select('in', list) | list }}"),
     "find": BIG + nested("{{ big.find('b') }}"),
     "copy": BIG + nested("{% set x = list[1:] %}"),
+    "sorted-text": BIG + "{{ ([big] * 900) | sort | length }}",
+    "sorted-selected-text": BIG + "{{ ([big] * 900) | select('string') | sort | length }}",
+    "sorted-values": BIG + "{{ dict(a=[big] * 900).values() | sort | length }}",
+    "largest-text": BIG + "{{ ([big] * 900) | max | length }}",
+    "distinct-text": BIG + "{{ ([big] * 900) | unique | list | length }}",
+    "grouped-text": BIG + "{{ ([{'a': big}] * 900) | groupby('a') | length }}",
+    "case": BIG + nested("{% if big is lower %}{% endif %}"),
+    "case-of-list": BIG + "{% if ([big] * 900) is lower %}{% endif %}",
+    "compared-texts": BIG
+    + "{% set a = [big] * 900 %}{% set b = [big ~ 'b'] * 900 %}"
+    + "{{ a == b }}" * 4,
+    "summed-lists": "{{ ([[1]] * 90000) | sum(start=[]) | length }}",
     "sum": nested("{{ range(100000) | sum }}"),
     "lipsum": "{{ lipsum(10**6) }}",
     "refund": "{% set x = (-10**12) | _spend %}" + nested(""),
