@@ -1,6 +1,6 @@
 """Sampling parameters of one request."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from decoding.options import ParameterError, check_options, option
@@ -149,8 +149,22 @@ class SamplingParams:
         """Whether the most likely token is taken, without a draw, whatever the strategy."""
         return self.temperature == 0.0
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Check that every token id is in a vocabulary.
+    def held_back_ids(self, end_token_ids: Iterable[int]) -> frozenset[int]:
+        """Return the tokens that are not drawn before `min_tokens`.
+
+        Args:
+            end_token_ids: the model's, which count unless `ignore_eos`.
+        """
+        if not self.min_tokens:
+            return frozenset()
+        return frozenset((*self.stop_token_ids, *(() if self.ignore_eos else end_token_ids)))
+
+    def check_vocabulary(self, vocab_size: int, end_token_ids: Iterable[int] = ()) -> None:
+        """Check that every token id is in a vocabulary, and that some token may be drawn.
+
+        Args:
+            vocab_size: ids are below it.
+            end_token_ids: the model's.
 
         Raises:
             ParameterError: `logit_bias`, `stop_token_ids` or a field of the strategy has an id
@@ -167,9 +181,9 @@ class SamplingParams:
                     f"0 to {vocab_size - 1}",
                     param=param,
                 )
-        if self.min_tokens and len(set(self.stop_token_ids)) == vocab_size:
+        if len(self.held_back_ids(end_token_ids)) >= vocab_size:
             raise ParameterError(
-                f"stop_token_ids has all {vocab_size} tokens, and none of them is drawn before "
-                "min_tokens",
+                f"stop_token_ids and the end tokens are all {vocab_size} tokens, and none of them "
+                "is drawn before min_tokens",
                 param="stop_token_ids",
             )

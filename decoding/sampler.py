@@ -12,7 +12,6 @@ from torch import Tensor
 from decoding.draw import draw_dense
 from decoding.filters import draw_filtered
 from decoding.logprobs import LogitsError, TopLogprobs, entropies, token_logprobs
-from decoding.options import ParameterError
 from decoding.params import SamplingParams
 from decoding.penalties import apply_edits
 from decoding.row import Row
@@ -68,11 +67,12 @@ class Sampler:
 
         Args:
             tables: one entry for each logit.
-            eos_token_ids: end-of-sequence tokens, which `min_tokens` holds back.
+            eos_token_ids: end-of-sequence tokens, which `min_tokens` holds back; those that have
+                no logits are never drawn.
             device: where the logits are.
         """
         self._tables = tables
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = frozenset(i for i in eos_token_ids if i < tables.vocab_size)
         self._device = torch.device(device)
         self._controllers: OrderedDict[Strategy, Controller] = OrderedDict()
         num_blocks = -(-tables.vocab_size // BLOCK_SIZE)
@@ -115,18 +115,7 @@ class Sampler:
             ParameterError: a token id among the parameters is not in the vocabulary, or no token
                 of it may be drawn before `min_tokens`.
         """
-        params.check_vocabulary(self._tables.vocab_size)
-        banned: set[int] = set()
-        if params.min_tokens > 0:
-            banned.update(params.stop_token_ids)
-            if not params.ignore_eos:
-                banned |= self._eos_token_ids
-            if len(banned) >= self._tables.vocab_size:
-                raise ParameterError(
-                    "stop_token_ids and the end tokens are the whole vocabulary, and none of them "
-                    "is drawn before min_tokens",
-                    param="stop_token_ids",
-                )
+        params.check_vocabulary(self._tables.vocab_size, self._eos_token_ids)
         return Row(
             params,
             self._bind(params.strategy),
@@ -134,7 +123,7 @@ class Sampler:
             seed=seed,
             prompt_is_template=prompt_is_template,
             is_traced=is_traced,
-            banned_token_ids=sorted(banned),
+            banned_token_ids=sorted(params.held_back_ids(self._eos_token_ids)),
         )
 
     def sample(self, logits: Tensor, rows: Sequence[Row]) -> Sampled:

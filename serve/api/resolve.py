@@ -142,7 +142,7 @@ def build_arm(
         logprobs=logprobs,
         strategy=_resolve_strategy(body.decoding, choice.strategy),
     )
-    params.check_vocabulary(context.backend.vocab_size)
+    params.check_vocabulary(context.backend.vocab_size, context.tokenizer.eos_token_ids)
     return Arm(
         params=params,
         num_sequences=num_sequences,

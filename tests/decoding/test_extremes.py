@@ -18,7 +18,8 @@ from decoding import (
 from decoding.strategies import Adapt, DynaTemp
 
 VOCAB = 300
-SAMPLER = Sampler(build_token_tables([b"x", b"\n", b"  y"] * (VOCAB // 3)), eos_token_ids=(0,))
+TABLES = build_token_tables([b"x", b"\n", b"  y"] * (VOCAB // 3))
+SAMPLER = Sampler(TABLES, eos_token_ids=(0,))
 KINDS = {
     "greedy": SamplingParams(temperature=0),
     "greedy_edited": SamplingParams(temperature=0, repetition_penalty=1.2),
@@ -110,13 +111,17 @@ def test_tiny_repetition_penalty_makes_the_prompts_likely_token_certain(temperat
     assert sample(params, logits).token_ids == [7]
 
 
-def test_stop_tokens_that_leave_none_are_refused():
-    params = SamplingParams(min_tokens=2, stop_token_ids=tuple(range(VOCAB)))
-    with pytest.raises(ParameterError, match="stop_token_ids has all 300 tokens"):
-        params.check_vocabulary(VOCAB)
+@pytest.mark.parametrize("end_token_ids", [[], [0]])
+def test_stop_and_end_tokens_that_leave_none_are_refused(end_token_ids):
+    stops = tuple(range(len(end_token_ids), VOCAB))
+    params = SamplingParams(min_tokens=2, stop_token_ids=stops)
+    with pytest.raises(ParameterError, match="and the end tokens are all 300 tokens"):
+        params.check_vocabulary(VOCAB, end_token_ids)
+    with pytest.raises(ParameterError, match="and the end tokens are all 300 tokens"):
+        Sampler(TABLES, eos_token_ids=end_token_ids).start(params, [], seed=0)
 
 
-def test_stop_and_end_tokens_that_leave_none_are_refused():
-    params = SamplingParams(min_tokens=2, stop_token_ids=tuple(range(1, VOCAB)))
-    with pytest.raises(ParameterError, match="the end tokens are the whole vocabulary"):
-        SAMPLER.start(params, [], seed=0)
+def test_end_token_without_a_logit_holds_nothing_back():
+    sampler = Sampler(TABLES, eos_token_ids=[VOCAB, 5000])
+    row = sampler.start(SamplingParams(min_tokens=1, temperature=0.0), [], seed=0)
+    assert sampler.sample(torch.arange(float(VOCAB))[None], [row]).token_ids == [VOCAB - 1]
