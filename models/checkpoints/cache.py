@@ -18,7 +18,7 @@ import torch
 
 from models.families import CheckpointError
 
-SUMS_FILE = "proa_sums.json"
+_SUMS_FILE = "proa_sums.json"
 _STALE_S = 24 * 3600.0
 _CHUNK_WORDS = 1 << 17
 
@@ -72,16 +72,22 @@ def cached_folder(cache_dir: Path, name: str, key: object, build: Callable[[Path
         build: writes the content into an empty folder.
 
     Raises:
-        CheckpointError: the content is not what was written; the message names file and folder.
+        CheckpointError: the content is not what was written, or the cache cannot be used; the
+            message names file and folder.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     target = cache_dir / "checkpoints" / f"{name}-{digest[:16]}"
-    if not target.is_dir():
-        with whole_folder(target) as part:
-            build(part)
-            sums = {path.name: sum_file(path) for path in sorted(part.iterdir())}
-            (part / SUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-    damaged = _find_damage(target)
+    try:
+        if not target.is_dir():
+            with whole_folder(target) as part:
+                build(part)
+                sums = {path.name: sum_file(path) for path in sorted(part.iterdir())}
+                (part / _SUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+        damaged = _find_damage(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{cache_dir}: the cache cannot be used ({error}); name another folder"
+        ) from error
     if damaged is not None:
         raise CheckpointError(
             f"{target / damaged} is not what was written: the cache is damaged; remove {target}, "
@@ -93,13 +99,16 @@ def cached_folder(cache_dir: Path, name: str, key: object, build: Callable[[Path
 def _find_damage(folder: Path) -> str | None:
     """Return the name of a file that is another than when it was written, or None."""
     try:
-        sums = json.loads((folder / SUMS_FILE).read_text(encoding="utf-8"))
+        sums = json.loads((folder / _SUMS_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return SUMS_FILE
+        return _SUMS_FILE
     if not isinstance(sums, dict) or not sums:
-        return SUMS_FILE
-    is_sound = ((folder / n).is_file() and sum_file(folder / n) == sums[n] for n in sums)
-    return next((n for n, fine in zip(sums, is_sound, strict=True) if not fine), None)
+        return _SUMS_FILE
+    for name, written in sums.items():
+        path = folder / name
+        if not path.is_file() or sum_file(path) != written:
+            return name
+    return None
 
 
 def sum_file(path: Path) -> str:

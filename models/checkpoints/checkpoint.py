@@ -172,12 +172,7 @@ def _converted(origin: Origin, content: Content, cache_dir: Path, report: Report
             (part / _SUMMARY_FILE).write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
     key = {"version": _CACHE_VERSION, "source": origin.identity(), "content": content}
-    try:
-        return cached_folder(cache_dir, f"{origin.name}-{content}", key, build)
-    except OSError as error:
-        raise CheckpointError(
-            f"{cache_dir}: the cache cannot be used ({error}); name another folder"
-        ) from error
+    return cached_folder(cache_dir, f"{origin.name}-{content}", key, build)
 
 
 def _load(source: OpenCheckpoint, name: str, quantization: str, report: Report) -> Checkpoint:

@@ -21,11 +21,7 @@ from models.checkpoints.assembly import (
 from models.checkpoints.gguf_model import GgufModel
 from models.checkpoints.gguf_tokenizer import GgufVocabulary, save_gguf_tokenizer
 from models.checkpoints.origins import OpenCheckpoint
-from models.checkpoints.tokenizer_files import (
-    TOKENIZER_FILES,
-    check_tokenizer_files,
-    has_older_tokenizer,
-)
+from models.checkpoints.tokenizer_files import TOKENIZER_FILES, has_older_tokenizer
 from models.families import CheckpointError
 
 BLOCK_SIZE = 64
@@ -237,7 +233,6 @@ def _copy_tokenizer(source: Path, folder: Path, report: Callable[[str], None]) -
 
 def _convert_tokenizer(source: Path, folder: Path, report: Callable[[str], None]) -> None:
     """Make tokenizer.json of older files (vocab.json and merges.txt, tokenizer.model)."""
-    check_tokenizer_files(source)
     from transformers import AutoTokenizer
 
     report(f"making tokenizer.json from the older tokenizer files of {source}")

@@ -110,13 +110,8 @@ class Originals:
             "chain": list(chain),
             "quantization": base.quantization,
         }
-        try:
-            name = f"{base.name}-{base.quantization}-variant"
-            return cached_folder(self.cache_dir, name, key, build)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.cache_dir}: the cache cannot be used ({error}); name another folder"
-            ) from error
+        name = f"{base.name}-{base.quantization}-variant"
+        return cached_folder(self.cache_dir, name, key, build)
 
     def _accept_rounding(self, origin: Origin, report: Report) -> None:
         if not self._dequantize:
