@@ -11,7 +11,7 @@ import pytest
 from serve.api import ApiSettings, create_app
 from text.tokenizer import Tokenizer
 
-from .conftest import CONTEXT, Client, FakeBackend, check_error, make_client
+from .conftest import CONTEXT, END, Client, FakeBackend, check_error, make_client
 
 PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
 USER = {"role": "user", "content": "hi"}
@@ -167,6 +167,15 @@ def test_bad_chat_field_is_refused_by_name(
     client: Client, backend: FakeBackend, fields: dict[str, Any], param: str, match: str
 ) -> None:
     assert match in check_error(client.chat(**fields), 400, param=param)
+    assert backend.requests == []
+
+
+def test_stop_tokens_that_leave_the_end_token_only_are_refused(
+    client: Client, backend: FakeBackend
+) -> None:
+    stops = [i for i in range(backend.vocab_size) if i != END]
+    answer = client.chat(stop_token_ids=stops, min_tokens=1, max_tokens=2)
+    check_error(answer, 400, param="stop_token_ids")
     assert backend.requests == []
 
 
