@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"proa: error: {error}", file=sys.stderr)
         return 1
     except ImportError as error:
-        print(f"proa: error: a library cannot be loaded: {error}", file=sys.stderr)
+        reason = str(error).strip().rpartition("\n")[2]  # numpy says much before it
+        print(f"proa: error: a library cannot be loaded: {reason}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         # What torch raises has no type of its own.

@@ -145,8 +145,12 @@ def test_port_in_use_is_status_1(run_proa, server) -> None:
         (MemoryError(), "out of memory; does the process get enough (ulimit -v)?"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; does the"),
         (ImportError("x.so: failed to map segment"), "a library cannot be loaded: x.so: failed to"),
+        (
+            ImportError("\nREAD\nit was: x.so: failed\n\n"),
+            "a library cannot be loaded: it was: x.so",
+        ),
     ],
-    ids=["python", "torch", "library"],
+    ids=["python", "torch", "library", "talkative-library"],
 )
 def test_lack_of_memory_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, line: str
