@@ -1,5 +1,7 @@
 """What a linear's weight can be: dense, 4-bit, 8-bit, or a product of two thin ones."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -88,6 +90,25 @@ def dense(weight: Weight) -> Tensor:
     if isinstance(weight, LowRank):
         return dense(weight.left) @ dense(weight.right)
     return weight.float()
+
+
+def count_linear_parameters(weights: Mapping[str, Weight]) -> int:
+    """Count the parameters of the layers' linears, without biases.
+
+    Args:
+        weights: by canonical name.
+    """
+
+    def count(weight: Weight) -> int:
+        if isinstance(weight, LowRank):
+            return count(weight.left) + count(weight.right)
+        return math.prod(weight.shape)
+
+    return sum(
+        count(weight)
+        for name, weight in weights.items()
+        if name.startswith("layers.") and len(weight.shape) == 2
+    )
 
 
 def code_group(in_features: int) -> int:

@@ -12,7 +12,6 @@ from models.checkpoints.derived import (
     Derivation,
     Lineage,
     Originals,
-    count_linear_parameters,
 )
 from models.checkpoints.four_bit import select_rows
 from models.checkpoints.pruned import prune
@@ -27,7 +26,6 @@ __all__ = [
     "Lineage",
     "Originals",
     "UnsupportedArchitectureError",
-    "count_linear_parameters",
     "fingerprint_weights",
     "load_checkpoint",
     "prune",

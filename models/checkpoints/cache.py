@@ -35,7 +35,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target.parent)
-    part = target.parent / f".part-{os.getpid()}-{secrets.token_hex(4)}"
+    part = target.parent / f".proa-part-{os.getpid()}-{secrets.token_hex(4)}"
     part.mkdir()
     try:
         yield part
@@ -53,7 +53,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left more than a day ago."""
-    for path in folder.glob(".part-*"):
+    for path in folder.glob(".proa-part-*"):
         try:
             is_stale = time.time() - path.stat().st_mtime > _STALE_S
         except FileNotFoundError:

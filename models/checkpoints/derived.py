@@ -1,7 +1,6 @@
 """Load a variant of a checkpoint: weights derived from the original ones, then quantised, once."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -25,7 +24,7 @@ from models.checkpoints.tensor_files import SafetensorsFolder
 from models.families import CheckpointError
 from models.quantization import NF4_CODEBOOK, quantize_4bit
 from models.spec import DecoderSpec, canonical_weights
-from models.weights import LowRank, Quantized4Bit, Weight, dense
+from models.weights import Quantized4Bit, Weight, dense
 
 _CACHE_VERSION = 1
 _FILE = "model.safetensors"
@@ -195,25 +194,6 @@ class Lineage:
             known_fingerprint=self.originals.base.fingerprint, chain=(*host.chain, step.digest),
         )  # fmt: skip
         return replace(self, checkpoint=checkpoint, steps=steps)
-
-
-def count_linear_parameters(weights: Mapping[str, Weight]) -> int:
-    """Count the parameters of the layers' linears, without biases.
-
-    Args:
-        weights: by canonical name.
-    """
-
-    def count(weight: Weight) -> int:
-        if isinstance(weight, LowRank):
-            return count(weight.left) + count(weight.right)
-        return math.prod(weight.shape)
-
-    return sum(
-        count(weight)
-        for name, weight in weights.items()
-        if name.startswith("layers.") and len(weight.shape) == 2
-    )
 
 
 def weights_of(checkpoint: Checkpoint) -> Read:

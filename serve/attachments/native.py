@@ -6,8 +6,9 @@ from typing import TypeAlias
 
 from adapters.format import AdapterError, StoredAdapter
 from adapters.methods import SideMethod, host_of, method_of
-from models.checkpoints import Checkpoint, Lineage, count_linear_parameters
+from models.checkpoints import Checkpoint, Lineage
 from models.decoder import Decoder
+from models.weights import count_linear_parameters
 from serve.attachments.registry import AdapterRegistry, Loaded
 from serve.attachments.speed import DecodeSpeedTest
 from serve.engine.sequence import Attachment, ModelVariant, SideAdapter
