@@ -40,7 +40,8 @@ class ConnectionLimits:
         max_head_bytes: longest request line and headers together.
         head_timeout_s: longest time until they have arrived, on a new connection or after a
             request's first byte.
-        body_timeout_s: longest time that a body may take, also one that nobody reads any more.
+        body_timeout_s: longest time that a body may take, also one that nobody reads any more;
+            longer than the application gives it, which says so.
         write_timeout_s: longest time that a full write buffer may stand, or a closing connection
             keep what is left to send.
     """
@@ -48,7 +49,7 @@ class ConnectionLimits:
     max_connections: int | None = None
     max_head_bytes: int = 64 * 2**10
     head_timeout_s: float = 15.0
-    body_timeout_s: float = 30.0
+    body_timeout_s: float = 35.0
     write_timeout_s: float = 60.0
 
 
@@ -117,7 +118,8 @@ class LimitedProtocol(HttpToolsProtocol):
                 self._await_head()
             self._num_unparsed_bytes += len(data)
         super().data_received(data)
-        if self._is_head_open and self._num_unparsed_bytes > self._limits.max_head_bytes:
+        is_too_large = self._num_unparsed_bytes > self._limits.max_head_bytes
+        if self._is_head_open and is_too_large and not self._is_refused:
             self._refuse(self._head_too_large())
 
     def on_message_begin(self) -> None:

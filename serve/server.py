@@ -150,7 +150,6 @@ def run_server(config: ServeConfig, *, report: Report) -> int:
     )
     # The web interface asks a line's worth of requests every second.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    config = resolve_adapters(resolve_access(config))
     config = resolve_votes(config, data_folder=data_folder(os.environ))
     config = resolve_connections(config, max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     # Bound before the model is loaded: an address in use is told at once.

@@ -1,4 +1,4 @@
-"""Who may ask: API keys, or loopback only without them; and who may change what is served."""
+"""Who may ask, who may change what is served, and which other origins' pages may read answers."""
 
 import hashlib
 import hmac
@@ -6,8 +6,10 @@ import ipaddress
 from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import ApiError
 from serve.api.settings import ApiSettings
@@ -15,6 +17,9 @@ from serve.api.settings import ApiSettings
 _IS_ADMIN = "proa.is_admin"
 _OPEN_PATHS = frozenset({"/", "/ui", "/health", "/livez", "/readyz"})
 _INTERFACE = "/ui/"
+_CORS_MAX_AGE_S = 600
+_CORS_METHODS = "GET, HEAD, POST, DELETE"
+_CORS_READABLE = "X-Request-Id, Retry-After"
 
 
 class AccessMiddleware:
@@ -54,7 +59,7 @@ class AccessMiddleware:
             path = scope["path"]
             if is_below_interface(path) and not all(self._is_own(o, host) for o in origins):
                 raise _forbidden("The interface takes nothing from pages of other origins.")
-            if not (is_known or is_admin or is_below_interface(path) or path in _OPEN_PATHS):
+            if not (is_known or is_admin or is_open(path)):
                 raise _unauthorized("A valid API key")
             return
         client = scope.get("client")
@@ -83,6 +88,41 @@ class AccessMiddleware:
     def _is_own(self, origin: str, host: tuple[str, int | None] | None) -> bool:
         found = _split(origin)
         return (found is not None and found == host) or origin in self._origins
+
+
+class CorsMiddleware:
+    """Answer a browser's question before a request, and say which origins may read the answers.
+
+    The question comes without a key and needs none. Answers include errors and streams.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Iterable[str]) -> None:
+        self._app = app
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        is_allowed = origin in self._origins
+        is_question = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+
+        async def send_allowed(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._origins:
+                answer = MutableHeaders(scope=message)
+                answer.add_vary_header("Origin")
+                if is_allowed:
+                    answer["Access-Control-Allow-Origin"] = origin or ""
+                    answer["Access-Control-Expose-Headers"] = _CORS_READABLE
+            await send(message)
+
+        if is_question:
+            wanted = headers.get("access-control-request-headers", "")
+            await _answer_question(wanted, is_allowed=is_allowed)(scope, receive, send_allowed)
+        else:
+            await self._app(scope, receive, send_allowed)
 
 
 def _split(url: str) -> tuple[str, int | None] | None:
@@ -122,6 +162,11 @@ def is_below_interface(path: str) -> bool:
     return path.startswith(_INTERFACE)
 
 
+def is_open(path: str) -> bool:
+    """Return whether a path needs no key: health, and the web interface."""
+    return path in _OPEN_PATHS or is_below_interface(path)
+
+
 def is_loopback(address: str) -> bool:
     """Return whether an IP address is the machine itself."""
     try:
@@ -153,3 +198,19 @@ def _forbidden(message: str) -> ApiError:
 def _header(scope: Scope, name: bytes) -> list[bytes]:
     headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
     return [value for key, value in headers if key == name]
+
+
+def _answer_question(wanted: str, *, is_allowed: bool) -> Response:
+    if not is_allowed:
+        return ApiError(
+            "Pages of this origin may not use the server; --allowed-origin names those that may.",
+            status=403,
+            code="origin_not_allowed",
+        ).response()
+    headers = {
+        "Access-Control-Allow-Methods": _CORS_METHODS,
+        "Access-Control-Max-Age": str(_CORS_MAX_AGE_S),
+    }
+    if wanted:
+        headers["Access-Control-Allow-Headers"] = wanted
+    return Response(status_code=204, headers=headers)

@@ -72,19 +72,13 @@ def build_adapters_router(context: ApiContext) -> APIRouter:
         await backend.detach_adapter(name)
         return {"id": f"{context.settings.model_id}:{name}", "object": "adapter", "deleted": True}
 
-    @router.post(
-        "/v1/load_lora_adapter",
-        dependencies=only_admin,
-    )
+    @router.post("/v1/load_lora_adapter", dependencies=only_admin)
     async def load_adapter(request: Request) -> Response:
         body = await read_request(request, LoadAdapterBody, context.settings)
         await attach(body.lora_name, body.lora_path)
         return PlainTextResponse("Success: the adapter is attached.")
 
-    @router.post(
-        "/v1/unload_lora_adapter",
-        dependencies=only_admin,
-    )
+    @router.post("/v1/unload_lora_adapter", dependencies=only_admin)
     async def unload_adapter(request: Request) -> Response:
         body = await read_request(request, UnloadAdapterBody, context.settings)
         await backend.detach_adapter(body.lora_name)

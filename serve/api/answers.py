@@ -1,19 +1,15 @@
 """Send or collect the answer to a generation; shared by all endpoints that generate."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import TypeVar
 
 from serve.api.chunks import DONE, ChunkWriter, Details
+from serve.api.context import run_work
 from serve.api.errors import encode_json
 from serve.api.generation import Generation, Piece
 from serve.api.schema import StreamOptions
 
-Result = TypeVar("Result")
-
 _NO_DETAILS = Details()
-_MANY_VALUES = 20_000
 
 
 async def stream_answer(
@@ -143,8 +139,3 @@ async def encode_whole(
 def count_tokens(answers: Sequence[Answer]) -> int:
     """Return how many tokens answers have."""
     return sum(len(answer.pieces) for answer in answers)
-
-
-async def run_work(work: Callable[[], Result], *, size: int) -> Result:
-    """Run work on so many values, in a thread where it would hold up other requests."""
-    return work() if size < _MANY_VALUES else await asyncio.to_thread(work)

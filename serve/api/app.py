@@ -4,13 +4,12 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 from decoding import ParameterError
-from serve.api.access import AccessMiddleware
+from serve.api.access import AccessMiddleware, CorsMiddleware
 from serve.api.adapters import build_adapters_router
 from serve.api.chat import build_chat_router
 from serve.api.compare import build_compare_router
 from serve.api.completions import build_completions_router
 from serve.api.context import ApiContext
-from serve.api.cors import CorsMiddleware
 from serve.api.errors import ApiError, handle_error
 from serve.api.metrics import Metrics
 from serve.api.middleware import BodyMiddleware, FailureMiddleware, RequestMiddleware

@@ -1,6 +1,5 @@
 """Read, parse and validate request bodies."""
 
-import asyncio
 import difflib
 import json
 import re
@@ -10,11 +9,11 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from serve.api.context import run_work
 from serve.api.errors import ApiError
 from serve.api.schema import UNSUPPORTED_FIELDS, WireModel
 from serve.api.settings import ApiSettings
 
-_LONG_BODY_BYTES = 32_768
 _MAX_DEPTH = 32
 _MAX_NESTED = 2**15
 _MAX_VALUES = 2**20
@@ -35,13 +34,7 @@ async def read_request(request: Request, model: type[Model], settings: ApiSettin
         ClientDisconnect: the client left.
     """
     data = await request.body()
-    if len(data) < _LONG_BODY_BYTES:
-        return _parse(data, model, settings)
-    return await asyncio.to_thread(_parse, data, model, settings)
-
-
-def _parse(data: bytes, model: type[Model], settings: ApiSettings) -> Model:
-    return validate(parse_json(data), model, settings)
+    return await run_work(lambda: validate(parse_json(data), model, settings), size=len(data))
 
 
 def parse_json(data: bytes) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from starlette.responses import Response
 from serve.api.answers import Answer, collect_answers, count_tokens, encode_whole, stream_answer
 from serve.api.body import read_request
 from serve.api.chunks import Details, make_chat_writer
-from serve.api.context import ApiContext
+from serve.api.context import ApiContext, make_id
 from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
-from serve.api.identity import make_id
 from serve.api.logprobs import make_chat_entry, make_trace_entry
 from serve.api.prompts import encode_chat
 from serve.api.resolve import (

@@ -14,10 +14,9 @@ from decoding import ParameterError, SamplingParams, derive_seed
 from serve.api.answers import Answer, collect_answers, count_tokens, encode_whole, stream_answer
 from serve.api.body import read_request
 from serve.api.chunks import Details, make_comparison_writer
-from serve.api.context import ApiContext
+from serve.api.context import COMPARISON_PREFIX, ApiContext, make_id
 from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
-from serve.api.identity import COMPARISON_PREFIX, make_id
 from serve.api.logprobs import make_trace_entry
 from serve.api.prompts import encode_chat, encode_prompts
 from serve.api.resolve import (

@@ -13,15 +13,13 @@ from serve.api.answers import (
     collect_answers,
     count_tokens,
     encode_whole,
-    run_work,
     stream_answer,
 )
 from serve.api.body import read_request
 from serve.api.chunks import ChunkWriter, Details, make_completion_writer
-from serve.api.context import ApiContext
+from serve.api.context import ApiContext, make_id, run_work
 from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
-from serve.api.identity import make_id
 from serve.api.logprobs import LegacyLogprobs, make_trace_entry
 from serve.api.prompts import encode_prompts
 from serve.api.resolve import (

@@ -6,13 +6,14 @@ import re
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api.access import is_below_interface
+from serve.api.access import is_below_interface, is_open
+from serve.api.context import make_id
 from serve.api.errors import ApiError, log_failure, to_api_error
-from serve.api.identity import accept_request_id
 from serve.api.metrics import Metrics
 from serve.api.settings import ApiSettings
 
 _CLIENT_GONE = 499
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _TOKEN = re.compile(r"[\w-]{1,32}", re.ASCII)
 
 
@@ -32,7 +33,8 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         given = [value for key, value in scope["headers"] if key == b"x-request-id"]
-        header = (b"x-request-id", accept_request_id(given[0] if given else None).encode())
+        is_fit = bool(given) and _REQUEST_ID.fullmatch(given[0]) is not None
+        header = (b"x-request-id", given[0] if is_fit else make_id("req").encode())
         status = _CLIENT_GONE
         is_head = False
         if not is_below_interface(scope["path"]):
@@ -84,7 +86,7 @@ class FailureMiddleware:
 class BodyMiddleware:
     """Take in each request's whole body, within limits of size and time, before anything works.
 
-    That holds for every path, those of the interface too, which no key protects.
+    That holds for every path. Those that no key protects have a limit together, too.
     """
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
@@ -99,7 +101,7 @@ class BodyMiddleware:
             await self._app(scope, receive, send)
             return
         body = bytearray()
-        is_keyless = is_below_interface(scope["path"])
+        is_keyless = is_open(scope["path"])
         try:
             try:
                 await self._read(scope, receive, body, is_keyless=is_keyless)

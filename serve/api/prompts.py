@@ -3,19 +3,13 @@
 What could hold up other requests runs in a thread.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
 
-from serve.api.context import ApiContext
+from serve.api.context import ApiContext, Result, run_work
 from serve.api.errors import ApiError
 from serve.api.schema import Message
 from text.errors import TextTooLongError, TokenOutsideVocabularyError
-
-_LONG_TEXT_CHARS = 20_000
-
-Result = TypeVar("Result")
 
 
 async def encode_chat(
@@ -49,7 +43,7 @@ async def encode_chat(
         limit=context.backend.max_context_tokens,
     )
     num_chars = sum(len(turn["content"]) + 32 for turn in turns)
-    return await _run(num_chars, lambda: _check_embedded(context, work()), param="messages")
+    return await _run(num_chars, work, param="messages")
 
 
 async def encode_prompts(
@@ -81,7 +75,10 @@ async def encode_prompts(
         )
     add = add_special_tokens is not False
     num_chars = sum(map(len, prompts)) + len(suffix or "")
-    work = partial(_encode_prompts, context, prompts, suffix, add)
+
+    def work() -> list[list[int]]:
+        return [_encode_prompt(context, prompt, suffix, add) for prompt in prompts]
+
     return await _run(num_chars, work, param="prompt")
 
 
@@ -100,7 +97,7 @@ async def encode_text(
         add_special_tokens=add_special_tokens,
         limit=context.backend.max_context_tokens,
     )
-    return await _run(len(text), lambda: _check_embedded(context, work()), param=param)
+    return await _run(len(text), work, param=param)
 
 
 async def decode_tokens(context: ApiContext, token_ids: list[int], *, param: str) -> str:
@@ -111,15 +108,6 @@ async def decode_tokens(context: ApiContext, token_ids: list[int], *, param: str
     """
     _check_token_ids(context, token_ids, param=param)
     return await _run(len(token_ids), partial(context.tokenizer.decode, token_ids), param=param)
-
-
-def _encode_prompts(
-    context: ApiContext,
-    prompts: Sequence[str | list[int]],
-    suffix: str | None,
-    add_special_tokens: bool,
-) -> list[list[int]]:
-    return [_encode_prompt(context, prompt, suffix, add_special_tokens) for prompt in prompts]
 
 
 def _encode_prompt(
@@ -145,7 +133,7 @@ def _encode_prompt(
         )
     if not token_ids:
         raise _empty()
-    return _check_embedded(context, token_ids)
+    return token_ids
 
 
 def _empty() -> ApiError:
@@ -166,16 +154,6 @@ def _check_token_ids(context: ApiContext, token_ids: Sequence[int], *, param: st
         )
 
 
-def _check_embedded(context: ApiContext, token_ids: list[int]) -> list[int]:
-    """Return ids that a text was encoded to, if the model has an embedding for each."""
-    vocab_size = context.backend.vocab_size
-    if token_ids and max(token_ids) >= vocab_size:
-        bad = next(i for i in token_ids if i >= vocab_size)
-        text = context.tokenizer.token_text(bad) or ""
-        raise TokenOutsideVocabularyError(text, bad, vocab_size)
-    return token_ids
-
-
 async def _run(size: int, work: Callable[[], Result], *, param: str) -> Result:
     """Run tokenising work, in a thread where it would hold up other requests.
 
@@ -188,7 +166,7 @@ async def _run(size: int, work: Callable[[], Result], *, param: str) -> Result:
         ApiError: a text cannot fit the context, or spells a token that the model lacks.
     """
     try:
-        return work() if size < _LONG_TEXT_CHARS else await asyncio.to_thread(work)
+        return await run_work(work, size=size)
     except TextTooLongError as error:
         raise _too_long(error.limit, f"{param} has at least {error.num_tokens}", param) from None
     except TokenOutsideVocabularyError as error:

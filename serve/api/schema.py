@@ -25,17 +25,6 @@ from serve.api.values import (
     VoteValue,
 )
 
-# Fields of the OpenAI API that are accepted and have no effect.
-HARMLESS_FIELDS = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "parallel_tool_calls",
-)
-
 # Fields that would change the answer, with the values that ask for nothing. Other values are
 # refused by name, whatever `unknown_fields` says.
 UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {

@@ -6,9 +6,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.api.answers import run_work
 from serve.api.body import read_request
-from serve.api.context import ApiContext
+from serve.api.context import ApiContext, run_work
 from serve.api.errors import ApiError, encode_json
 from serve.api.logprobs import name_token
 from serve.api.prompts import decode_tokens, encode_chat, encode_text

@@ -11,9 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve.api.body import read_request
-from serve.api.context import ApiContext
+from serve.api.context import COMPARISON_PREFIX, ApiContext, is_id
 from serve.api.errors import ApiError, encode_json
-from serve.api.identity import COMPARISON_PREFIX, is_id
 from serve.api.schema import VoteBody
 from serve.experiments.comparison import Vote
 from serve.experiments.store import VoteStore, VoteStoreError

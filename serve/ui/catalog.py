@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from client.api import ApiClient
+from client.errors import RequestError
 
 # JSON values, because they are kept in a browser session's state:
 # {"models": {id: [adapter ids]}, "strategies": {name: JSON Schema}, "default": name}
@@ -13,18 +14,23 @@ NO_ADAPTER = "none"
 
 
 async def load_catalog(client: ApiClient, key: str) -> Catalog:
-    """Ask a server what it has.
+    """Ask a server what it has; another server of the OpenAI API has models only.
 
     Raises:
         RequestError: it does not answer or refuses.
     """
     models = await client.entries("/v1/models", key=key)
-    strategies = await client.entries("/v1/decoding_strategies", key=key)
+    try:
+        strategies = await client.entries("/v1/decoding_strategies", key=key)
+    except RequestError as error:
+        if error.status != 404:
+            raise
+        strategies = []
     found: dict[str, list[str]] = {
-        entry["id"]: [] for entry in models if entry["x_kind"] in ("base", "variant")
+        entry["id"]: [] for entry in models if entry.get("x_kind", "base") in ("base", "variant")
     }
     for entry in models:
-        if entry["x_kind"] == "side_network" and entry["parent"] in found:
+        if entry.get("x_kind") == "side_network" and entry["parent"] in found:
             found[entry["parent"]].append(entry["id"])
     return {
         "models": found,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PATH = "/ui"
 # What the page needs. Gradio has more: uploads, files, proxies, an API of its own, editing.
 _GET = frozenset({"", "/", "/config", "/theme.css", "/gradio_api/queue/data",
-                  "/gradio_api/startup-events"})  # fmt: skip
+                  "/gradio_api/startup-events", "/gradio_api/app_id"})  # fmt: skip
 _GET_BELOW = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
 _POST = frozenset({"/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/cancel",
                    "/gradio_api/reset"})  # fmt: skip
@@ -64,7 +64,8 @@ class UserInterface:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        if not _is_needed(scope["method"], scope["path"].removeprefix(PATH)):
+        path = scope["path"].removeprefix(PATH)
+        if not _is_needed(scope["method"], path):
             await PlainTextResponse("Not found\n", status_code=404)(scope, receive, send)
             return
         app = await self._load()
@@ -79,7 +80,6 @@ class UserInterface:
                 is_whole = True
             await send(message)
 
-        path = scope["path"].removeprefix(PATH)
         try:
             name, receive = await self._admit(path, scope, receive)
         except SessionError as error:

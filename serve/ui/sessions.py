@@ -63,7 +63,6 @@ class Sessions:
         if cost > MAX_COST_OF_ONE:
             raise SessionError("This is too much for the page at once.", 413)
         await self.forget_expired()
-        session = self._sessions.get(name) or _Session()
         while self._is_full(name, cost):
             idle = [
                 key for key, item in self._sessions.items() if not item.num_open and key != name
@@ -71,7 +70,7 @@ class Sessions:
             if not idle:
                 raise SessionError("Too many pages are open; close one, or try later.", 503)
             await self._forget(idle[0])
-        self._sessions[name] = session
+        session = self._sessions.setdefault(name, _Session())
         self._sessions.move_to_end(name)
         session.cost += cost
         session.largest = max(session.largest, cost)
@@ -86,14 +85,16 @@ class Sessions:
 
     @contextmanager
     def opened(self, name: str) -> Iterator[None]:
-        """Keep a session while a stream to its page is open."""
-        session = self._sessions.setdefault(name, _Session(last_s=time.monotonic()))
+        """Keep a session while a stream to its page is open; one that sent nothing ends with it."""
+        session = self._sessions.setdefault(name, _Session())
         session.num_open += 1
         try:
             yield
         finally:
             session.num_open -= 1
             session.last_s = time.monotonic()
+            if not session.num_open and not session.cost:
+                self._sessions.pop(name, None)
 
     def settle(self, name: str) -> None:
         """Note that a page has read all answers: what is left of them is its state."""

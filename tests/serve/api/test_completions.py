@@ -197,7 +197,7 @@ def test_prompts_log_probabilities_are_written_once_and_off_the_loop(
     assert client.complete(prompt=prompts, **fields).status_code == 200
     assert len(threads) == 2
     assert threading.main_thread() in threads  # 5,250 values are few
-    monkeypatch.setattr("serve.api.answers._MANY_VALUES", 5000)
+    monkeypatch.setattr("serve.api.context._LARGE", 5000)
     del threads[:]
     assert client.complete(prompt=prompts, **fields).status_code == 200
     assert threading.main_thread() not in threads

@@ -70,10 +70,10 @@ def test_body_timeout_holds_on_every_path(path: str) -> None:
     assert (status, json.loads(body)["error"]["code"]) == (408, "body_timeout")
 
 
-def test_bodies_without_a_key_are_bounded_together() -> None:
+@pytest.mark.parametrize("path", ["/ui/gradio_api/queue/join", "/health"])
+def test_bodies_without_a_key_are_bounded_together(path: str) -> None:
     async def send_all() -> None:
         middleware = make(max_body_bytes=1024, max_keyless_bodies=2)
-        path = "/ui/gradio_api/queue/join"
         held = [Sender(path, b"a" * 1000, is_ended=False) for _ in range(2)]
         tasks = [asyncio.create_task(run(middleware, sender)) for sender in held]
         await asyncio.sleep(0)

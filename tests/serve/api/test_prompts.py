@@ -26,7 +26,7 @@ def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", BOS)]
     )
     library.save(str(folder / "tokenizer.json"))
-    return Tokenizer.from_folder(Path(folder))
+    return Tokenizer.from_folder(folder, num_embeddings=library.get_vocab_size() - 1)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_added_word_that_the_model_lacks_is_refused_in_a_chat(tmp_path: Path) ->
     library = Library.from_file(str(folder / "tokenizer.json"))
     library.add_tokens(["<note>"])
     library.save(str(folder / "tokenizer.json"))
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder, num_embeddings=library.get_vocab_size() - 1)
     backend = FakeBackend(vocab_size=tokenizer.vocab_size - 1, script=lambda *_: [END])
     client = Client(create_app(backend, tokenizer, settings=ApiSettings(model_id="smollm2")))
     response = client.chat(messages=[{"role": "user", "content": "a <note> b"}])

@@ -8,13 +8,11 @@ import pytest
 from decoding import SamplingParams
 from decoding.options import options_of
 from serve.api.schema import (
-    HARMLESS_FIELDS,
     UNSUPPORTED_FIELDS,
     ChatBody,
     CompareBody,
     ComparisonArm,
     CompletionBody,
-    GenerationBody,
 )
 
 from .conftest import Client, check_error
@@ -126,11 +124,6 @@ def test_unsupported_field_is_accepted_where_it_asks_for_nothing(
         assert client.chat(**{field: value}).status_code == 200
     response = client.chat(**{field: {"type": "something"}})
     check_error(response, 400, param=field, code="unsupported_field")
-
-
-@pytest.mark.parametrize("field", HARMLESS_FIELDS)
-def test_harmless_fields_are_in_the_schema(field: str) -> None:
-    assert "Accepted" in str(GenerationBody.model_fields[field].description)
 
 
 def test_published_defaults_are_those_of_the_parameters() -> None:

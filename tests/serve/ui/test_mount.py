@@ -51,6 +51,12 @@ def test_page_is_served_and_asks_nothing_of_others(tokenizer: Tokenizer) -> None
     assert "connect-src 'self'" in policy
 
 
+def test_page_that_lost_the_server_can_ask_whether_it_is_back(tokenizer: Tokenizer) -> None:
+    """Gradio's page asks for this until it is answered, and then loads itself anew."""
+    response = ask(make_app(tokenizer), "GET", f"{PATH}/gradio_api/app_id")
+    assert "app_id" in response.json()
+
+
 @pytest.mark.parametrize(("method", "path"), SHUT, ids=lambda value: value)
 def test_rest_of_gradio_is_shut(method: str, path: str, tokenizer: Tokenizer) -> None:
     assert ask(make_app(tokenizer), method, PATH + path).status_code == 404

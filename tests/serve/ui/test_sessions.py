@@ -82,6 +82,13 @@ def test_no_room_among_open_pages_is_said(pages: Pages) -> None:
     assert caught.value.status == 503
 
 
+def test_session_that_sent_nothing_ends_with_its_stream(pages: Pages) -> None:
+    for name in "abcd":
+        with pages.sessions.opened(name):
+            pass
+    assert pages.sessions._sessions == {}
+
+
 def test_unread_answers_count_until_they_are_read(pages: Pages) -> None:
     with pages.sessions.opened("a"):
         for _ in range(4):
