@@ -7,7 +7,15 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.api.answers import Answer, collect_answers, count_tokens, encode_whole, stream_answer
+from serve.api.answers import (
+    Answer,
+    EventStream,
+    JsonWhenDone,
+    collect_answers,
+    count_tokens,
+    encode_whole,
+    stream_answer,
+)
 from serve.api.body import read_request
 from serve.api.chunks import Details, make_chat_writer
 from serve.api.context import ApiContext, make_id
@@ -25,7 +33,6 @@ from serve.api.resolve import (
     split_model,
 )
 from serve.api.schema import ChatBody
-from serve.api.transport import EventStream, JsonWhenDone
 from serve.requests import GenerationRequest
 from text.tokenizer import Tokenizer
 

@@ -11,7 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from decoding import ParameterError, SamplingParams, derive_seed
-from serve.api.answers import Answer, collect_answers, count_tokens, encode_whole, stream_answer
+from serve.api.answers import (
+    Answer,
+    EventStream,
+    JsonWhenDone,
+    collect_answers,
+    count_tokens,
+    encode_whole,
+    stream_answer,
+)
 from serve.api.body import read_request
 from serve.api.chunks import Details, make_comparison_writer
 from serve.api.context import COMPARISON_PREFIX, ApiContext, make_id
@@ -28,7 +36,6 @@ from serve.api.resolve import (
     split_model,
 )
 from serve.api.schema import CompareBody, ComparisonArm, SamplingFields, StreamOptions
-from serve.api.transport import EventStream, JsonWhenDone
 from serve.experiments.comparison import ArmIdentity, Comparison, build_identity
 from serve.experiments.store import VoteStoreError
 from serve.requests import Arm, GenerationRequest

@@ -10,6 +10,8 @@ from starlette.responses import Response
 
 from serve.api.answers import (
     Answer,
+    EventStream,
+    JsonWhenDone,
     collect_answers,
     count_tokens,
     encode_whole,
@@ -32,7 +34,6 @@ from serve.api.resolve import (
     split_model,
 )
 from serve.api.schema import CompletionBody
-from serve.api.transport import EventStream, JsonWhenDone
 from serve.requests import GenerationRequest
 
 _MAX_PROMPT_LOGPROBS = 2**20
