@@ -353,7 +353,7 @@ def test_two_builders_of_one_folder_both_succeed(tmp_path: Path) -> None:
 def test_checksum_tells_any_changed_byte(
     tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_CHUNK_WORDS", 4)
+    monkeypatch.setattr(cache, "_CHUNK_BYTES", 32)
     path = tmp_path / "file"
     content = bytearray(random.Random(size).randbytes(size))
     path.write_bytes(content)
