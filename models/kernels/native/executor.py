@@ -19,9 +19,8 @@ from models.batch import PackedBatch
 from models.kernels.native.library import native_library
 from models.kernels.native.lowering import Lowering
 from models.kernels.native.memory import lazy_zeros
-from models.kernels.native.panels import PANEL, float_format
 from models.kernels.native.side import SideEntries, lower_side
-from models.kernels.native.structs import OP_KINDS, NativeOp, NativeStep
+from models.kernels.native.structs import OP_KINDS, PANEL, NativeOp, NativeStep, float_format
 from models.kernels.reference.operations import apply_prologue
 from models.kv_cache import KVCache
 from models.program import AttentionOp, Program

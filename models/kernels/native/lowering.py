@@ -7,13 +7,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from models.kernels.native.memory import on_huge_pages
-from models.kernels.native.panels import Panels, float_format, kernel_group, pack
+from models.kernels.native.panels import Panels, kernel_group, pack
 from models.kernels.native.structs import (
     ACTIVATIONS,
     OP_KINDS,
     PROLOGUES,
     NativeOp,
     NativePiece,
+    float_format,
 )
 from models.program import LOGITS, Activate, AttentionOp, EmbedOp, LinearOp, Norm, Op, Piece
 from models.weights import Matrix

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.kernels.native.structs import FORMATS, PANEL, float_format
 from models.weights import Matrix, Quantized4Bit, Quantized8Bit, code_group
 
-PANEL = 16
 MAX_CODE = 4095
-FORMATS = {"codes4": 0, "codes8": 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,17 +36,6 @@ class Panels:
     format: int
     group: int
     outputs: int
-
-
-def float_format(dtype: torch.dtype) -> int:
-    """Return the kernels' number of a float type.
-
-    Raises:
-        ValueError: not float32, bfloat16 or float16.
-    """
-    if dtype not in FORMATS:
-        raise ValueError(f"native kernels read float32, bfloat16 and float16, not {dtype}")
-    return FORMATS[dtype]
 
 
 def kernel_group(weight: Matrix) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor
 from models.batch import SideBatch
 from models.kernels.native.lowering import Lowering
 from models.kernels.native.memory import Arena
-from models.kernels.native.panels import PANEL
 from models.kernels.native.structs import (
+    PANEL,
     POOLS,
     NativeOp,
     NativeSide,

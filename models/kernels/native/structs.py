@@ -1,10 +1,14 @@
-"""The native executor's structures, field by field as in `cpp/program.h`."""
+"""The native executor's numbers and structures, field by field as in `cpp/program.h`."""
 
 import ctypes
 from typing import ClassVar
 
+import torch
+
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
+PANEL = 16
+FORMATS = {"codes4": 0, "codes8": 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 OP_KINDS = {"embed": 0, "linear": 1, "attention": 2, "tap": 3}
 PROLOGUES = {"plain": 0, "rms_norm": 1, "layer_norm": 2, "activation": 3, "gated_activation": 4}
 POOLS = {None: 0, "max": 1, "avg": 2}
@@ -71,3 +75,14 @@ class NativeStep(ctypes.Structure):
 
 # In the order in which the library tells their layout.
 STRUCTURES = (NativePiece, NativeOp, NativeSide, NativeSideEntry, NativeStep)
+
+
+def float_format(dtype: torch.dtype) -> int:
+    """Return the kernels' number of a float type.
+
+    Raises:
+        ValueError: not float32, bfloat16 or float16.
+    """
+    if dtype not in FORMATS:
+        raise ValueError(f"native kernels read float32, bfloat16 and float16, not {dtype}")
+    return FORMATS[dtype]

@@ -13,9 +13,16 @@ from models.decoder import resolve_kernels
 from models.kernels.native import library as native
 from models.kernels.native.executor import BLOCK_SIZE
 from models.kernels.native.library import FUNCTIONS, NativeLibraryError, load_library
-from models.kernels.native.panels import FORMATS, PANEL
 from models.kernels.native.sources import digest_sources
-from models.kernels.native.structs import ACTIVATIONS, OP_KINDS, POOLS, PROLOGUES, STRUCTURES
+from models.kernels.native.structs import (
+    ACTIVATIONS,
+    FORMATS,
+    OP_KINDS,
+    PANEL,
+    POOLS,
+    PROLOGUES,
+    STRUCTURES,
+)
 
 SOURCES = Path(native.__file__).with_name("cpp")
 HEADER = SOURCES / "program.h"
