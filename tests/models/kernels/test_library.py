@@ -126,7 +126,7 @@ def test_library_that_lacks_a_function_is_refused(build: Build, name: str) -> No
 def test_file_that_is_no_library_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "_native.so"
     path.write_bytes(content)
-    refusal(path)
+    assert "rebuild it with: " in refusal(path)
 
 
 @pytest.fixture
