@@ -360,11 +360,13 @@ def _refusal(name: str, error: BaseException, folder: Path, root: Path | None) -
 
     What is wrong with its folder is told in full; what the server lacks may name other paths.
     """
-    logger.error("adapter %r cannot be loaded: %s", name, str(error) or type(error).__name__)
+    # Names of files need not be text, but logs and answers must.
+    told = (str(error) or type(error).__name__).encode(errors="replace").decode()
+    logger.error("adapter %r cannot be loaded: %s", name, told)
     reason = "the server cannot load it; its log says why"
     if isinstance(error, AdapterError):
-        reason = str(error).replace(f"{root or folder.parent}/", "")
-    return AdapterLoadError(f"adapter {name!r}: {reason.encode(errors='replace').decode()}")
+        reason = told.replace(f"{root or folder.parent}/", "")
+    return AdapterLoadError(f"adapter {name!r}: {reason}")
 
 
 def _take_exception(task: "asyncio.Task[None]") -> None:

@@ -401,10 +401,12 @@ def test_description_that_no_answer_could_carry_is_refused(folders: Folders) -> 
     assert registry.infos() == []
 
 
-def test_name_of_a_folder_that_is_no_text_is_told_all_the_same(folders: Folders) -> None:
+def test_name_of_a_folder_that_is_no_text_is_told_all_the_same(
+    folders: Folders, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = folders.root / os.fsdecode(b"\xff")
     folder.mkdir(parents=True)
     (folders.root / "x").symlink_to(folder)
     with pytest.raises(AdapterLoadError, match=f"{CONFIG_FILE} is missing") as error:
         attach(folders.registry(), "a", "x")
-    assert str(error.value).encode()
+    assert (str(error.value) + caplog.text).encode()
