@@ -11,17 +11,7 @@ import pytest
 from client.api import ApiClient
 from client.errors import RequestError
 from client.recording import Recording, read_chunks, record_stream
-
-HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-def chunked(*events: str) -> bytes:
-    body = b""
-    for event in events:
-        data = f"data: {event}\n\n".encode()
-        body += f"{len(data):x}\r\n".encode() + data + b"\r\n"
-    return body + b"0\r\n\r\n"
-
+from tests.client.event_streams import HEAD, chunked
 
 WHOLE = HEAD + chunked('{"a": 1}', '{"a": "\u2028\u00e9"}', "[DONE]")
 CHUNKS = [{"a": 1}, {"a": "\u2028\u00e9"}]

@@ -1,7 +1,7 @@
 """A strategy is one file and one line: then it is validated, published, selectable and traced."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +10,23 @@ import pytest
 
 from decoding import STRATEGIES
 from serve.config import ServeConfig
-from serve.server import build_service, close_service
 from tests.extending.fading import Fading
+from tests.serve.whole_server import Work, with_server
 
 QUESTION = {"model": "tiny-llama@fading", "prompt": "abc", "max_tokens": 4, "seed": 1,
             "temperature": 0.8, "ignore_eos": True, "return_decoding_trace": True}  # fmt: skip
 
 
 @pytest.fixture
-def served(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def served(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], object]:
     """Serve the tiny model with the strategy registered, and do some work with a client."""
     monkeypatch.setitem(STRATEGIES, Fading.name, Fading)
     config = ServeConfig(model=str(tiny_llama_folder), quantization="none", max_context=128)
-
-    def serve(work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
-        async def run() -> None:
-            service = build_service(config, report=lambda _: None)
-            transport = httpx.ASGITransport(app=service.app)
-            try:
-                async with httpx.AsyncClient(
-                    transport=transport, base_url="http://localhost"
-                ) as client:
-                    await work(client)
-            finally:
-                await close_service(service)
-
-        asyncio.run(run())
-
-    return serve
+    return partial(with_server, config)
 
 
 def test_strategy_of_one_file_and_one_line_decides_temperatures(
-    served: Callable[..., None],
+    served: Callable[[Work], object],
 ) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         for fields, cool in (({}, 0.4), ({"decoding": {"share": 0.25}}, 0.2)):
@@ -53,7 +38,7 @@ def test_strategy_of_one_file_and_one_line_decides_temperatures(
 
 
 def test_strategy_of_one_file_and_one_line_is_published_and_checked(
-    served: Callable[..., None],
+    served: Callable[[Work], object],
 ) -> None:
     async def work(client: httpx.AsyncClient) -> None:
         models: dict[str, Any] = (await client.get("/v1/models")).json()

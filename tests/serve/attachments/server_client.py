@@ -1,37 +1,11 @@
-"""A whole server in this process, and what the tests of attachments ask of it."""
+"""What the tests of attachments ask of a server."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 
-from serve.config import ServeConfig
-from serve.server import build_service, close_service, describe_start
-
 ADMIN = {"Authorization": "Bearer sk-admin"}
 QUESTION = {"prompt": "abcdefgh" * 4, "max_tokens": 12, "seed": 3, "ignore_eos": True}
-Work = Callable[[httpx.AsyncClient], Awaitable[None]]
-
-
-def with_server(config: ServeConfig, work: Work) -> list[str]:
-    """Build a server, give a client of it, and return what it said."""
-    lines: list[str] = []
-
-    async def run() -> None:
-        service = build_service(config, report=lines.append)
-        lines.extend(describe_start(service, "http://h"))
-        transport = httpx.ASGITransport(app=service.app)
-        try:
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://localhost", timeout=60
-            ) as client:
-                await work(client)
-        finally:
-            await close_service(service)
-
-    asyncio.run(run())
-    return lines
 
 
 async def complete(client: httpx.AsyncClient, model: str, **fields: Any) -> str:

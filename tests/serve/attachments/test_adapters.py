@@ -16,8 +16,8 @@ from tests.serve.attachments.server_client import (
     attach,
     complete,
     detach,
-    with_server,
 )
+from tests.serve.whole_server import with_server
 
 
 def make_config(model: Path, **fields: Any) -> ServeConfig:

@@ -16,7 +16,8 @@ from serve.base_model import load_base, load_variant
 from serve.cli.adapter_folders import describe_folders, inspect_folder, verify_folder
 from serve.config import ServeConfig
 from tests.serve.attachments import louder
-from tests.serve.attachments.server_client import attach, complete, detach, with_server
+from tests.serve.attachments.server_client import attach, complete, detach
+from tests.serve.whole_server import with_server
 
 FACTORS = [30.0, -20.0]
 

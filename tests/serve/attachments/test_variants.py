@@ -23,8 +23,8 @@ from tests.serve.attachments.server_client import (
     attach,
     complete,
     detach,
-    with_server,
 )
+from tests.serve.whole_server import with_server
 
 
 @pytest.fixture(scope="module")

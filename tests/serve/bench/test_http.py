@@ -12,21 +12,12 @@ from client.recording import Recording
 from serve.bench.http import HttpStreams, read_timing
 from serve.bench.streams import BenchmarkError, Decoding
 from stats.timings import StreamTiming, TimingError
-
-HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+from tests.client.event_streams import HEAD, chunked
 
 
 def recording(*chunks: str) -> Recording:
     timed = [(2.0 + i, json.loads(chunk)) for i, chunk in enumerate(chunks)]
     return Recording(sent_s=1.0, chunks=timed)
-
-
-def chunked(*events: str) -> bytes:
-    body = b""
-    for event in events:
-        data = f"data: {event}\n\n".encode()
-        body += f"{len(data):x}\r\n".encode() + data + b"\r\n"
-    return body + b"0\r\n\r\n"
 
 
 def text_chunk(text: str, finish_reason: str | None = None) -> str:
