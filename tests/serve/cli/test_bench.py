@@ -21,7 +21,6 @@ from serve.cli.arguments import Parser, UserError
 from serve.cli.bench import add_arguments, describe_command, fit_cache, run
 from serve.config import ServeConfig
 from serve.engine.limits import EngineLimits
-from tests.client.event_streams import HEAD
 
 VOCAB_SIZE = 64
 
