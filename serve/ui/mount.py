@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from client.api import ApiClient
 from serve.ui.sessions import SessionError, Sessions
+from serve.ui.streams import EventStreams
 
 if TYPE_CHECKING:
     from gradio.routes import App
@@ -29,6 +30,7 @@ _POST = frozenset({"/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio
 _HEARTBEAT = "/gradio_api/heartbeat/"
 _RUNS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
 _SWEEP_EVERY_S = 30.0
+_STREAM = "/gradio_api/queue/data"
 _NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 # Templates of gr.HTML are compiled in the page, hence eval. Nothing comes from, or goes, elsewhere.
 _POLICY = (
@@ -60,6 +62,7 @@ class UserInterface:
         self._app: FastAPI | None = None
         self._gradio: App | None = None
         self._sessions: Sessions | None = None
+        self._streams = EventStreams()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,11 +74,19 @@ class UserInterface:
         app = await self._load()
         assert self._sessions is not None
         is_whole = False
+        name: str | None = None
 
         async def send_guarded(message: Message) -> None:
             nonlocal is_whole
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                # Gradio tells the page of it as of a failed event, and the page then asks on a
+                # stream that is gone. A stream cut off makes it load anew once the server is back.
+                raise asyncio.CancelledError
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
+                if path == _RUNS[0] and name is not None:
+                    await self._streams.wait_until_left(name)
             elif not message.get("more_body", False):
                 is_whole = True
             await send(message)
@@ -91,6 +102,8 @@ class UserInterface:
         if name is None:
             await app(inner, receive, send_guarded)
             return
+        if path == _STREAM:
+            receive, send = self._streams.wrap(name, receive, send)
         with self._sessions.opened(name):
             await app(inner, receive, send_guarded)
         if is_whole and not path.startswith(_HEARTBEAT) and path != _RUNS[0]:
@@ -105,7 +118,7 @@ class UserInterface:
         assert self._sessions is not None
         if path.startswith(_HEARTBEAT):
             return _check_name(path.removeprefix(_HEARTBEAT)), receive
-        if path == "/gradio_api/queue/data":
+        if path == _STREAM:
             return _check_name(QueryParams(scope["query_string"]).get("session_hash")), receive
         if scope["method"] != "POST":
             return None, receive

@@ -38,7 +38,7 @@ def answered(page: Any, text: str, *, number: int = 1) -> Any:
 
 def kept(page: Any, title: str) -> None:
     """Wait until the browser has kept the chat, which it does after its answer is shown."""
-    page.wait_for_function(f"document.querySelector('#chat-history input').value == '{title}'")
+    page.wait_for_function(f"document.querySelector('#chat-history input')?.value == '{title}'")
 
 
 def choose(page: Any, control: str, option: str) -> None:
@@ -194,10 +194,13 @@ def test_error_in_the_middle_keeps_what_had_come(page: Any, live: LiveServer) ->
     assert "hello" in page.locator("#chat-view .message.assistant").inner_text()
 
 
-def test_page_goes_on_after_the_server_has_restarted(page: Any, live: LiveServer) -> None:
+def test_page_goes_on_after_the_server_has_restarted(
+    page: Any, live: LiveServer, browser: Browser
+) -> None:
     ask(page, "before")
     answered(page, "hello fox")
     kept(page, "before")
+    browser.wait_until_idle(page)
     live.stop()
     live.start()
     live.say("the quick brown fox")
@@ -205,6 +208,24 @@ def test_page_goes_on_after_the_server_has_restarted(page: Any, live: LiveServer
     answered(page, "the quick brown fox", number=2)
     prompt = live._tokenizer.decode(live.backend.requests[-1].prompt_token_ids)
     assert "before" in prompt
+
+
+def test_page_goes_on_after_a_restart_has_cut_an_answer_off(page: Any, live: LiveServer) -> None:
+    ask(page, "before")
+    answered(page, "hello fox")
+    kept(page, "before")
+    live.say("hello fox " * 200)
+    live.backend.gate = Pace(0.05)  # type: ignore[assignment]
+    ask(page, "long")
+    page.locator("#chat-view .message.assistant").nth(1).get_by_text("hello").wait_for()
+    with page.expect_event("load"):
+        live.stop()
+        live.start()
+    live.backend.gate = None
+    kept(page, "before")
+    live.say("the quick brown fox")
+    ask(page, "after")
+    answered(page, "the quick brown fox", number=2)
 
 
 def test_long_answer_is_shown_whole(page: Any, live: LiveServer) -> None:
