@@ -1,4 +1,4 @@
-"""What a linear's weight can be: dense, 4-bit, 8-bit, or a product of two thin ones."""
+"""What a linear's weight can be: dense, 4-bit, 8-bit, as a GGUF file packs it, or low-rank."""
 
 import math
 from collections.abc import Mapping
@@ -62,6 +62,41 @@ class Quantized8Bit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizedBlocks:
+    """A matrix in one of GGUF's block formats, byte for byte as a file has it.
+
+    Attributes:
+        data: (out_features, bytes of a row) uint8; a row is a sequence of blocks.
+        kind: the format's name there, one of `BLOCK_FORMATS`.
+    """
+
+    data: Tensor
+    kind: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        values, size = BLOCK_FORMATS[self.kind]
+        return self.data.shape[0], self.data.shape[1] // size * values
+
+    def dequantize(self) -> Tensor:
+        """Return the (out_features, in_features) float32 matrix, exactly."""
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        kind = GGMLQuantizationType[self.kind]
+        return torch.from_numpy(dequantize(self.data.numpy(), kind)).view(self.shape)
+
+
+# Values in a block and bytes that they take, scales included, of the formats that are computed
+# from their own codes.
+BLOCK_FORMATS = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LowRank:
     """A matrix left @ right of rank R.
 
@@ -70,8 +105,8 @@ class LowRank:
         right: (R, in_features).
     """
 
-    left: "Tensor | Quantized4Bit | Quantized8Bit"
-    right: "Tensor | Quantized4Bit | Quantized8Bit"
+    left: "Tensor | Quantized4Bit | Quantized8Bit | QuantizedBlocks"
+    right: "Tensor | Quantized4Bit | Quantized8Bit | QuantizedBlocks"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,13 +114,13 @@ class LowRank:
         return self.left.shape[0], self.right.shape[1]
 
 
-Matrix: TypeAlias = Tensor | Quantized4Bit | Quantized8Bit
+Matrix: TypeAlias = Tensor | Quantized4Bit | Quantized8Bit | QuantizedBlocks
 Weight: TypeAlias = Matrix | LowRank
 
 
 def dense(weight: Weight) -> Tensor:
     """Return any weight as a float32 tensor of the same shape."""
-    if isinstance(weight, (Quantized4Bit, Quantized8Bit)):
+    if isinstance(weight, (Quantized4Bit, Quantized8Bit, QuantizedBlocks)):
         return weight.dequantize()
     if isinstance(weight, LowRank):
         return dense(weight.left) @ dense(weight.right)

@@ -27,7 +27,7 @@ from models.checkpoints.tokenizer_files import check_tokenizer_files, has_older_
 from models.checkpoints.worker import Content, convert_apart
 from models.families import CheckpointError
 from models.spec import DecoderSpec
-from models.weights import LowRank, Quantized4Bit, Quantized8Bit, Weight
+from models.weights import LowRank, Quantized4Bit, Quantized8Bit, QuantizedBlocks, Weight
 
 QUANTIZATIONS = ("nf4", "none")
 DEFAULT_CACHE_DIR = Path("~/.cache/proa")
@@ -95,6 +95,8 @@ def fingerprint_weights(weights: Mapping[str, Weight], quantization: str) -> str
             digest.update(f"\n{name} {weight.shape} {weight.block_size}".encode())
             for part in ("packed", "absmax", "codebook"):
                 add(f"{name}.{part}", getattr(weight, part))
+        elif isinstance(weight, QuantizedBlocks):
+            add(f"{name}.{weight.kind}", weight.data)
         else:
             add(name, weight)
 
