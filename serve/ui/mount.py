@@ -84,7 +84,10 @@ class UserInterface:
                 # stream that is gone. A stream cut off makes it load anew once the server is back.
                 raise asyncio.CancelledError
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_HEADERS)
+                headers = MutableHeaders(scope=message)
+                headers.update(_HEADERS)
+                if path == _STREAM or path.startswith(_HEARTBEAT):
+                    headers["cache-control"] = "no-store"  # or Chromium asks for some of them twice
                 if path == _RUNS[0] and name is not None:
                     await self._streams.wait_until_left(name)
             elif not message.get("more_body", False):

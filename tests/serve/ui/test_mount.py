@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.types import Message
 
 from serve.api import ApiSettings, create_app
 from serve.ui import sessions
@@ -49,6 +50,32 @@ def test_page_is_served_and_asks_nothing_of_others(tokenizer: Tokenizer) -> None
     policy = response.headers["content-security-policy"]
     assert "default-src 'self'" in policy
     assert "connect-src 'self'" in policy
+
+
+def test_stream_is_not_for_the_browsers_cache() -> None:
+    """Chromium asked twice for a stream whose address it had cached, and lost what came on one."""
+    interface = UserInterface(lambda: "http://127.0.0.1:1")
+    scope = {
+        "type": "http", "method": "GET", "path": f"{PATH}/gradio_api/heartbeat/page", "headers": [],
+        "query_string": b"", "root_path": "", "http_version": "1.1", "scheme": "http",
+    }  # fmt: skip
+
+    async def run() -> dict[bytes, bytes]:
+        started: asyncio.Future[dict[bytes, bytes]] = asyncio.get_running_loop().create_future()
+
+        async def receive() -> Message:
+            await started
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                started.set_result(dict(message["headers"]))
+
+        await interface(scope, receive, send)
+        await interface.close()
+        return await started
+
+    assert asyncio.run(run())[b"cache-control"] == b"no-store"
 
 
 def test_page_that_lost_the_server_can_ask_whether_it_is_back(tokenizer: Tokenizer) -> None:
