@@ -43,6 +43,27 @@ def observe_linears(
         pass
 
 
+def mean_square_inputs(program: Program, batches: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Measure how much each input channel of the layers' linears counts.
+
+    Args:
+        program: as for `observe_linears`.
+        batches: as for `observe_linears`.
+
+    Returns:
+        (in_features,) float32 mean over all tokens of the squared input, by canonical name.
+    """
+    num_tokens = sum(len(sequence) for sequences in batches for sequence in sequences)
+    means: dict[str, Tensor] = {}
+
+    def add(name: str, rows: Tensor) -> None:
+        part = rows.square().sum(0) / num_tokens
+        means[name] = means[name] + part if name in means else part
+
+    observe_linears(program, batches, add)
+    return means
+
+
 @dataclass(frozen=True, slots=True)
 class _Observer:
     """A hook of the reference walk that changes nothing."""

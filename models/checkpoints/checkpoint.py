@@ -195,6 +195,8 @@ def quantize_checkpoint(
     *,
     double_quant: bool = False,
     quant_type: str = "nf4",
+    search: bool = False,
+    importance: Mapping[str, Tensor] | None = None,
     cache_dir: Path | None = None,
     report: Callable[[str], None] = _silent,
 ) -> None:
@@ -205,6 +207,10 @@ def quantize_checkpoint(
         output: folder to make; it must not exist or be empty.
         double_quant: quantise the scales too, to 8 bits.
         quant_type: "nf4" or "fp4".
+        search: look for the scales at which the matrices lose least; takes longer.
+        importance: how much each input counts in the search, by the linear's canonical name, such
+            as "layers.3.q": (in_features,) float32, >= 0, as measured by
+            `adapters.calibration.mean_square_inputs`; None: all alike.
         cache_dir: where the demo model is kept, if that is the source; default ~/.cache/proa.
         report: called with one line at a time about what is being done.
 
@@ -213,7 +219,12 @@ def quantize_checkpoint(
     """
     from models.checkpoints.conversion import FourBit, write_folder
 
-    four_bit = FourBit(quant_type=quant_type, double_quant=double_quant)  # type: ignore[arg-type]
+    four_bit = FourBit(
+        quant_type=quant_type,  # type: ignore[arg-type]
+        double_quant=double_quant,
+        search=search,
+        importance=importance,
+    )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output}: exists and is not an empty folder; name a new one")
     origin = find_origin(source, report)

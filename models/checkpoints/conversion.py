@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +23,8 @@ from models.checkpoints.gguf_tokenizer import GgufVocabulary, save_gguf_tokenize
 from models.checkpoints.origins import OpenCheckpoint
 from models.checkpoints.tokenizer_files import TOKENIZER_FILES, has_older_tokenizer
 from models.families import CheckpointError
+from models.quantization import round_to_scales, search_scales
+from models.weights import Quantized4Bit
 
 BLOCK_SIZE = 64
 _SHARD_BYTES = 2 << 30
@@ -38,10 +40,16 @@ class FourBit:
     Attributes:
         quant_type: "nf4" or "fp4".
         double_quant: whether the scales are quantised too, to 8 bits.
+        search: whether the scales are those at which a matrix loses least, instead of the largest
+            magnitudes of the blocks.
+        importance: with `search`, how much each input of a linear counts, by the linear's canonical
+            name, such as "layers.3.q": (in_features,) float32, >= 0; all alike where there is none.
     """
 
     quant_type: QuantType = "nf4"
     double_quant: bool = False
+    search: bool = False
+    importance: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.quant_type not in ("nf4", "fp4"):
@@ -104,6 +112,10 @@ def _converted(
     names = list(expected_shapes(checkpoint.description))
     verb = "quantising" if four_bit else "converting"
     step = max(1, len(names) // _NUM_REPORTS)
+    canonical = {
+        source.name: name.removesuffix(".weight")
+        for name, source in checkpoint.description.sources.items()
+    }
     for i, name in enumerate(names):
         if i % step == 0:
             report(f"{verb} {checkpoint.path.name}: tensor {i + 1} of {len(names)}")
@@ -114,13 +126,18 @@ def _converted(
             raise CheckpointError(describe_not_finite(checkpoint.path, [name]))
         if is_linear:
             assert four_bit is not None
-            yield from quantize_tensor(name, tensor, four_bit, dtype)
+            importance = (four_bit.importance or {}).get(canonical[name])
+            yield from quantize_tensor(name, tensor, four_bit, dtype, importance)
         else:
             yield name, tensor
 
 
 def quantize_tensor(
-    name: str, tensor: Tensor, four_bit: FourBit, dtype: torch.dtype
+    name: str,
+    tensor: Tensor,
+    four_bit: FourBit,
+    dtype: torch.dtype,
+    importance: Tensor | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors, by name, that store a matrix in bitsandbytes' 4-bit format.
 
@@ -129,19 +146,51 @@ def quantize_tensor(
         tensor: (out_features, in_features), floating point.
         four_bit: how to quantise.
         dtype: what `transformers` dequantises to.
+        importance: (in_features,) float32, >= 0: how much each input counts in a search.
     """
     from bitsandbytes.functional import quantize_4bit
 
+    tensor = tensor.contiguous()
     packed, state = quantize_4bit(
-        tensor.contiguous(),
+        tensor,
         blocksize=BLOCK_SIZE,
         compress_statistics=four_bit.double_quant,
         quant_type=four_bit.quant_type,
     )
     state.dtype = dtype
+    if four_bit.search:
+        packed = _search(tensor, packed, state, importance)
     yield name, packed
     for part, value in state.as_dict(packed=True).items():
         yield f"{name}.{part}", value.clone()
+
+
+def _search(tensor: Tensor, packed: Tensor, state: Any, importance: Tensor | None) -> Tensor:
+    """Return better codes than bitsandbytes' and put their scales into its `QuantState`.
+
+    Scales that are quantised too keep bitsandbytes' scales and offset of their own. They are
+    positive then: the 8 bits are finest around the offset, the mean of the largest magnitudes.
+    """
+    scales = search_scales(
+        tensor, state.code, is_signed=not state.nested, importance=importance, block_size=BLOCK_SIZE
+    )
+    codes, absmax = state.absmax, state.absmax
+    if state.nested:
+        levels, offset = state.state2.code, state.offset.item()
+        sizes = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: len(scales)]
+        nearest = (scales - offset) / torch.where(sizes > 0, sizes, 1)
+        codes = torch.bucketize(nearest, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        absmax, scales = (levels[stored.long()] * sizes + offset for stored in (absmax, codes))
+    start = Quantized4Bit(
+        packed=packed.flatten(),
+        absmax=absmax,
+        codebook=state.code,
+        shape=(tensor.shape[0], tensor.shape[1]),
+        block_size=BLOCK_SIZE,
+    )
+    found, is_new = round_to_scales(tensor, scales, start, importance=importance)
+    state.absmax = torch.where(is_new, codes, state.absmax) if state.nested else found.absmax
+    return found.packed.view_as(packed)
 
 
 def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
