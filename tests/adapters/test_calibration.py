@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from adapters.calibration import observe_linears
+from adapters.calibration import mean_square_inputs, observe_linears
 from models.checkpoints import load_checkpoint
 from models.families import describe_model
 from models.program import Program, build_program
@@ -113,3 +113,14 @@ def test_four_bit_and_low_rank_matrices_are_observed_in_float32() -> None:
 
 def test_rows_need_no_gradient() -> None:
     assert not any(rows.requires_grad for _, rows in observe(make_program(), [SEQUENCES]))
+
+
+def test_mean_squares_are_those_of_the_observed_rows() -> None:
+    program = make_program()
+    batches = [[SEQUENCES[0]], [SEQUENCES[1], SEQUENCES[0]]]
+    rows: dict[str, list[Tensor]] = {}
+    observe_linears(program, batches, lambda name, x: rows.setdefault(name, []).append(x))
+    means = mean_square_inputs(program, batches)
+    assert set(means) == set(rows)
+    for name, parts in rows.items():
+        torch.testing.assert_close(means[name], torch.cat(parts).square().mean(0))

@@ -2,12 +2,13 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
@@ -18,7 +19,7 @@ from models.checkpoints import (
     quantize_checkpoint,
     tokenizer_files,
 )
-from models.weights import Quantized4Bit, dense
+from models.weights import Quantized4Bit, Weight, dense
 from tests.models.tiny_models import make_model
 
 FAMILIES = ["llama", "smollm", "qwen2", "qwen3", "opt", "phi", "neox-parallel", "neox-unbiased"]
@@ -259,3 +260,44 @@ def test_tokenizer_that_cannot_be_read_leaves_no_cache(
     with pytest.raises(CheckpointError, match=r"source: (its tokenizer cannot|tokenizer.json is)"):
         load_checkpoint(source, cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+def test_searched_output_computes_in_transformers_as_here(
+    double_quant: bool, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate", reason="transformers needs it to load 4-bit models")
+    quantize_checkpoint(
+        tiny_folder("llama"), tmp_path / "out", double_quant=double_quant, search=True
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    weights = load_checkpoint(tmp_path / "out").weights
+    for part, module in (("q", model.model.layers[0].self_attn.q_proj),
+                         ("down", model.model.layers[1].mlp.down_proj)):  # fmt: skip
+        ours = dense(weights[f"layers.{'01'[part == 'down']}.{part}.weight"])
+        state = module.weight.quant_state
+        theirs = dequantize_4bit(module.weight, state)
+        assert torch.equal(theirs, ours.to(theirs.dtype))
+
+
+@pytest.mark.parametrize("name", ["llama", "neox-parallel"])
+def test_importance_finds_its_linears(
+    name: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also of queries, keys and values that are one matrix in the checkpoint."""
+    source = load_checkpoint(tiny_folder(name), quantization="none").weights
+    importance = {}
+    for key, weight in source.items():
+        if key.startswith("layers.") and weight.ndim == 2:
+            importance[key.removesuffix(".weight")] = torch.arange(weight.shape[1]) ** 4.0
+    quantize_checkpoint(tiny_folder(name), tmp_path / "alike", search=True)
+    quantize_checkpoint(tiny_folder(name), tmp_path / "weighed", search=True, importance=importance)
+    alike, weighed = (load_checkpoint(tmp_path / n).weights for n in ("alike", "weighed"))
+
+    def lost(key: str, weights: Mapping[str, Weight]) -> float:
+        error = (dense(weights[f"{key}.weight"]) - dense(source[f"{key}.weight"])).square()
+        return float((error * importance[key]).sum())
+
+    assert importance
+    for key in importance:
+        assert lost(key, weighed) < lost(key, alike), key
