@@ -136,14 +136,8 @@ def round_to_scales(
         bytes_ = slice(first * size // 2, (first + len(blocks)) * size // 2)
         old = torch.stack((packed[bytes_] >> 4, packed[bytes_] & 15), dim=1).flatten()
         old = F.pad(old, (0, codes.numel() - old.numel())).view_as(codes)
-        # In units of the block, so that tiny values do not vanish in the square.
-        unit = blocks.abs().amax(1, keepdim=True).double()
-
-        def loss(codes: Tensor, scale: Tensor, blocks=blocks, unit=unit, weights=weights) -> Tensor:
-            lost = (blocks.double() - start.codebook[codes.long()] * scale) / unit
-            return (weights * lost.square()).sum(1)
-
-        better = loss(codes, scale) < loss(old, start.absmax[part, None])
+        before = _loss(blocks, start.codebook[old.long()] * start.absmax[part, None], weights)
+        better = _loss(blocks, start.codebook[codes] * scale, weights) < before
         pairs = torch.where(better[:, None], codes.to(torch.uint8), old).view(-1, 2)
         merged = pairs[:, 0] << 4 | pairs[:, 1]
         packed[bytes_] = merged[: len(packed[bytes_])]
@@ -153,6 +147,12 @@ def round_to_scales(
         packed=packed, absmax=absmax, codebook=start.codebook, shape=start.shape, block_size=size
     )
     return rounded, is_new
+
+
+def _loss(blocks: Tensor, rounded: Tensor, weights: Tensor) -> Tensor:
+    """Return what each block loses, in units of its largest value: squares of tiny ones vanish."""
+    units = (blocks.double() - rounded) / blocks.abs().amax(1, keepdim=True)
+    return (weights * units.square()).sum(1)
 
 
 def _weighted_blocks(

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from models.checkpoints.conversion import FourBit, quantize_tensor
 from models.checkpoints.four_bit import read_quantized
+from models.kernels.native.executor import NativeExecutor, is_native_available
+from models.program import LOGITS, LinearOp, Piece
 from models.quantization import (
     NF4_CODEBOOK,
     quantize_4bit,
@@ -16,6 +18,7 @@ from models.quantization import (
     search_scales,
 )
 from models.weights import Quantized4Bit
+from tests.models.kernels.random_decoders import run_linear
 from tests.models.test_four_bit import Tensors
 
 FORMATS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
@@ -186,3 +189,16 @@ def test_zero_blocks_stay_zero() -> None:
     matrix = with_zero_blocks(16, 128)
     rounded = read_quantized(quantized(matrix, FourBit(search=True)), "w", "nf4").dequantize()
     assert torch.equal(rounded[:8], torch.zeros(8, 128))
+
+
+@pytest.mark.skipif(not is_native_available("auto"), reason="needs the native library")
+def test_native_kernels_compute_with_negative_scales() -> None:
+    rows, matrix = random(5, 192), random(37, 192)
+    weight = read_quantized(quantized(matrix, FourBit(search=True)), "w", "nf4")
+    assert (weight.absmax < 0).any()
+    op = LinearOp(
+        src="x", dst=LOGITS, prologue=None, in_features=192,
+        pieces=(Piece(weight=weight, bias=None, offset=0),),
+    )  # fmt: skip
+    out = run_linear(lambda program: NativeExecutor(program, kernels="auto"), rows, op)
+    torch.testing.assert_close(out, rows @ weight.dequantize().T, rtol=0, atol=0.03)
