@@ -1,4 +1,4 @@
-"""Random numbers, and drawing a token from probabilities with one.
+"""Random numbers, and drawing a token by its weight with one.
 
 The numbers are counter-based, a pure function of (seed, position). SplitMix64: the seed is mixed
 into the start of a Weyl sequence and the position picks its element, in wrapping 64-bit integers,
@@ -10,7 +10,7 @@ Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OO
 import torch
 from torch import Tensor
 
-from decoding.rows import BLOCK_SIZE
+from decoding.rows import BLOCK_SIZE, block_sums
 
 _WORD = 2**64
 _GAMMA = 0x9E3779B97F4A7C15
@@ -69,45 +69,41 @@ def derive_seed(seed: int, sequence_index: int) -> int:
     return _signed(_mix_int((_mix_int(seed % _WORD) + sequence_index * _GAMMA) % _WORD))
 
 
-def draw_dense(probs: Tensor, uniforms: Tensor) -> Tensor:
+def draw_dense(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Draw a token of each row by inverting the cumulative distribution in token-id order.
 
-    A row's token depends on that row only, and always has a probability above 0.
+    A row's token depends on that row only, and always has a weight above 0.
 
     Args:
-        probs: (B, V) float32, >= 0, contiguous, V a multiple of `BLOCK_SIZE`; need not sum to 1.
+        weights: (B, V) float32, see `decoding.weights`; contiguous.
         uniforms: (B, 1) float64 in [0, 1).
 
     Returns:
         (B,) int64 token ids.
     """
-    num_rows, width = probs.shape
-    num_blocks = width // BLOCK_SIZE
-    blocks_of = probs.view(num_rows * num_blocks, BLOCK_SIZE)
-    masses = blocks_of.sum(-1).view(num_rows, num_blocks)
-    edges = masses.cumsum(1, dtype=torch.float64)
+    masses = block_sums(weights)
+    edges = masses.cumsum(1)
     targets = uniforms * edges[:, -1:]
     blocks = _invert(edges, targets)
-    rows = blocks
-    if num_rows > 1:
-        rows = blocks + torch.arange(0, len(blocks_of), num_blocks, device=probs.device)[:, None]
-    inside = blocks_of.index_select(0, rows[:, 0])
     starts = edges.gather(1, blocks).sub_(masses.gather(1, blocks))
-    columns = _invert(inside.cumsum(1, dtype=torch.float64), targets.sub_(starts).clamp_min_(0.0))
+    inside = torch.arange(BLOCK_SIZE, device=weights.device) + blocks * BLOCK_SIZE
+    last = weights.shape[1] - 1
+    taken = weights.gather(1, inside.clamp_max(last)).masked_fill_(inside > last, 0.0)
+    columns = _invert(taken.cumsum(1, dtype=torch.float64), targets.sub_(starts).clamp_min_(0.0))
     return columns.add_(blocks, alpha=BLOCK_SIZE)[:, 0]
 
 
-def draw_few(probs: Tensor, uniforms: Tensor) -> Tensor:
+def draw_few(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Draw a column of each row like `draw_dense`, without the division into blocks.
 
     Args:
-        probs: (B, C) float32, >= 0.
+        weights: (B, C) float32, >= 0.
         uniforms: (B, 1) float64 in [0, 1).
 
     Returns:
         (B, 1) int64 columns.
     """
-    edges = probs.cumsum(1, dtype=torch.float64)
+    edges = weights.cumsum(1, dtype=torch.float64)
     return _invert(edges, uniforms * edges[:, -1:])
 
 

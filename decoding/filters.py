@@ -21,7 +21,7 @@ from torch import Tensor
 
 from decoding.draw import draw_dense, draw_few
 from decoding.params import SamplingParams
-from decoding.rows import find_largest
+from decoding.rows import find_largest, sum_rows
 
 # How many candidates are tried, in turn, before all tokens are looked at.
 _FEW = 64
@@ -64,11 +64,14 @@ class Thresholds:
 KEEP_ALL = 2**40
 
 
-def draw_filtered(probs: Tensor, rows: Sequence[SamplingParams], uniforms: Tensor) -> Tensor:
+def draw_filtered(
+    weights: Tensor, away: Tensor, rows: Sequence[SamplingParams], uniforms: Tensor
+) -> Tensor:
     """Draw a token of each row from those that its filters keep.
 
     Args:
-        probs: (B, V) float32, each row sums to 1; as for `draw_dense`.
+        weights: (B, V) float32, as for `draw_dense`.
+        away: (B, V) float32, the tokens' `distances`, which typical-p reads.
         rows: B parameters, each with a filter.
         uniforms: (B, 1) float64 in [0, 1).
 
@@ -76,7 +79,8 @@ def draw_filtered(probs: Tensor, rows: Sequence[SamplingParams], uniforms: Tenso
         (B,) int64 token ids.
     """
     typical = [index for index, params in enumerate(rows) if params.typical_p < 1.0]
-    drawn, is_decided = _draw_among(probs, rows, uniforms, _FEW)
+    totals = sum_rows(weights)[:, None]
+    drawn, is_decided = _draw_among(weights, totals, rows, uniforms, _FEW)
     if typical:
         is_decided[typical] = False
     if bool(is_decided.all()):
@@ -84,18 +88,26 @@ def draw_filtered(probs: Tensor, rows: Sequence[SamplingParams], uniforms: Tenso
     rest = (~is_decided).nonzero()[:, 0].tolist()
     more = [index for index in rest if index not in typical]
     if more:
-        index = torch.tensor(more, device=probs.device)
+        index = torch.tensor(more, device=weights.device)
         drawn[index], is_decided[index] = _draw_among(
-            probs.index_select(0, index), [rows[i] for i in more], uniforms[index], _MANY
+            weights.index_select(0, index),
+            totals[index],
+            [rows[i] for i in more],
+            uniforms[index],
+            _MANY,
         )
     for row in (~is_decided).nonzero()[:, 0].tolist():
-        kept = filter_row(probs[row], rows[row])
+        kept = filter_row(weights[row], away[row], rows[row])
         drawn[row] = draw_dense(kept[None], uniforms[row : row + 1])[0]
     return drawn
 
 
 def _draw_among(
-    probs: Tensor, rows: Sequence[SamplingParams], uniforms: Tensor, num_candidates: int
+    weights: Tensor,
+    totals: Tensor,
+    rows: Sequence[SamplingParams],
+    uniforms: Tensor,
+    num_candidates: int,
 ) -> tuple[Tensor, Tensor]:
     """Draw a token of each row, assuming that the filters keep only the most probable few.
 
@@ -103,10 +115,10 @@ def _draw_among(
         (B,) int64 token ids, and (B,) bool: whether the assumption holds. Typical-p is not
         considered.
     """
-    values, ids = find_largest(probs, num_candidates)
-    filters = Thresholds.of(rows, probs.device)
-    thresholds, is_decided = find_thresholds(values, filters)
-    if values.shape[1] == probs.shape[1]:
+    values, ids = find_largest(weights, num_candidates)
+    filters = Thresholds.of(rows, weights.device)
+    thresholds, is_decided = find_thresholds(values, totals, filters)
+    if values.shape[1] == weights.shape[1]:
         is_decided = torch.ones_like(is_decided)
     ids, order = ids.sort(dim=1)
     values = values.gather(1, order)
@@ -114,11 +126,12 @@ def _draw_among(
     return ids.gather(1, draw_few(kept, uniforms))[:, 0], is_decided[:, 0]
 
 
-def find_thresholds(values: Tensor, filters: Thresholds) -> tuple[Tensor, Tensor]:
-    """Find the least probability that each row's filters keep, from its largest probabilities.
+def find_thresholds(values: Tensor, totals: Tensor, filters: Thresholds) -> tuple[Tensor, Tensor]:
+    """Find the least weight that each row's filters keep, from its largest weights.
 
     Args:
         values: (B, C) float32, largest first.
+        totals: (B, 1) float64, the sums of all weights.
         filters: of B rows.
 
     Returns:
@@ -130,13 +143,14 @@ def find_thresholds(values: Tensor, filters: Thresholds) -> tuple[Tensor, Tensor
     mass = ranked.cumsum(1)
     thresholds = least = ranked[:, -1:]
     is_known: Tensor | None = None
-    share = filters.top_p
+    share = None if filters.top_p is None else filters.top_p * totals
     if filters.top_k is not None:
         thresholds = ranked.gather(1, (filters.top_k - 1).clamp_max_(last))
         if share is not None:
             has_no_k = filters.top_k == KEEP_ALL
             num_kept = (ranked >= thresholds).sum(1, keepdim=True)
-            share = share * torch.where(has_no_k, 1.0, mass.gather(1, num_kept - 1))
+            assert filters.top_p is not None
+            share = filters.top_p * torch.where(has_no_k, totals, mass.gather(1, num_kept - 1))
             # Without the k-th value the mass that top-p is a share of is not known.
             is_known = has_no_k | (thresholds > least)
     if share is not None:
@@ -148,54 +162,56 @@ def find_thresholds(values: Tensor, filters: Thresholds) -> tuple[Tensor, Tensor
     return thresholds, is_decided if is_known is None else is_decided & is_known
 
 
-def filter_row(probs: Tensor, params: SamplingParams) -> Tensor:
-    """Set the probabilities of the tokens that the filters drop to 0.
+def filter_row(weights: Tensor, away: Tensor, params: SamplingParams) -> Tensor:
+    """Set the weights of the tokens that the filters drop to 0.
 
     Args:
-        probs: (V,) float32, sums to 1.
+        weights: (V,) float32.
+        away: (V,) float32, the tokens' `distances`.
         params: the filters.
 
     Returns:
-        (V,) float32, not renormalised.
+        (V,) float32.
     """
-    mass = 1.0
-    if 0 < params.top_k < len(probs):
-        count = torch.ones_like(probs, dtype=torch.float64)
-        probs = _keep_largest(probs, count, params.top_k)
-        mass = _total(probs)
+    mass = _total(weights)
+    if 0 < params.top_k < len(weights):
+        count = torch.ones_like(weights, dtype=torch.float64)
+        weights = _keep_largest(weights, count, params.top_k)
+        mass = _total(weights)
     if params.typical_p < 1.0:
-        probs = _keep_typical(probs, params.typical_p)
-        mass = _total(probs)
+        weights = _keep_typical(weights, away, params.typical_p * mass, mass)
+        mass = _total(weights)
     if params.top_p < 1.0:
-        probs = _keep_largest(probs, probs.double(), params.top_p * mass)
+        weights = _keep_largest(weights, weights.double(), params.top_p * mass)
     if params.min_p > 0.0:
-        least = params.min_p * float(probs.max())
-        probs = torch.where(probs.double() >= least, probs, 0.0)
-    return probs
+        least = params.min_p * float(weights.max())
+        weights = torch.where(weights.double() >= least, weights, 0.0)
+    return weights
 
 
-def _total(probs: Tensor) -> float:
-    return float(probs.cumsum(0, dtype=torch.float64)[-1])
+def _total(weights: Tensor) -> float:
+    return float(weights.sum(dtype=torch.float64))
 
 
-def _keep_largest(probs: Tensor, weights: Tensor, target: float) -> Tensor:
-    """Keep the largest probabilities, up to the one at which the weights sum to a target."""
-    limit = select_key(_MAX_KEY - probs.view(torch.int32), weights, target)
+def _keep_largest(weights: Tensor, masses: Tensor, target: float) -> Tensor:
+    """Keep the largest weights, up to the one at which the masses sum to a target."""
+    limit = select_key(_MAX_KEY - weights.view(torch.int32), masses, target)
     just_below = torch.tensor(max(_MAX_KEY - limit - 1, 0), dtype=torch.int32).view(torch.float32)
-    return torch.threshold(probs, float(just_below), 0.0)
+    return torch.threshold(weights, float(just_below), 0.0)
 
 
-def _keep_typical(probs: Tensor, typical_p: float) -> Tensor:
-    """Keep the tokens whose surprise is nearest to the entropy.
+def _keep_typical(weights: Tensor, away: Tensor, target: float, mass: float) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the entropy, up to a target.
+
+    Surprise and entropy are the same constant more than distance and mean distance, so these
+    differ by as much.
 
     Source: Meister et al., "Locally Typical Sampling", TACL 2023.
     """
-    total = _total(probs)
-    surprise = -(probs / total).clamp_min(torch.finfo(torch.float32).tiny).log()
-    entropy = _total(probs * surprise) / total
-    keys = (surprise - entropy).abs().view(torch.int32)
-    limit = select_key(keys, probs.double(), typical_p * total)
-    return torch.where(keys <= limit, probs, 0.0)
+    mean = float((weights.double() * away.double()).sum()) / mass
+    keys = (away - torch.tensor(mean, dtype=torch.float32, device=away.device)).abs()
+    limit = select_key(keys.view(torch.int32), weights.double(), target)
+    return torch.where(keys.view(torch.int32) <= limit, weights, 0.0)
 
 
 def select_key(keys: Tensor, weights: Tensor, target: float) -> int:

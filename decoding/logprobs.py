@@ -1,4 +1,4 @@
-"""Log probabilities and entropy of the model's own distribution."""
+"""Log probabilities under the model's own distribution."""
 
 import math
 from collections.abc import Sequence
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from decoding.rows import find_largest, sum_rows
+from decoding.rows import find_largest
 
 # Rows at a time, so that a long prompt's log probabilities are never all in memory.
 _MAX_ROWS = 32
-_MAX_SURPRISE = torch.finfo(torch.float32).max
 
 TopLogprobs = tuple[tuple[int, float], ...]
 
@@ -23,7 +22,11 @@ class LogitsError(ValueError):
 
 
 def token_logprobs(
-    logits: Tensor, token_ids: Sequence[int], *, num_top: int = 0
+    logits: Tensor,
+    token_ids: Sequence[int],
+    *,
+    num_top: int = 0,
+    log_masses: Tensor | None = None,
 ) -> list[tuple[float, TopLogprobs]]:
     """Return the log probability of a token and the most likely alternatives, for each row.
 
@@ -31,6 +34,7 @@ def token_logprobs(
         logits: (L, V) float32, unscaled.
         token_ids: L token ids, one for each row.
         num_top: how many alternatives, >= 0.
+        log_masses: (L,) float64, log of the sum of the exponentials of each row, if it is known.
 
     Returns:
         for each row, the natural log probability of its token, and `num_top` pairs of token id and
@@ -41,39 +45,31 @@ def token_logprobs(
     """
     found: list[tuple[float, TopLogprobs]] = []
     for start in range(0, len(token_ids), _MAX_ROWS):
-        part = logits[start : start + _MAX_ROWS].float()
-        found += _token_logprobs(part, token_ids[start : start + _MAX_ROWS], num_top)
+        end = start + _MAX_ROWS
+        part = logits[start:end].float()
+        if log_masses is None:
+            part = torch.log_softmax(part, dim=-1)
+            known = torch.zeros(len(part), dtype=torch.float64)
+        else:
+            known = log_masses[start:end]
+        found += _shifted_logprobs(part, known.to(part.device), token_ids[start:end], num_top)
     return found
 
 
-def _token_logprobs(
-    logits: Tensor, token_ids: Sequence[int], num_top: int
+def _shifted_logprobs(
+    logits: Tensor, log_masses: Tensor, token_ids: Sequence[int], num_top: int
 ) -> list[tuple[float, TopLogprobs]]:
-    """Do what `token_logprobs` does, for a few rows."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logprobs.device)[:, None])[:, 0]
-    scores = chosen.tolist()
+    """Do what `token_logprobs` does, for a few rows whose log masses are known."""
+    chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0]
+    scores = (chosen.double() - log_masses).tolist()
     if any(map(math.isnan, scores)):
         raise LogitsError
     if num_top == 0:
         return [(value, ()) for value in scores]
-    values, ids = find_largest(logprobs, num_top)
+    values, ids = find_largest(logits, num_top)
+    values = values.double() - log_masses[:, None]
     tops = [
         tuple(zip(row_ids, row_values, strict=True))
         for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
     ]
     return list(zip(scores, tops, strict=True))
-
-
-def entropies(logits: Tensor) -> Tensor:
-    """Return the entropy of each row's distribution at temperature 1, in nats.
-
-    Args:
-        logits: (B, V) float32; -inf marks impossible tokens.
-
-    Returns:
-        (B,) float64, >= 0.
-    """
-    # A finite surprise for impossible tokens, whose share of the sum is 0.
-    surprise = torch.log_softmax(logits, dim=-1).neg_().clamp_max_(_MAX_SURPRISE)
-    return sum_rows(surprise.mul_(torch.softmax(logits, dim=-1))).clamp_min_(0.0)

@@ -16,28 +16,30 @@ def block_sums(values: Tensor) -> Tensor:
     """Sum each run of `BLOCK_SIZE` columns; the last run may be shorter.
 
     Args:
-        values: (B, V) float32, each row contiguous.
+        values: (B, V) float32 or float64, each row contiguous.
 
     Returns:
-        (B, ceil(V / BLOCK_SIZE)) float32.
+        (B, ceil(V / BLOCK_SIZE)) float64.
     """
     num_full = values.shape[1] // BLOCK_SIZE
     split = num_full * BLOCK_SIZE
     full, rest = values[:, :split].view(len(values), num_full, BLOCK_SIZE), values[:, split:]
-    sums = full.sum(-1)
-    return torch.cat([sums, rest.sum(-1, keepdim=True)], dim=1) if rest.shape[1] else sums
+    sums = full.sum(-1, dtype=torch.float64)
+    if not rest.shape[1]:
+        return sums
+    return torch.cat([sums, rest.sum(-1, keepdim=True, dtype=torch.float64)], dim=1)
 
 
 def sum_rows(values: Tensor) -> Tensor:
     """Sum each row.
 
     Args:
-        values: (B, V) float32.
+        values: (B, V) float32 or float64.
 
     Returns:
         (B,) float64.
     """
-    return block_sums(values).cumsum(1, dtype=torch.float64)[:, -1]
+    return block_sums(values).cumsum(1)[:, -1]
 
 
 def argmax_rows(values: Tensor) -> Tensor:

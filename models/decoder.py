@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.batch import PackedBatch
 from models.kernels.native.executor import NativeExecutor, is_native_available
+from models.kernels.native.picker import NativePicker
 from models.kernels.reference.executor import ReferenceExecutor
 from models.kv_cache import KVCache, cache_bytes_per_block
 from models.program import Program, Vectors, build_program
@@ -119,6 +120,12 @@ class Decoder:
     def num_bytes(self) -> int:
         """Bytes of the weights that it computes with, without those it shares with its base."""
         return self._executor.num_bytes
+
+    def make_picker(self) -> NativePicker | None:
+        """Return what takes tokens from logits natively; None without native kernels."""
+        if isinstance(self._executor, NativeExecutor):
+            return self._executor.make_picker()
+        return None
 
     def cache_bytes_per_block(
         self, *, block_size: int = 16, dtype: torch.dtype | None = None

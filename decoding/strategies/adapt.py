@@ -10,6 +10,7 @@ from torch import Tensor
 from decoding.automaton import Automaton
 from decoding.lines import LINE_STATES, STATE_INDEX, LineState, Place
 from decoding.options import ParameterError, check_options, option, options_of
+from decoding.spread import Spread
 from decoding.tables import TokenTables
 
 Policy = Literal["line_initial", "block_initial", "reference"]
@@ -125,7 +126,7 @@ _POLICIES_OF: dict[str, tuple[str, ...]] = {
 class AdaptController:
     """See `Adapt`."""
 
-    reads_logits = False
+    reads_spread = False
 
     def __init__(
         self,
@@ -166,7 +167,7 @@ class AdaptController:
             state = self.automaton.run(self._prompt_state, tail)
         return state if self._first_states is None else self._first_states[state]
 
-    def temperatures(self, states: Tensor | None, base: Tensor, logits: Tensor | None) -> Tensor:
+    def temperatures(self, states: Tensor | None, base: Tensor, spread: Spread | None) -> Tensor:
         assert states is not None
         values = self._table[states]
         return torch.where(values == 0.0, base, values) if self._has_base else values

@@ -6,6 +6,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from decoding.automaton import Automaton
+from decoding.spread import Spread
 from decoding.tables import TokenTables
 
 
@@ -20,8 +21,8 @@ class Controller(Protocol):
         """Advances the state by each generated token; None when the state is always 0."""
 
     @property
-    def reads_logits(self) -> bool:
-        """Whether `temperatures` needs the logits."""
+    def reads_spread(self) -> bool:
+        """Whether `temperatures` needs the spread."""
 
     def start(self, prompt_token_ids: Sequence[int], *, prompt_is_template: bool) -> int:
         """Return the state for the first generated token.
@@ -32,13 +33,13 @@ class Controller(Protocol):
                 the text that follows.
         """
 
-    def temperatures(self, states: Tensor | None, base: Tensor, logits: Tensor | None) -> Tensor:
+    def temperatures(self, states: Tensor | None, base: Tensor, spread: Spread | None) -> Tensor:
         """Return the temperature for the next token of each row.
 
         Args:
             states: (B,) int64, state of each row; None without an automaton.
             base: (B,) float32, the requests' temperatures, > 0.
-            logits: (B, V) float32 after bias, penalties and masks, if `reads_logits`.
+            spread: of the rows' logits after bias, penalties and bans, if `reads_spread`.
 
         Returns:
             (B,) float32, >= 0; 0 takes the most likely token.

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from decoding.logprobs import entropies
 from decoding.options import check_options, option
+from decoding.spread import Spread
 from decoding.tables import TokenTables
 
 
@@ -57,7 +57,7 @@ class DynaTempController:
     """See `DynaTemp`."""
 
     automaton = None
-    reads_logits = True
+    reads_spread = True
 
     def __init__(self, spread: float, exponent: float) -> None:
         self._spread = spread
@@ -67,14 +67,13 @@ class DynaTempController:
         """Return the state for the first generated token, see `Controller`."""
         return 0
 
-    def temperatures(self, states: Tensor | None, base: Tensor, logits: Tensor | None) -> Tensor:
-        assert logits is not None
+    def temperatures(self, states: Tensor | None, base: Tensor, spread: Spread | None) -> Tensor:
+        assert spread is not None
         if self._spread == 0.0:
             return base
         # In double precision, so that the result does not depend on the number of rows.
         low = (base.double() - self._spread).clamp_min(0.0)
         high = base.double() + self._spread
-        num_possible = (logits > -torch.inf).sum(-1)
-        share = (entropies(logits) / num_possible.double().log()).clamp(0.0, 1.0)
+        share = (spread.entropies / spread.num_possible.double().log()).clamp(0.0, 1.0)
         moved = low + (high - low) * share**self._exponent
-        return torch.where(num_possible > 1, moved.float(), base)
+        return torch.where(spread.num_possible > 1, moved.float(), base)

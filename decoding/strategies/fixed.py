@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from decoding.spread import Spread
 from decoding.tables import TokenTables
 
 
@@ -28,11 +29,11 @@ class FixedController:
     """See `Fixed`."""
 
     automaton = None
-    reads_logits = False
+    reads_spread = False
 
     def start(self, prompt_token_ids: Sequence[int], *, prompt_is_template: bool) -> int:
         """Return the state for the first generated token, see `Controller`."""
         return 0
 
-    def temperatures(self, states: Tensor | None, base: Tensor, logits: Tensor | None) -> Tensor:
+    def temperatures(self, states: Tensor | None, base: Tensor, spread: Spread | None) -> Tensor:
         return base

@@ -62,7 +62,9 @@ def build(config: ServeConfig, *, report: Report) -> BuiltBackend:
     del checkpoint
     settle_memory(folder.resolve())
     config = _size_cache(config, decoder, report)
-    sampler = Sampler(tables, eos_token_ids=eos_token_ids, device=config.device)
+    sampler = Sampler(
+        tables, eos_token_ids=eos_token_ids, device=config.device, picker=decoder.make_picker()
+    )
     try:
         backend = NativeBackend(
             decoder, sampler, _limits(config), eos_token_ids=eos_token_ids, adapters=registry

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from decoding import Sampler, SamplingParams, build_token_tables
+from decoding.spread import measure_spread
 from decoding.strategies import DynaTemp
 
 
@@ -32,7 +33,7 @@ def test_dynatemp_equals_llama_cpps_definition(spread, exponent):
     base = torch.tensor([0.2, 0.5, 1.0, 1.0, 0.7, 1.3])
     tables = build_token_tables([b"x"] * 300)
     controller = DynaTemp(range=spread, exponent=exponent).bind(tables)
-    found = controller.temperatures(None, base, logits)
+    found = controller.temperatures(None, base, measure_spread(logits))
     expected = [
         llama_cpp(row, temperature, spread, exponent)
         for row, temperature in zip(logits.tolist(), base.tolist(), strict=True)

@@ -11,6 +11,7 @@ from decoding import SamplingParams
 from decoding.draw import draw_dense
 from decoding.filters import draw_filtered, filter_row, select_key
 from decoding.rows import argmax_rows, block_sums, find_largest, sum_rows
+from decoding.weights import LARGEST_WEIGHT, distances, exponentials, weights_of
 
 CASES = {
     "top_k": {"top_k": 20},
@@ -33,9 +34,9 @@ CASES = {
 }
 
 
-def kept_by_reference(probs, params):
+def kept_by_reference(weights, params):
     """Return the ids that the filters keep, in the order of the documentation."""
-    probs = [float(p) for p in probs]
+    probs = [weight / sum(weights) for weight in weights]
     kept = [i for i, p in enumerate(probs) if p > 0]
     mass = 1.0
     if 0 < params.top_k < len(probs):
@@ -73,11 +74,13 @@ def draw_by_reference(probs, kept, uniforms):
     return [kept[bisect.bisect_right(edges, u * edges[-1])] for u in uniforms]
 
 
-def make_probs(kind, width):
+def make_weights(kind, width):
+    """Return (1, width) weights and distances."""
     generator = torch.Generator().manual_seed(5)
-    noise = torch.randn(width, generator=generator)
+    noise = torch.randn(1, width, generator=generator)
     logits = {"peaked": noise * 6.0, "usual": noise * 3.0, "flat": noise * 0.5}[kind]
-    return torch.softmax(logits[None], dim=-1)
+    away = distances(logits, torch.ones(1))
+    return weights_of(away), away
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -85,35 +88,53 @@ def make_probs(kind, width):
 @pytest.mark.parametrize("kind", ["peaked", "usual", "flat"])
 def test_filters_equal_the_reference(kind, width, case):
     params = SamplingParams(**CASES[case])
-    probs = make_probs(kind, width)
-    values = probs[0].tolist()
+    weights, away = make_weights(kind, width)
+    values = weights[0].tolist()
     kept = kept_by_reference(values, params)
-    assert filter_row(probs[0], params).nonzero()[:, 0].tolist() == kept
+    assert filter_row(weights[0], away[0], params).nonzero()[:, 0].tolist() == kept
     uniforms = torch.linspace(0.001, 0.999, 12, dtype=torch.float64)[:, None]
-    drawn = draw_filtered(probs.expand(12, -1).contiguous(), [params] * 12, uniforms)
+    many, far = weights.expand(12, -1).contiguous(), away.expand(12, -1).contiguous()
+    drawn = draw_filtered(many, far, [params] * 12, uniforms)
     assert drawn.tolist() == draw_by_reference(values, kept, uniforms[:, 0].tolist())
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_filters_keep_equal_probabilities_together(case):
+def test_filters_keep_equal_weights_together(case):
     params = SamplingParams(**CASES[case])
-    probs = torch.full((1, 4096), 2.0**-12)
+    weights, away = torch.full((1, 4096), LARGEST_WEIGHT), torch.zeros(1, 4096)
     uniforms = torch.tensor([[0.0]], dtype=torch.float64)
-    assert filter_row(probs[0], params).nonzero()[:, 0].tolist() == list(range(4096))
-    assert draw_filtered(probs, [params], uniforms).tolist() == [0]
+    kept = filter_row(weights[0], away[0], params)
+    assert kept.nonzero()[:, 0].tolist() == list(range(4096))
+    assert draw_filtered(weights, away, [params], uniforms).tolist() == [0]
 
 
 def test_mixed_filters_equal_rows_alone():
     rows = [SamplingParams(**kwargs) for kwargs in CASES.values()]
     kinds = ["peaked", "usual", "flat"]
-    probs = torch.cat([make_probs(kinds[i % 3], 8192) for i in range(len(rows))])
+    made = [make_weights(kinds[i % 3], 8192) for i in range(len(rows))]
+    weights, away = (torch.cat(parts) for parts in zip(*made, strict=True))
     uniforms = torch.rand(len(rows), 1, dtype=torch.float64)
-    together = draw_filtered(probs, rows, uniforms)
+    together = draw_filtered(weights, away, rows, uniforms)
     alone = [
-        draw_filtered(probs[i : i + 1], rows[i : i + 1], uniforms[i : i + 1])[0]
+        draw_filtered(weights[i, None], away[i, None], rows[i : i + 1], uniforms[i, None])[0]
         for i in range(len(rows))
     ]
     assert together.tolist() == [int(token_id) for token_id in alone]
+
+
+def test_exponentials_are_near_the_exact_ones():
+    values = torch.linspace(-87.0, 0.0, 100_001)
+    expected = values.double().exp()
+    assert ((exponentials(values).double() - expected) / expected).abs().max() < 4e-7
+    assert exponentials(torch.zeros(1)).item() == 1.0
+
+
+def test_weights_are_whole_and_their_sums_exact_in_any_order():
+    weights, _ = make_weights("flat", 8192)
+    assert torch.equal(weights, weights.round())
+    assert weights.max() == LARGEST_WEIGHT
+    shuffled = weights[:, torch.randperm(8192)].double()
+    assert shuffled.cumsum(1)[0, -1] == sum(map(int, weights[0].tolist()))
 
 
 @pytest.mark.parametrize("uniform", [0.0, 2.0**-52, 0.5, 1.0 - 2.0**-52])
@@ -132,19 +153,19 @@ def test_draw_never_takes_an_impossible_token(width, uniform):
             assert drawn.tolist() == end.tolist()
 
 
-def test_draw_ignores_tokens_too_unlikely_for_float32():
+def test_draw_ignores_tokens_too_unlikely_for_a_weight():
     logits = torch.zeros(1, 512)
     logits[0, 300] = 120.0
     for uniform in (0.0, 1.0 - 2.0**-52):
-        probs = torch.softmax(logits, -1)
-        assert draw_dense(probs, torch.tensor([[uniform]], dtype=torch.float64)).item() == 300
+        weights = weights_of(distances(logits, torch.ones(1)))
+        assert draw_dense(weights, torch.tensor([[uniform]], dtype=torch.float64)).item() == 300
 
 
 def test_draw_equals_the_reference():
-    probs = make_probs("usual", 2048)
+    weights, _ = make_weights("usual", 2048)
     uniforms = torch.rand(500, 1, dtype=torch.float64)
-    drawn = draw_dense(probs.expand(500, -1).contiguous(), uniforms)
-    expected = draw_by_reference(probs[0].tolist(), range(2048), uniforms[:, 0].tolist())
+    drawn = draw_dense(weights.expand(500, -1).contiguous(), uniforms)
+    expected = draw_by_reference(weights[0].tolist(), range(2048), uniforms[:, 0].tolist())
     assert drawn.tolist() == expected
 
 

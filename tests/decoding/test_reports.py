@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from decoding import Sampler, SamplingParams, build_token_tables, token_logprobs
-from decoding.logprobs import entropies
+from decoding.spread import measure_spread
 from decoding.strategies import Adapt
 
 TEXTS = [b"x", b"\n", b"    ", b"\n    ", None]
@@ -26,6 +26,19 @@ def test_token_logprobs_equal_log_softmax():
         assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-5)
 
 
+def test_token_logprobs_of_known_log_masses_are_the_same():
+    torch.manual_seed(1)
+    logits = torch.randn(40, 3000) * 4.0
+    ids = list(range(40))
+    known = token_logprobs(logits, ids, num_top=3, log_masses=measure_spread(logits).log_masses)
+    for (logprob, top), (expected, expected_top) in zip(
+        known, token_logprobs(logits, ids, num_top=3), strict=True
+    ):
+        assert logprob == pytest.approx(expected, abs=1e-5)
+        assert [token_id for token_id, _ in top] == [token_id for token_id, _ in expected_top]
+        assert [v for _, v in top] == pytest.approx([v for _, v in expected_top], abs=1e-5)
+
+
 def test_token_logprobs_of_many_rows_equal_those_alone():
     logits = torch.randn(70, 100)
     ids = list(range(70))
@@ -43,7 +56,11 @@ def test_token_logprobs_with_more_alternatives_than_tokens():
 
 def test_entropy_is_that_of_the_unscaled_distribution():
     logits = torch.tensor([[0.0] * 4, [100.0, 0.0, 0.0, 0.0], [0.0, 0.0, -math.inf, -math.inf]])
-    assert entropies(logits).tolist() == pytest.approx([math.log(4), 0.0, math.log(2)], abs=1e-6)
+    spread = measure_spread(logits)
+    expected = [math.log(4), 0.0, math.log(2)]
+    assert spread.entropies.tolist() == pytest.approx(expected, abs=1e-6)
+    assert spread.num_possible.tolist() == [4, 4, 2]
+    assert spread.log_masses.tolist() == pytest.approx([math.log(4), 100.0, math.log(2)])
 
 
 def test_trace_gives_class_temperature_and_entropy():

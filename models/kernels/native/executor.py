@@ -19,8 +19,10 @@ from models.batch import PackedBatch
 from models.kernels.native.library import native_library
 from models.kernels.native.lowering import Lowering
 from models.kernels.native.memory import lazy_zeros
+from models.kernels.native.picker import NativePicker
 from models.kernels.native.side import SideEntries, lower_side
 from models.kernels.native.structs import OP_KINDS, PANEL, NativeOp, NativeStep, float_format
+from models.kernels.native.threads import ThreadPool
 from models.kernels.reference.operations import apply_prologue
 from models.kv_cache import KVCache
 from models.program import AttentionOp, Program
@@ -38,14 +40,6 @@ def is_native_available(kernels: str) -> bool:
     """
     library = native_library()
     return library is not None and library.proa_kernels_name(kernels.encode()) != b""
-
-
-class _ThreadPool:
-    """Threads of the extension; they end with the last executor that uses them."""
-
-    def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
-        self.handle = library.proa_pool_create(num_threads)
-        weakref.finalize(self, library.proa_pool_destroy, self.handle)
 
 
 class NativeExecutor:
@@ -73,7 +67,8 @@ class NativeExecutor:
         library = native_library()
         if library is None or not is_native_available(kernels):
             raise ValueError(f"native kernels {kernels!r} are not available on this machine")
-        self.name = f"native-{library.proa_kernels_name(kernels.encode()).decode()}"
+        self._kernels: str = library.proa_kernels_name(kernels.encode()).decode()
+        self.name = f"native-{self._kernels}"
         self._library = library
         self._program = program
         lowered_base = None if base is None else base._lowering
@@ -85,8 +80,8 @@ class NativeExecutor:
         self._num_ops = len(ops)
         self._after_taps = [i + 1 for i, kind in enumerate(kinds) if kind == OP_KINDS["tap"]]
         widths = torch.tensor(list(program.widths.values()), dtype=torch.int32)
-        self._pool: _ThreadPool = (
-            _ThreadPool(library, num_threads or len(os.sched_getaffinity(0)))
+        self._pool: ThreadPool = (
+            ThreadPool(library, num_threads or len(os.sched_getaffinity(0)))
             if base is None
             else base._pool
         )
@@ -100,6 +95,10 @@ class NativeExecutor:
     def num_bytes(self) -> int:
         """See `Decoder.num_bytes`."""
         return self._lowering.num_bytes
+
+    def make_picker(self) -> NativePicker:
+        """Return what takes tokens from logits, on the same threads."""
+        return NativePicker(self._library, self._pool, self._kernels)
 
     def make_cache(
         self, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype
@@ -205,6 +204,6 @@ class NativeExecutor:
         )
 
 
-def _destroy(library: ctypes.CDLL, program: int, _: _ThreadPool) -> None:
+def _destroy(library: ctypes.CDLL, program: int, _: ThreadPool) -> None:
     """Free a program; its threads are held until then."""
     library.proa_program_destroy(program)

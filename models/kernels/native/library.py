@@ -28,6 +28,8 @@ FUNCTIONS = {
     "proa_program_create": (_P, [ctypes.POINTER(NativeOp), _C, _P, _C, _P, ctypes.c_char_p]),
     "proa_program_destroy": (None, [_P]),
     "proa_program_run": (None, [_P, ctypes.POINTER(NativeStep)]),
+    "proa_sample": (None, [_P, ctypes.c_char_p, _P, _C, _C, _P, _P, _P, _P]),
+    "proa_measure": (None, [_P, ctypes.c_char_p, _P, _C, _C, _P, _P, _P, _P, _P]),
     "proa_pack_codes4": (None, [_P, _P, _C, _C, _C, _P]),
 }
 
