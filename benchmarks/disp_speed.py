@@ -141,7 +141,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             decoders[name] = Decoder(pruned.spec, pruned.weights, base=decoders[BASE])
     if options.rounds:
         torch.set_num_threads(1)
-        raw = run_on_loop(measure_speed(decoders, Sampler(tables, eos_token_ids=()), options))
+        sampler = Sampler(tables, eos_token_ids=(), picker=decoders[BASE].make_picker())
+        raw = run_on_loop(measure_speed(decoders, sampler, options))
         for name in found:
             found[name] |= {what: ratios(raw, name, what) for what in ("decode", "prefill")}
             found[name]["raw"] = raw[name]

@@ -73,7 +73,7 @@ class Bench:
         self.registry = NativeRegistry(loader.load)
         self.backend = NativeBackend(
             decoder,
-            Sampler(tables, eos_token_ids=()),
+            Sampler(tables, eos_token_ids=(), picker=decoder.make_picker()),
             EngineLimits(num_cache_blocks=CONTEXT_TOKENS // 16),
             eos_token_ids=(),
             adapters=self.registry,

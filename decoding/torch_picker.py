@@ -16,7 +16,7 @@ from decoding.spread import Spread, measure_spread
 from decoding.weights import distances, weights_of
 
 # Logits worked on at a time on a CPU, so that what they need stays in its caches.
-_MAX_LOGITS_CPU = 2**19
+_MAX_LOGITS_CPU = 2**17
 
 
 class TorchPicker:

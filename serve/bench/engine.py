@@ -80,6 +80,8 @@ def stream_params(decoding: Decoding, *, num_tokens: int, seed: int) -> Sampling
             chosen["temperature"] = decoding.temperature
         if decoding.strategy is not None:
             chosen["strategy"] = parse_strategy(decoding.strategy)
+        if decoding.top_p is not None:
+            chosen["top_p"] = decoding.top_p
         return SamplingParams(max_tokens=num_tokens, ignore_eos=True, seed=seed, **chosen)
     except ParameterError as error:
         raise PlanError(str(error)) from error

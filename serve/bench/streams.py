@@ -23,14 +23,20 @@ class Decoding:
     Attributes:
         temperature: sampling temperature, 0 for greedy; None: the default of the parameters.
         strategy: a request's `decoding` object; None: the default strategy.
+        top_p: see `SamplingParams`; None: the default.
     """
 
     temperature: float | None = 0.0
     strategy: Mapping[str, Any] | None = None
+    top_p: float | None = None
 
     def request_fields(self) -> dict[str, Any]:
         """Give the fields of a request to the API that ask for this."""
-        fields = {"temperature": self.temperature, "decoding": self.strategy}
+        fields = {
+            "temperature": self.temperature,
+            "decoding": self.strategy,
+            "top_p": self.top_p,
+        }
         return {name: value for name, value in fields.items() if value is not None}
 
 

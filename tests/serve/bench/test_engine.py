@@ -17,13 +17,22 @@ def test_streams_are_greedy_unless_told_otherwise() -> None:
     assert params == SamplingParams(temperature=0.0, max_tokens=7, ignore_eos=True, seed=1)
 
 
+def test_streams_are_sampled_as_told() -> None:
+    params = stream_params(Decoding(temperature=0.8, top_p=0.95), num_tokens=7, seed=1)
+    assert (params.temperature, params.top_p) == (0.8, 0.95)
+
+
 @pytest.mark.parametrize(
     "decoding",
-    [Decoding(temperature=-1.0), Decoding(strategy={"strategy": "warm"})],
-    ids=["temperature", "strategy"],
+    [
+        Decoding(temperature=-1.0),
+        Decoding(strategy={"strategy": "warm"}),
+        Decoding(temperature=1.0, top_p=7.0),
+    ],
+    ids=["temperature", "strategy", "top_p"],
 )
 def test_decoding_that_does_not_exist_is_refused(decoding: Decoding) -> None:
-    with pytest.raises(PlanError, match="temperature|decoding.strategy must be one of"):
+    with pytest.raises(PlanError, match="temperature|decoding.strategy must be one of|top_p"):
         stream_params(decoding, num_tokens=7, seed=1)
 
 

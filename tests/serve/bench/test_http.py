@@ -76,7 +76,7 @@ def test_http_streams_send_each_prompt_and_read_the_usage() -> None:
     async def scenario() -> list[StreamTiming]:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        decoding = Decoding(temperature=None, strategy={"strategy": "adapt"})
+        decoding = Decoding(temperature=None, strategy={"strategy": "adapt"}, top_p=0.9)
         url = f"http://127.0.0.1:{port}/v1/"
         runner = HttpStreams(ApiClient(url), decoding, model=None, key="secret")
         assert list(await runner.token_pool()) == [3, 4, 5]
@@ -88,6 +88,7 @@ def test_http_streams_send_each_prompt_and_read_the_usage() -> None:
     heads, bodies = zip(*requests[-2:], strict=True)
     assert sorted(body["prompt"] for body in bodies) == [[3], [4, 5]]
     assert all(body["decoding"] == {"strategy": "adapt"} for body in bodies)
+    assert all(body["top_p"] == 0.9 for body in bodies)
     assert all(body["ignore_eos"] and "temperature" not in body for body in bodies)
     assert all(b"POST /v1/completions " in h and b"Bearer secret" in h for h in heads)
 

@@ -66,7 +66,7 @@ const SamplerKernels* find_sampler(const char* name) {
   return std::string(name) == "avx512" ? sampler_avx512() : sampler_avx2();
 }
 
-// Give each row of logits, after its edits if there are any, to job(row, logits, scratch).
+// Give each row of logits, after its edits if there are any, to job(row, logits, scratch); without a pool on this thread.
 template <class Job>
 void each_row(void* pool, const float* logits, int num_rows, int width, const Penalties* penalties, const RowEdits* edits,
               Job job) {
@@ -84,7 +84,7 @@ void each_row(void* pool, const float* logits, int num_rows, int width, const Pe
       job(row, taken, scratch);
     }
   };
-  if (num_rows == 1) return work(0);
+  if (num_rows == 1 || !pool) return work(0);
   auto* threads = static_cast<Pool*>(pool);
   const auto turn = threads->acquire();
   threads->run(work);
@@ -101,6 +101,9 @@ void proa_sample(void* pool, const char* kernels, const float* logits, int num_r
                  int64_t* token_ids) {
   using namespace proa;
   const SamplerKernels* table = find_sampler(kernels);
+  // Greedy rows take less time than waking the threads.
+  const bool is_greedy = std::all_of(options, options + num_rows, [](const RowOptions& o) { return o.temperature == 0.0; });
+  if (is_greedy) pool = nullptr;
   each_row(pool, logits, num_rows, width, penalties, edits, [=](int row, const float* taken, SamplerScratch& scratch) {
     const RowOptions& o = options[row];
     if (o.temperature == 0.0) {
