@@ -4,10 +4,8 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <utility>
 
@@ -91,14 +89,14 @@ inline Mask above(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(
 inline Mask unordered(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q)); }
 // For each mask of 8 lanes: the chosen lanes, in order.
 struct Lanes {
-  Lanes() {
+  constexpr Lanes() {
     for (int mask = 0; mask < 256; ++mask)
       for (int lane = 0, count = 0; lane < 8; ++lane)
         if (mask >> lane & 1) chosen[mask][count++] = lane;
   }
   alignas(32) int32_t chosen[256][8] = {};
 };
-const Lanes kChosen;
+constexpr Lanes kChosen;
 inline __m256i lanes_of(Mask mask) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(kChosen.chosen[mask]));
 }
@@ -309,7 +307,8 @@ struct Selection {
       sample[i] = {keys[from], masses ? masses[from] : 1.f};
       total += sample[i].second;
     }
-    std::sort(sample, sample + kSample, std::greater<>());
+    // A comparison of this file's own keeps the sort out of reach of code for other instruction sets.
+    std::sort(sample, sample + kSample, [](const auto& a, const auto& b) { return a.first > b.first; });
     int i = 0;
     for (double sum = sample[0].second; i < kSample - 1 && sum < share * total; sum += sample[++i].second) {
     }
@@ -320,7 +319,7 @@ struct Selection {
   float median() const {
     float sample[9];
     for (int i = 0; i < 9; ++i) sample[i] = keys[int64_t(n - 1) * i / 8];
-    std::nth_element(sample, sample + 4, sample + 9);
+    std::nth_element(sample, sample + 4, sample + 9, [](float a, float b) { return a < b; });
     return sample[4];
   }
 
