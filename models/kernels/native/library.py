@@ -31,6 +31,8 @@ FUNCTIONS = {
     "proa_sample": (None, [_P, ctypes.c_char_p, _P, _C, _C, _P, _P, _P, _P]),
     "proa_measure": (None, [_P, ctypes.c_char_p, _P, _C, _C, _P, _P, _P, _P, _P]),
     "proa_pack_codes4": (None, [_P, _P, _C, _C, _C, _P]),
+    "proa_blocks_bytes": (ctypes.c_int64, [_C, _C, _C]),
+    "proa_pack_blocks": (None, [_C, _P, _C, _C, _C, _P]),
 }
 
 

@@ -3,11 +3,13 @@
 import ctypes
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from operator import itemgetter
 
+import torch
 from torch import Tensor
 
 from models.kernels.native.memory import on_huge_pages
-from models.kernels.native.panels import Panels, kernel_group, pack
+from models.kernels.native.panels import Panels, kernel_inputs, pack
 from models.kernels.native.structs import (
     ACTIVATIONS,
     OP_KINDS,
@@ -17,7 +19,7 @@ from models.kernels.native.structs import (
     float_format,
 )
 from models.program import LOGITS, Activate, AttentionOp, EmbedOp, LinearOp, Norm, Op, Piece
-from models.weights import Matrix
+from models.weights import Matrix, QuantizedBlocks
 
 
 class Lowering:
@@ -101,10 +103,16 @@ class Lowering:
 
     def _pack(self, weight: Matrix) -> Panels:
         """Repack a matrix of an operation, or take the panels that the base made of it."""
-        panels = None if self._base is None else self._base._panels.get(id(weight))
+        panels = self._panels.get(id(weight))
+        if panels is None and self._base is not None:
+            panels = self._base._panels.get(id(weight))
         if panels is None:
             panels = pack(weight, self._library)
-            panels = replace(panels, data=self._copy(panels.data))
+            if isinstance(weight, QuantizedBlocks):  # packed where it stays
+                self._keep.append(panels.data)
+                self.num_bytes += panels.data.nbytes
+            else:
+                panels = replace(panels, data=self._copy(panels.data))
             if panels.codebook is not None:
                 panels = replace(panels, codebook=self._copy(panels.codebook))
         self._panels[id(weight)] = panels
@@ -112,8 +120,15 @@ class Lowering:
 
     def _lower_embed(self, op: EmbedOp) -> NativeOp:
         native = NativeOp(kind=OP_KINDS["embed"], dst=self._buffers[op.dst])
-        native.table = self._shared(op.table)
-        native.table_format = float_format(op.table.dtype)
+        if isinstance(op.table, QuantizedBlocks):
+            panels = self._pack(op.table)  # often the head's
+            native.table, native.table_format = panels.data.data_ptr(), panels.format
+        elif isinstance(op.table, Tensor):
+            native.table = self._shared(op.table)
+            native.table_format = float_format(op.table.dtype)
+        else:
+            native.table = self.pointer(op.table.dequantize())
+            native.table_format = float_format(torch.float32)
         if op.positions_table is not None:
             native.position_table = self._shared(op.positions_table)
             native.position_format = float_format(op.positions_table.dtype)
@@ -122,13 +137,14 @@ class Lowering:
 
     def _lower_linear(self, op: LinearOp) -> list[NativeOp]:
         """Make one native operation for each input format among the pieces."""
-        groups = sorted({kernel_group(piece.weight) for piece in op.pieces})
+        by_inputs: dict[tuple[int, int], list[Piece]] = {}
+        for piece in op.pieces:
+            by_inputs.setdefault(kernel_inputs(piece.weight), []).append(piece)
         return [
-            self._lower_pieces(op, [p for p in op.pieces if kernel_group(p.weight) == group], group)
-            for group in groups
+            self._lower_pieces(op, *item) for item in sorted(by_inputs.items(), key=itemgetter(0))
         ]
 
-    def _lower_pieces(self, op: LinearOp, pieces: list[Piece], group: int) -> NativeOp:
+    def _lower_pieces(self, op: LinearOp, inputs: tuple[int, int], pieces: list[Piece]) -> NativeOp:
         lowered = []
         for piece in pieces:
             panels = self._pack(piece.weight)
@@ -146,7 +162,8 @@ class Lowering:
             kind=OP_KINDS["linear"],
             pieces=self.keep((NativePiece * len(lowered))(*lowered)),
             num_pieces=len(lowered),
-            group=group,
+            input_bits=inputs[0],
+            group=inputs[1],
             src=self._buffers[op.src],
             dst=-1 if op.dst == LOGITS else self._buffers[op.dst],
             inputs=op.in_features,

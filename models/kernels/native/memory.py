@@ -15,10 +15,14 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
     Weights are read from end to end at every step; large pages save most of the address
     translation that costs.
     """
-    if tensor.nbytes < _HUGE_PAGE_BYTES:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    copy = _map(tensor.nbytes, is_huge=True).view(tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
+    return room_for(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def room_for(num_bytes: int) -> Tensor:
+    """Return (num_bytes,) uint8 of memory for weights, at a multiple of 64 bytes."""
+    if num_bytes >= _HUGE_PAGE_BYTES:
+        return _map(num_bytes, is_huge=True)
+    return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -4,17 +4,26 @@ A panel holds 16 outputs side by side for every input, so that one vector load s
 and one broadcast activation. 4-bit and 8-bit weights are multiplied as 16-bit integers: a 4-bit
 code selects one of 16 values of 12 bits, activations have 13 bits and a scale for each group of
 inputs, sums are exact in 32 bits. That is nearer to float32 than bfloat16 arithmetic is.
+
+GGUF's blocks keep their codes and scales. They are multiplied as unsigned 8-bit integers with
+8-bit activations that have a scale for each 32 inputs, which is llama.cpp's precision too. Bytes
+that a weight takes, in a file and here: Q4_0 and IQ4_NL 0.5625, Q4_1 0.625, Q5_0 0.6875, Q5_1
+0.75, Q8_0 1.0625 both; Q4_K 0.5625 and 0.578, Q5_K 0.6875 and 0.703, Q6_K 0.820 and 0.828, because
+6-bit scales are kept in 8 bits. Rows of an odd number of groups are padded by one where the format
+has no minima.
 """
 
 import ctypes
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from models.kernels.native.memory import room_for
 from models.kernels.native.structs import FORMATS, PANEL, float_format
-from models.weights import Matrix, Quantized4Bit, Quantized8Bit, code_group
+from models.weights import Matrix, Quantized4Bit, Quantized8Bit, QuantizedBlocks, code_group
 
 MAX_CODE = 4095
 
@@ -38,6 +47,14 @@ class Panels:
     outputs: int
 
 
+def kernel_inputs(weight: Matrix) -> tuple[int, int]:
+    """Return what inputs become for a weight: bits of their codes and codes per scale; 0: float."""
+    if isinstance(weight, QuantizedBlocks):
+        return 8, 32
+    group = kernel_group(weight)
+    return (16 if group else 0), group
+
+
 def kernel_group(weight: Matrix) -> int:
     """Return the inputs per scale that the kernels would use for a weight; 0: computed dense."""
     if isinstance(weight, Quantized8Bit):
@@ -51,6 +68,8 @@ def kernel_group(weight: Matrix) -> int:
 
 def pack(weight: Matrix, library: ctypes.CDLL) -> Panels:
     """Repack a (out_features, in_features) matrix; a quantised one of odd width becomes float32."""
+    if isinstance(weight, QuantizedBlocks):
+        return _pack_blocks(weight, library)
     group = kernel_group(weight)
     if group and isinstance(weight, Quantized4Bit):
         return _pack_codes4(weight, group, library)
@@ -68,6 +87,19 @@ def _pad_rows(matrix: Tensor) -> Tensor:
     if not missing:
         return matrix
     return torch.cat((matrix, matrix.new_zeros(missing, *matrix.shape[1:])))
+
+
+def _pack_blocks(weight: QuantizedBlocks, library: ctypes.CDLL) -> Panels:
+    """Repack blocks from wherever they are, such as a mapped file, to where they stay."""
+    outputs, inputs = weight.shape
+    kernel_format = FORMATS[weight.kind.lower()]
+    data = room_for(library.proa_blocks_bytes(kernel_format, outputs, inputs))
+    rows = weight.data.contiguous()
+    threads = len(os.sched_getaffinity(0))
+    library.proa_pack_blocks(
+        kernel_format, rows.data_ptr(), outputs, inputs, threads, data.data_ptr()
+    )
+    return Panels(data=data, codebook=None, format=kernel_format, group=32, outputs=outputs)
 
 
 def _pack_codes4(weight: Quantized4Bit, group: int, library: ctypes.CDLL) -> Panels:

@@ -12,7 +12,7 @@ from models.kernels.reference.executor import ReferenceExecutor
 from models.program import LOGITS, EmbedOp, LinearOp, Program
 from models.quantization import quantize_4bit
 from models.spec import DecoderSpec, LayerSpec, RotarySpec, canonical_weights
-from models.weights import LowRank, Weight
+from models.weights import LowRank, Matrix, Weight
 
 VOCAB, HIDDEN = 100, 64
 KINDS = ("llama", "qwen3", "opt", "phi", "neox")
@@ -127,7 +127,7 @@ def run_alone(decoder: Decoder, sequence: list[int], dtype: torch.dtype = torch.
 
 def run_linear(
     make_executor: Callable[[Program], NativeExecutor | ReferenceExecutor],
-    rows: Tensor,
+    rows: Matrix,
     *ops: LinearOp,
 ) -> Tensor:
     """Run linears whose input buffer "x" holds `rows` (T, width); return the logits."""
@@ -141,9 +141,9 @@ def run_linear(
     executor = make_executor(program)
     layer = LayerSpec(num_attention_heads=1, num_key_value_heads=1, head_dim=1, intermediate_size=1)
     spec = DecoderSpec(
-        family="test", vocab_size=len(rows), hidden_size=width, max_position_embeddings=1024,
+        family="test", vocab_size=rows.shape[0], hidden_size=width, max_position_embeddings=1024,
         layers=(layer,), norm="rms", norm_eps=1e-5, activation="silu", gated_mlp=True,
     )  # fmt: skip
     cache = executor.make_cache(spec, 1, 16, torch.float32)
-    count = len(rows)
+    count = rows.shape[0]
     return executor.forward(pack_batch([[*range(count)]], [[0]], [(0, count)]), cache)

@@ -4,13 +4,22 @@
 
 namespace proa {
 
-// Inputs of a linear, made ready by `prepare_row`: float32 rows, or 16-bit codes with a scale for each group.
+// A group of 8-bit codes of a row: x = scale * code.
+struct RowGroup {
+  float scale;
+  float offset;      // scale * sum of the codes
+  int32_t minus[3];  // minus the sums of the first half, of the second, of both
+};
+
+// Inputs of a linear, made ready by `prepare_row`: float32 rows, 16-bit codes with a scale for each group, or 8-bit codes.
 struct Activations {
-  float* values;    // (rows, stride)
-  int16_t* codes;   // (rows, stride)
-  float* scales;    // (rows, groups)
-  int stride;       // inputs rounded up to whole groups
-  int groups;       // 0: dense
+  float* values;         // (rows, stride)
+  int16_t* codes;        // (rows, stride)
+  float* scales;         // (rows, groups)
+  int stride;            // inputs rounded up to whole groups
+  int groups;            // 0: dense
+  int8_t* bytes;         // (rows, stride)
+  RowGroup* row_groups;  // (rows, groups)
 };
 
 struct AttentionItem {

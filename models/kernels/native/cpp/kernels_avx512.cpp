@@ -1,5 +1,6 @@
 #define PROA_LANES 16
 #define PROA_ROWS 12
+#define PROA_DOT 1
 #define PROA_NAME "avx512"
 #include <type_traits>
 #include <utility>

@@ -32,6 +32,8 @@ void blend(const float* base_share, const float* up, float scale, int width, flo
 }
 
 void embed(const void* table, int format, int64_t row, int width, float* out, bool add) {
+  if (is_blocks(format))
+    return with_format(format, [&](auto known) { read_output<decltype(known)::value>(table, row, width, out, add); });
   for (int i = 0; i < width; ++i) {
     float value;
     if (format == kFloat32)

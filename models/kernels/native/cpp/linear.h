@@ -1,5 +1,6 @@
 // Linears: a row made ready, and a panel of 16 outputs times all rows.
 #pragma once
+#include "blocks.h"
 #include "vectors.h"
 
 namespace proa {
@@ -77,6 +78,8 @@ void prepare_row(const Op& op, const float* src, int row, const Activations& act
   }
   if (is_dense) {
     if (values != ready) std::memcpy(ready, values, inputs * 4);
+  } else if (op.input_bits == 8) {
+    quantize_row8(values, act, row);
   } else {
     quantize_row(values, inputs, op.group, act, row);
   }
@@ -225,19 +228,6 @@ void multiply_dense(std::index_sequence<R...>, const float* tile, int inputs, co
   (store(out + R * kPanel, total[R][0]), ...);
 }
 
-// Call f<ROWS>(row) over all rows, at most LIMIT at a time.
-template <int LIMIT, typename F>
-inline void for_row_blocks(int rows, F f) {
-  int row = 0;
-  for (; row + LIMIT <= rows; row += LIMIT) f(std::integral_constant<int, LIMIT>(), row);
-  if constexpr (LIMIT > 1) {
-    if (row < rows) {
-      const int rest = rows - row;
-      for_row_blocks<LIMIT - 1>(rest, [&](auto count, int offset) { f(count, row + offset); });
-    }
-  }
-}
-
 void panel_codes(const Piece& piece, int panel, int group, const Activations& act, int rows, float* out,
                  int16_t* tile) {
   const int groups = act.groups;
@@ -304,7 +294,11 @@ void panel_dense(const Piece& piece, int panel, int inputs, const Activations& a
 
 void panel(const Piece& piece, int index, int group, int inputs, const Activations& act, int rows, float* out, float* tile) {
   std::memset(out, 0, size_t(rows) * kPanel * 4);
-  if (act.groups)
+  if (is_blocks(piece.format))
+    with_format(piece.format, [&](auto format) {
+      panel_blocks<decltype(format)::value>(piece, index, act, rows, out, reinterpret_cast<uint8_t*>(tile));
+    });
+  else if (act.groups)
     panel_codes(piece, index, group, act, rows, out, reinterpret_cast<int16_t*>(tile));
   else
     panel_dense(piece, index, inputs, act, rows, out, tile);

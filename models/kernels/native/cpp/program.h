@@ -13,7 +13,10 @@ enum OpKind : int32_t { kEmbed = 0, kLinear = 1, kAttention = 2, kTap = 3 };
 enum Prologue : int32_t { kPlain = 0, kRmsNorm = 1, kLayerNorm = 2, kActivation = 3, kGatedActivation = 4 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 enum PoolKind : int32_t { kNoPool = 0, kMaxPool = 1, kAvgPool = 2 };
-enum Format : int32_t { kCodes4 = 0, kCodes8 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4 };
+enum Format : int32_t {
+  kCodes4 = 0, kCodes8 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4,
+  kQ40 = 5, kQ41 = 6, kQ50 = 7, kQ51 = 8, kQ80 = 9, kQ4K = 10, kQ5K = 11, kQ6K = 12, kIq4Nl = 13,  // panels.h
+};
 
 // One matrix of a linear; several share an input. `data` holds panels of 16 outputs, the last one padded:
 // codes: for each group of inputs 16 * group codes, then 16 float32 scales; dense: 16 values for each input.
@@ -58,7 +61,7 @@ struct Op {
   int32_t position_offset;
   float eps;
   float scale;
-  int32_t reserved;
+  int32_t input_bits;  // of the codes that inputs become: 8 or 16; 0 for dense
 };
 
 // A side network: a narrow decoder that reads the residual stream at every tap. All of its weights are dense.

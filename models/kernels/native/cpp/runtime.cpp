@@ -37,6 +37,7 @@ class FlushDenormals {
 struct Scratch {
   std::vector<float> row, out, scores, values, scales;
   std::vector<int16_t> codes;
+  std::vector<RowGroup> row_groups;
   float* tile = nullptr;
   std::vector<float> tile_storage;
 };
@@ -64,6 +65,7 @@ class Program {
       s.codes.resize(max_inputs_);
       s.values.resize(max_inputs_);
       s.scales.resize(max_inputs_ / 4 + 1);
+      s.row_groups.resize(max_inputs_ / 32);
     }
   }
 
@@ -86,6 +88,7 @@ class Program {
     if (has_codes) {
       grow(codes_, rows * max_inputs_);
       grow(scales_, rows * (max_inputs_ / 16 + 1));
+      grow(row_groups_, rows * (max_inputs_ / 32));
     }
     if (has_dense) grow(values_, rows * max_inputs_);
     grow(cos_sin_, rows * rotary_dim_);
@@ -156,6 +159,8 @@ class Program {
     act.values = rows == 1 ? scratch.values.data() : values_.data();
     act.codes = rows == 1 ? scratch.codes.data() : codes_.data();
     act.scales = rows == 1 ? scratch.scales.data() : scales_.data();
+    act.bytes = reinterpret_cast<int8_t*>(act.codes);
+    act.row_groups = rows == 1 ? scratch.row_groups.data() : row_groups_.data();
     const auto prepare_row = [&](int r) {
       const float* ready = nullptr;  // normed already
       if (op.select_rows) ready = step.states ? step.states + r * size_t(op.inputs) : step.num_sides ? sides_.blended(r) : nullptr;
@@ -298,6 +303,7 @@ class Program {
   std::vector<std::atomic<int>> counters_;
   std::vector<Scratch> scratch_;
   std::vector<int16_t> codes_;
+  std::vector<RowGroup> row_groups_;
   std::vector<float> scales_, values_, cos_sin_;
   int max_inputs_ = 64, rotary_dim_ = 0, score_stride_ = 0;
   bool is_decode_ = false;
@@ -312,7 +318,7 @@ extern "C" {
 int proa_layout(int i) {
   using namespace proa;
   static const int layout[] = {
-      sizeof(Piece),     offsetof(Piece, reserved),    sizeof(Op),   offsetof(Op, reserved),   sizeof(Side), offsetof(Side, rotary_scale),
+      sizeof(Piece),     offsetof(Piece, reserved),    sizeof(Op),   offsetof(Op, input_bits),   sizeof(Side), offsetof(Side, rotary_scale),
       sizeof(SideEntry), offsetof(SideEntry, v_cache), sizeof(Step), offsetof(Step, reserved),
   };
   return i < int(sizeof(layout) / sizeof(int)) ? layout[i] : 0;

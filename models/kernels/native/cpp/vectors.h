@@ -119,6 +119,19 @@ inline Floats activate(Floats x, int32_t kind) {
   }
 }
 
+// Call f<ROWS>(row) over all rows, at most LIMIT at a time.
+template <int LIMIT, typename F>
+inline void for_row_blocks(int rows, F f) {
+  int row = 0;
+  for (; row + LIMIT <= rows; row += LIMIT) f(std::integral_constant<int, LIMIT>(), row);
+  if constexpr (LIMIT > 1) {
+    if (row < rows) {
+      const int rest = rows - row;
+      for_row_blocks<LIMIT - 1>(rest, [&](auto count, int offset) { f(count, row + offset); });
+    }
+  }
+}
+
 // Call f(vector index) on whole vectors and let it see the tail through a padded copy.
 template <typename F>
 inline void map_row(const float* x, float* out, int width, F f) {
