@@ -1,9 +1,9 @@
 """Build the native kernels into `models/kernels/native/_native.so`, a shared library ctypes loads.
 
-The library needs neither torch nor Python headers. Files named `*_avx2.cpp` and `*_avx512.cpp` are
-compiled for their instruction set; which one runs is decided when the library is loaded. The digest
-of the sources is compiled in, so that a library of other ones is refused. Processors that are not
-x86-64 get no library and compute with torch.
+The library needs neither torch nor Python headers. Files named `*_avx2.cpp`, `*_avxvnni.cpp`
+and `*_avx512.cpp` are compiled for their instruction set; which one runs is decided at run time.
+The digest of the sources is compiled in, so that a library of other ones is refused. Processors
+that are not x86-64 get no library and compute with torch.
 """
 
 import os
@@ -23,6 +23,7 @@ BASE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-pthread")
 digest_sources = runpy.run_path(str(ROOT / SOURCES.parent / "sources.py"))["digest_sources"]
 ISA_FLAGS = {
     "_avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "_avxvnni": ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
     "_avx512": (
         "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c",
     ),

@@ -33,7 +33,7 @@ BLOCK_SIZE = 16
 
 
 def is_native_available(kernels: str) -> bool:
-    """Whether the library is built and this processor runs "auto", "avx2" or "avx512".
+    """Whether the library is built and this processor runs "auto" or a set of instructions.
 
     Raises:
         NativeLibraryError: the library was not built for this code.
@@ -47,7 +47,8 @@ class NativeExecutor:
 
     Args:
         program: what to run.
-        kernels: "auto" (the best this processor has), "avx2" or "avx512".
+        kernels: "auto" (the fastest here, measured once a process), "avx2", "avxvnni" or
+            "avx512".
         num_threads: None: one for each core this process may use.
         base: its threads are used, and what it made of tensors and matrices that this program has
             too; the two must not run at the same time.

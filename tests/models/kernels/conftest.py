@@ -8,7 +8,7 @@ import pytest
 from models.kernels.native.executor import is_native_available
 
 
-@pytest.fixture(params=["avx2", "avx512"])
+@pytest.fixture(params=["avx2", "avxvnni", "avx512"])
 def native(request: pytest.FixtureRequest) -> str:
     """Each native instruction set that this processor has."""
     if not is_native_available(request.param):
@@ -16,7 +16,7 @@ def native(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["avx2", "avx512", "reference"])
+@pytest.fixture(params=["avx2", "avxvnni", "avx512", "reference"])
 def kernels(request: pytest.FixtureRequest) -> str:
     """Every choice of kernels that runs on a CPU; skips those this processor cannot run."""
     if request.param != "reference" and not is_native_available(request.param):

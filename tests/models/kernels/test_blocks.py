@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.kernels.native.executor import NativeExecutor
+from models.kernels.native.executor import NativeExecutor, is_native_available
 from models.kernels.native.library import native_library
 from models.kernels.native.panels import pack
 from models.program import LOGITS, LinearOp, Piece, Program
@@ -140,6 +140,16 @@ def test_a_row_has_the_same_bits_in_any_batch_and_at_any_number_of_threads(
     assert torch.equal(_run(rows, weight, kernels=native, num_threads=3), whole)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 17])
+@pytest.mark.parametrize("kind", BLOCK_FORMATS)
+def test_every_instruction_set_gives_the_same_bits(kind: str, num_rows: int) -> None:
+    rows, weight = _random(num_rows, 768), random_blocks(kind, 40, 768)
+    sets = [name for name in ("avx2", "avxvnni", "avx512", "auto") if is_native_available(name)]
+    first, *others = (_run(rows, weight, kernels=name) for name in sets)
+    for other in others:
+        assert torch.equal(first, other)
+
+
 @pytest.mark.parametrize("kind", BLOCK_FORMATS)
 def test_pieces_of_mixed_formats_share_an_input(native: str, kind: str) -> None:
     rows = _random(6, 256)
@@ -181,3 +191,11 @@ def test_panels_take_about_the_bytes_of_the_file(kind: str) -> None:
     library = native_library()
     assert library is not None
     assert weight.data.nbytes <= pack(weight, library).data.nbytes <= weight.data.nbytes * 1.03
+
+
+def test_fastest_kernels_are_chosen_once() -> None:
+    library = native_library()
+    assert library is not None
+    name = library.proa_kernels_name(b"auto")
+    assert name and set(name.decode().split("+")) <= {"avx2", "avxvnni", "avx512"}
+    assert library.proa_kernels_name(b"auto") == name

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.kernels.native.executor import NativeExecutor
+from models.kernels.native.executor import NativeExecutor, is_native_available
 from models.kernels.native.panels import kernel_group
 from models.kernels.reference.executor import ReferenceExecutor
 from models.program import LOGITS, Activate, LinearOp, Norm, Piece
@@ -74,6 +74,19 @@ def test_linear_gives_a_row_the_same_bits_in_any_batch(native: str, name: str, c
     whole = run_linear(lambda p: NativeExecutor(p, kernels=native), rows, op)
     part = run_linear(lambda p: NativeExecutor(p, kernels=native), rows[:count], op)
     assert torch.equal(part, whole[:count])
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 17])
+@pytest.mark.parametrize("name", FORMATS)
+def test_linear_gives_the_same_bits_in_every_instruction_set(name: str, count: int) -> None:
+    rows, op = _random(count, 192), _linear(FORMATS[name](_random(48, 192, seed=1)))
+    sets = [name for name in ("avx2", "avxvnni", "avx512", "auto") if is_native_available(name)]
+    first, *others = (
+        run_linear(lambda p, name=name: NativeExecutor(p, kernels=name), rows, op)  # type: ignore[misc]
+        for name in sets
+    )
+    for other in others:
+        assert torch.equal(first, other)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 5])

@@ -20,6 +20,10 @@ typedef uint8_t Bytes __attribute__((vector_size(sizeof(Vector)), aligned(1)));
 typedef uint16_t Words __attribute__((vector_size(sizeof(Vector)), aligned(1)));
 constexpr int kMaxCode = 127;
 
+// Sums stay in registers only if everything between the loops and the instructions is inlined.
+#define PROA_INLINED __attribute__((always_inline))
+#define PROA_INLINE inline PROA_INLINED
+
 inline Vector load_bytes(const uint8_t* p) { return (Vector)*reinterpret_cast<const Bytes*>(p); }
 inline Vector splat_byte(uint8_t v) { return (Vector)(Bytes{} + v); }
 inline int32_t read_int(const int8_t* p) {
@@ -110,7 +114,7 @@ constexpr int quads_in_words(Kind kind) { return kind <= kMin4 ? 8 : kind <= kMi
 
 // Quad Q of a group, as the micro kernels take it.
 template <int FORMAT, int Q>
-inline void expand_quad(const uint8_t* codes, Vector* weights) {
+PROA_INLINE void expand_quad(const uint8_t* codes, Vector* weights) {
   constexpr int kBits = block_format(FORMAT).bits;
   const Vector mask = splat_byte(15);
 #pragma GCC unroll 2
@@ -135,18 +139,18 @@ inline void expand_quad(const uint8_t* codes, Vector* weights) {
 }
 
 template <size_t... Q, typename F>
-inline void for_quads(std::index_sequence<Q...>, F f) {
+PROA_INLINE void for_quads(std::index_sequence<Q...>, F f) {
   (f(std::integral_constant<int, Q>()), ...);
 }
 
 // sums += 4 inputs of a row times a quad. `sums` are 32 bits wide with dot products, else 16.
 #if PROA_DOT && PROA_LANES == 16
-inline void multiply_quad(Vector* sums, const Vector* weights, const int8_t* x) {
+PROA_INLINE void multiply_quad(Vector* sums, const Vector* weights, const int8_t* x) {
   sums[0] = _mm512_dpbusd_epi32(sums[0], weights[0], splat_int(read_int(x)));
 }
 #elif PROA_DOT
 // In assembly, as for `multiply_pair`, so that the broadcasts of all rows are not hoisted.
-inline void multiply_quad(Vector* sums, const Vector* weights, const int8_t* x) {
+PROA_INLINE void multiply_quad(Vector* sums, const Vector* weights, const int8_t* x) {
   Vector quad;
   asm("vpbroadcastd %5, %2\n\t"
       "%{vex%} vpdpbusd %2, %3, %0\n\t"
@@ -155,7 +159,7 @@ inline void multiply_quad(Vector* sums, const Vector* weights, const int8_t* x) 
       : "x"(weights[0]), "x"(weights[1]), "m"(*reinterpret_cast<const int32_t*>(x)));
 }
 #else
-inline void multiply_quad(Vector* sums, const Vector* weights, const int8_t* x) {
+PROA_INLINE void multiply_quad(Vector* sums, const Vector* weights, const int8_t* x) {
   Vector first, second;
   asm("vpbroadcastd %6, %2\n\t"
       "vpmaddubsw %2, %4, %3\n\t"
@@ -165,19 +169,19 @@ inline void multiply_quad(Vector* sums, const Vector* weights, const int8_t* x) 
       : "+x"(sums[0]), "+x"(sums[1]), "=&x"(first), "=&x"(second)
       : "x"(weights[0]), "x"(weights[1]), "m"(*reinterpret_cast<const int32_t*>(x)));
 }
-inline void multiply_signed(Vector* total, const Vector* weights, const int8_t* x) {
+PROA_INLINE void multiply_signed(Vector* total, const Vector* weights, const int8_t* x) {
   const Vector quad = splat_int(read_int(x)), ones = _mm256_set1_epi16(1);
   for (int v = 0; v < kVectors; ++v)
     total[v] = _mm256_add_epi32(
         total[v], _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(weights[v]), _mm256_sign_epi8(quad, weights[v])), ones));
 }
-inline void widen(Vector* total, const Vector* sums) {
+PROA_INLINE void widen(Vector* total, const Vector* sums) {
   for (int v = 0; v < kVectors; ++v) total[v] = _mm256_add_epi32(total[v], _mm256_madd_epi16(sums[v], _mm256_set1_epi16(1)));
 }
 #endif
 
 template <Kind KIND>
-inline void start_sum(Vector* total, const int32_t minus) {
+PROA_INLINE void start_sum(Vector* total, const int32_t minus) {
 #if PROA_LANES == 16
   total[0] = zero_shift(KIND) > 0 && !has_min(KIND) ? _mm512_slli_epi32(splat_int(minus), std::max(0, zero_shift(KIND))) : Vector{};
 #else
@@ -187,11 +191,11 @@ inline void start_sum(Vector* total, const int32_t minus) {
 }
 
 // total += scale * sum, or the same with an activation's scale.
-inline void add_sum(Floats* total, const Vector* sums, const Floats* scales, float scale) {
+PROA_INLINE void add_sum(Floats* total, const Vector* sums, const Floats* scales, float scale) {
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) total[v] = multiply_add(convert(sums[v]), scales[v] * splat(scale), total[v]);
 }
-inline void add_min(Floats* total, const Floats* mins, float offset) {
+PROA_INLINE void add_min(Floats* total, const Floats* mins, float offset) {
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) total[v] = multiply_add(mins[v], splat(offset), total[v]);
 }
@@ -199,17 +203,17 @@ inline void add_min(Floats* total, const Floats* mins, float offset) {
 // One group of some rows. `weights(Q, vectors)` gives quad Q; scales and seconds (minima, or scales of the second half) are 16
 // floats each.
 template <Kind KIND, typename W, size_t... R>
-inline void multiply_group(std::index_sequence<R...>, W weights, const Floats* scales, const Floats* seconds, const int8_t* x,
+PROA_INLINE void multiply_group(std::index_sequence<R...>, W weights, const Floats* scales, const Floats* seconds, const int8_t* x,
                            ptrdiff_t stride, const RowGroup* rows, ptrdiff_t rows_stride, Floats (*totals)[kVectors]) {
   constexpr int kQuads = 8 / num_parts(KIND), kStep = std::min(kQuads, quads_in_words(KIND));
-  for_quads(std::make_index_sequence<num_parts(KIND)>(), [&](auto part) __attribute__((always_inline)) {
+  for_quads(std::make_index_sequence<num_parts(KIND)>(), [&](auto part) PROA_INLINED {
     Vector sums[sizeof...(R)][kVectors];
     (start_sum<KIND>(sums[R], rows[R * rows_stride].minus[num_parts(KIND) == 2 ? part : 2]), ...);
-    for_quads(std::make_index_sequence<kQuads / kStep>(), [&](auto step) __attribute__((always_inline)) {
+    for_quads(std::make_index_sequence<kQuads / kStep>(), [&](auto step) PROA_INLINED {
       constexpr int kFirst = decltype(part)::value * kQuads + decltype(step)::value * kStep;
       Vector quad[2];
 #if PROA_DOT
-      for_quads(std::make_index_sequence<kStep>(), [&](auto q) __attribute__((always_inline)) {
+      for_quads(std::make_index_sequence<kStep>(), [&](auto q) PROA_INLINED {
         weights(std::integral_constant<int, kFirst + decltype(q)::value>(), quad);
         (multiply_quad(sums[R], quad, x + R * stride + (kFirst + q) * 4), ...);
       });
@@ -218,8 +222,9 @@ inline void multiply_group(std::index_sequence<R...>, W weights, const Floats* s
         weights(std::integral_constant<int, kFirst>(), quad);
         (multiply_signed(sums[R], quad, x + R * stride + kFirst * 4), ...);
       } else {
-        Vector words[sizeof...(R)][kVectors] = {};
-        for_quads(std::make_index_sequence<kStep>(), [&](auto q) __attribute__((always_inline)) {
+        Vector words[sizeof...(R)][kVectors];
+        ((words[R][0] = words[R][kVectors - 1] = Vector{}), ...);
+        for_quads(std::make_index_sequence<kStep>(), [&](auto q) PROA_INLINED {
           weights(std::integral_constant<int, kFirst + decltype(q)::value>(), quad);
           (multiply_quad(words[R], quad, x + R * stride + (kFirst + q) * 4), ...);
         });
@@ -234,7 +239,7 @@ inline void multiply_group(std::index_sequence<R...>, W weights, const Floats* s
 
 // Scales of group g and its minima or second scales, exact in float32.
 template <int FORMAT>
-inline void load_scales(const uint8_t* panel, int g, Floats* scales, Floats* seconds) {
+PROA_INLINE void load_scales(const uint8_t* panel, int g, Floats* scales, Floats* seconds) {
   constexpr BlockFormat kFormat = block_format(FORMAT);
   const uint8_t* group = panel + kFormat.scales_at(g);
   const uint16_t* halves = reinterpret_cast<const uint16_t*>(kFormat.is_super() ? panel + kFormat.super_at(g) : group);
@@ -261,7 +266,7 @@ void multiply_tile(std::index_sequence<R...> rows, const uint8_t* tile, const fl
     for (int i = 0; i < next_step; i += 64) prefetch(next + i);
     Floats scales[2], seconds[2];
     for (int v = 0; v < kVectors; ++v) scales[v] = load(tile_scales + v * kLanes), seconds[v] = load(tile_scales + kPanel + v * kLanes);
-    multiply_group<KIND>(rows, [&](auto q, Vector* weights) __attribute__((always_inline)) {
+    multiply_group<KIND>(rows, [&](auto q, Vector* weights) PROA_INLINED {
       weights[0] = load_bytes(tile + q * kQuad);
       weights[kVectors - 1] = load_bytes(tile + q * kQuad + (kVectors - 1) * sizeof(Vector));
     }, scales, seconds, x, act.stride, row_groups, act.groups, totals);
@@ -273,12 +278,13 @@ template <int FORMAT, size_t... R>
 void multiply_panel(std::index_sequence<R...> rows, const uint8_t* panel, const Activations& act, float* out) {
   constexpr BlockFormat kFormat = block_format(FORMAT);
   constexpr int kBytes = kFormat.unit_bytes() / kFormat.unit();
-  Floats totals[sizeof...(R)][kVectors] = {};
+  Floats totals[sizeof...(R)][kVectors];
+  ((totals[R][0] = totals[R][kVectors - 1] = Floats{}), ...);
   for (int g = 0; g < act.groups; ++g) {
     for (int i = 0; i < kBytes; i += 64) prefetch_once(panel + ptrdiff_t(g) * kBytes + kAhead + i);
     Floats scales[2], seconds[2];
     load_scales<FORMAT>(panel, g, scales, seconds);
-    multiply_group<kind_of(FORMAT)>(rows, [&](auto q, Vector* weights) __attribute__((always_inline)) {
+    multiply_group<kind_of(FORMAT)>(rows, [&](auto q, Vector* weights) PROA_INLINED {
       expand_quad<FORMAT, decltype(q)::value>(panel + kFormat.codes_at(g), weights);
     }, scales, seconds, act.bytes + g * kGroup, act.stride, act.row_groups + g, act.groups, totals);
   }
@@ -300,7 +306,7 @@ void panel_blocks(const Piece& piece, int index, const Activations& act, int row
   for (int first = 0; first < act.groups; first += kChunk) {
     const int count = std::min(kChunk, act.groups - first);
     for (int g = 0; g < count; ++g) {
-      for_quads(std::make_index_sequence<8>(), [&](auto q) __attribute__((always_inline)) {
+      for_quads(std::make_index_sequence<8>(), [&](auto q) PROA_INLINED {
         Vector weights[2];
         expand_quad<FORMAT, decltype(q)::value>(panel + kFormat.codes_at(first + g), weights);
         std::memcpy(tile + (g * 8 + q) * kQuad, weights, kQuad);

@@ -37,13 +37,22 @@ struct AttentionItem {
   int score_stride;
 };
 
+constexpr int kFewRows = 3;  // rows for which codes are expanded in registers
+
+// out(rows, 16) = activations x panel of `piece`; `tile` is scratch of kTileFloats at a multiple of 64 bytes. The bits of a row
+// are the same in every instruction set and for any number of rows.
+typedef void PanelFunction(const Piece& piece, int panel, int group, int inputs, const Activations& act, int rows, float* out,
+                           float* tile);
+
 struct Kernels {
   const char* name;
+  PanelFunction *few, *many;
+  void panel(const Piece& piece, int index, int group, int inputs, const Activations& act, int rows, float* out,
+             float* tile) const {
+    (rows <= kFewRows ? few : many)(piece, index, group, inputs, act, rows, out, tile);
+  }
   // Run an op's prologue on one row of `src` and store it as row `row` of `act`. `scratch` holds norm_width floats.
   void (*prepare_row)(const Op& op, const float* src, int row, const Activations& act, float* scratch);
-  // out(rows, 16) = activations x panel of `piece`; `tile` is scratch of `tile_floats`.
-  void (*panel)(const Piece& piece, int panel, int group, int inputs, const Activations& act, int rows, float* out,
-                float* tile);
   void (*attend)(const AttentionItem& item);
   // Normalise (if weight), rotate and scale one head in place.
   void (*rotate)(float* head, int head_dim, int rotary_dim, const float* cos_sin, const float* weight, float eps,
@@ -60,9 +69,12 @@ struct Kernels {
 
 constexpr int kTileFloats = 16 * 1024;  // 64 KiB
 
-#if defined(__x86_64__)
+// Tables of one instruction set; they exist on x86-64 only.
 const Kernels* kernels_avx2();
+const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx512();
-#endif
+
+// The kernels of a name, or null if this processor does not run them. "auto": what proved fastest here, for few rows and for many.
+const Kernels* find_kernels(const char* name);
 
 }  // namespace proa

@@ -11,19 +11,6 @@
 namespace proa {
 namespace {
 
-const Kernels* find_kernels(const char* name) {
-#if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vnni");
-  const bool is_auto = std::strcmp(name, "auto") == 0;
-  if (has_avx512 && (is_auto || std::strcmp(name, "avx512") == 0)) return kernels_avx512();
-  if (has_avx2 && (is_auto || std::strcmp(name, "avx2") == 0)) return kernels_avx2();
-#endif
-  return nullptr;
-}
-
 // Flush denormals while kernels run: they cost a hundred cycles each and carry nothing.
 class FlushDenormals {
  public:
