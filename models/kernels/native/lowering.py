@@ -47,6 +47,7 @@ class Lowering:
         self._library = library
         self._place = place
         self._buffers = {name: i for i, name in enumerate(widths)}
+        self._attended: set[str] = set()  # buffers that attention reads or writes
         self._keep: list[object] = []
         # By id of what operations hold, so good for as long as those live.
         self._tensors: dict[int, Tensor] = {}
@@ -56,6 +57,9 @@ class Lowering:
     def lower(self, ops: Iterable[Op]) -> list[NativeOp]:
         """Lower operations; a linear whose pieces differ in their input format becomes several."""
         lowered: list[NativeOp] = []
+        ops = tuple(ops)
+        attentions = [op for op in ops if isinstance(op, AttentionOp)]
+        self._attended = {name for op in attentions for name in (op.src, op.dst)}
         for op in ops:
             if isinstance(op, EmbedOp):
                 lowered.append(self._lower_embed(op))
@@ -103,7 +107,9 @@ class Lowering:
 
     def _pack(self, weight: Matrix) -> Panels:
         """Repack a matrix of an operation, or take the panels that the base made of it."""
-        panels = self._panels.get(id(weight))
+        panels = None
+        if isinstance(weight, QuantizedBlocks):  # a table that is the head too
+            panels = self._panels.get(id(weight))
         if panels is None and self._base is not None:
             panels = self._base._panels.get(id(weight))
         if panels is None:
@@ -138,11 +144,13 @@ class Lowering:
     def _lower_linear(self, op: LinearOp) -> list[NativeOp]:
         """Make one native operation for each input format among the pieces."""
         by_inputs: dict[tuple[int, int], list[Piece]] = {}
+        # Measured: 8-bit activations cost perplexity in attention and in the head, not in the MLP.
+        is_precise = op.selects_rows or not self._attended.isdisjoint((op.src, op.dst))
         for piece in op.pieces:
-            by_inputs.setdefault(kernel_inputs(piece.weight), []).append(piece)
-        return [
-            self._lower_pieces(op, *item) for item in sorted(by_inputs.items(), key=itemgetter(0))
-        ]
+            inputs = kernel_inputs(piece.weight, is_precise=is_precise)
+            by_inputs.setdefault(inputs, []).append(piece)
+        ordered = sorted(by_inputs.items(), key=itemgetter(0))
+        return [self._lower_pieces(op, inputs, pieces) for inputs, pieces in ordered]
 
     def _lower_pieces(self, op: LinearOp, inputs: tuple[int, int], pieces: list[Piece]) -> NativeOp:
         lowered = []
@@ -162,7 +170,7 @@ class Lowering:
             kind=OP_KINDS["linear"],
             pieces=self.keep((NativePiece * len(lowered))(*lowered)),
             num_pieces=len(lowered),
-            input_bits=inputs[0],
+            input_kind=inputs[0],
             group=inputs[1],
             src=self._buffers[op.src],
             dst=-1 if op.dst == LOGITS else self._buffers[op.dst],

@@ -13,6 +13,7 @@ FORMATS = {
     "q4_0": 5, "q4_1": 6, "q5_0": 7, "q5_1": 8, "q8_0": 9, "q4_k": 10, "q5_k": 11, "q6_k": 12,
     "iq4_nl": 13,
 }  # fmt: skip
+INPUT_KINDS = {"floats": 0, "words": 1, "byte": 2, "two_bytes": 3}
 OP_KINDS = {"embed": 0, "linear": 1, "attention": 2, "tap": 3}
 PROLOGUES = {"plain": 0, "rms_norm": 1, "layer_norm": 2, "activation": 3, "gated_activation": 4}
 POOLS = {None: 0, "max": 1, "avg": 2}
@@ -39,7 +40,7 @@ class NativeOp(ctypes.Structure):
             "kind", "prologue", "activation", "num_pieces", "group", "src", "dst", "inputs",
             "norm_width", "accumulate", "select_rows", "layer", "num_heads", "num_kv_heads",
             "head_dim", "rotary_dim", "table_format", "position_format", "position_offset")),
-        ("eps", _F), ("scale", _F), ("input_bits", _I),
+        ("eps", _F), ("scale", _F), ("input_kind", _I),
     ]  # fmt: skip
 
 

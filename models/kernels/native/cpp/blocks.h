@@ -52,13 +52,19 @@ inline Floats load_factors(const uint8_t* p, bool is_signed) {
 }
 #endif
 
-// 8-bit codes of one row: each group of inputs is scaled by its largest magnitude.
-inline void quantize_row8(const float* x, const Activations& act, int row) {
-  int8_t* codes = act.bytes + ptrdiff_t(row) * act.stride;
+// Eight-bit codes of one row, one or two for an input; each group of inputs is scaled by its largest magnitude.
+template <bool TWO>
+void quantize_row8(const float* x, const Activations& act, int row) {
+  constexpr int kLargest = TWO ? kMaxCode * 128 + 63 : kMaxCode;
+  int8_t* codes = act.bytes + ptrdiff_t(row) * act.stride * (1 + TWO);
   RowGroup* groups = act.row_groups + ptrdiff_t(row) * act.groups;
   const __m256 sign = _mm256_set1_ps(-0.f);
-  const __m256i ones = _mm256_set1_epi16(1);
-  for (int g = 0; g < act.groups; ++g, x += kGroup, codes += kGroup) {
+  const auto write = [&](const __m256i* words) {
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(words[0], words[1]), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), bytes);
+    codes += kGroup;
+  };
+  for (int g = 0; g < act.groups; ++g, x += kGroup) {
     __m256 values[4], largest = _mm256_setzero_ps();
     for (int i = 0; i < 4; ++i) {
       values[i] = _mm256_loadu_ps(x + 8 * i);
@@ -67,20 +73,27 @@ inline void quantize_row8(const float* x, const Activations& act, int row) {
     const __m128 half = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
     const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
     const float max = std::max(_mm_cvtss_f32(quarter), _mm_cvtss_f32(_mm_shuffle_ps(quarter, quarter, 1)));
-    const __m256 inverse = _mm256_set1_ps(max > 1e-30f ? kMaxCode / max : 0.f);
+    const __m256 inverse = _mm256_set1_ps(max > 1e-30f ? kLargest / max : 0.f);
     __m256i words[2];
-    for (int i = 0; i < 2; ++i)
-      words[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(values[2 * i], inverse)),
-                                                             _mm256_cvtps_epi32(_mm256_mul_ps(values[2 * i + 1], inverse))), 0xd8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permute4x64_epi64(_mm256_packs_epi16(words[0], words[1]), 0xd8));
     int32_t sums[2];
     for (int i = 0; i < 2; ++i) {
-      const __m256i pairs = _mm256_madd_epi16(words[i], ones);
+      words[i] = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(values[2 * i], inverse)),
+                                                             _mm256_cvtps_epi32(_mm256_mul_ps(values[2 * i + 1], inverse))), 0xd8);
+      const __m256i pairs = _mm256_madd_epi16(words[i], _mm256_set1_epi16(1));
       __m128i four = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
       four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
       sums[i] = _mm_cvtsi128_si32(four) + _mm_extract_epi32(four, 1);
     }
-    const float scale = max / kMaxCode;
+    if constexpr (TWO) {
+      __m256i firsts[2];
+      for (int i = 0; i < 2; ++i) {
+        firsts[i] = _mm256_srai_epi16(_mm256_adds_epi16(words[i], _mm256_set1_epi16(64)), 7);
+        words[i] = _mm256_sub_epi16(words[i], _mm256_slli_epi16(firsts[i], 7));  // -64 .. 63
+      }
+      write(firsts);
+    }
+    write(words);
+    const float scale = max / kLargest;
     groups[g] = {scale, scale * float(sums[0] + sums[1]), {-sums[0], -sums[1], -sums[0] - sums[1]}};
   }
 }
@@ -103,7 +116,7 @@ constexpr int num_parts(Kind kind) { return kind == kHalves6 ? 2 : 1; }  // of a
 
 #if PROA_DOT
 // Codes whose middle is 1 << shift start from minus that middle times the sum of the activations.
-constexpr int zero_shift(Kind kind) { return kind == kZero4 ? 3 : kind == kZero5 ? 4 : kind == kHalves6 ? 5 : 7; }
+constexpr int zero_shift(Kind kind) { return kind == kZero4 ? 3 : kind == kZero5 ? 4 : kind == kHalves6 ? 5 : kind == kWhole8 ? 7 : -1; }
 constexpr int quads_in_words(Kind) { return 8; }
 #else
 constexpr int zero_shift(Kind kind) { return kind == kZero4 ? 3 : kind == kZero5 ? 4 : kind == kHalves6 ? 5 : -1; }
@@ -180,17 +193,23 @@ PROA_INLINE void widen(Vector* total, const Vector* sums) {
 }
 #endif
 
+// sums = 128 * sums + what codes whose middle is not 0 are to start from.
 template <Kind KIND>
-PROA_INLINE void start_sum(Vector* total, const int32_t minus) {
+PROA_INLINE void start_sum(Vector* sums, int32_t minus) {
 #if PROA_LANES == 16
-  total[0] = zero_shift(KIND) > 0 && !has_min(KIND) ? _mm512_slli_epi32(splat_int(minus), std::max(0, zero_shift(KIND))) : Vector{};
+  sums[0] = _mm512_slli_epi32(sums[0], 7);
+  if constexpr (zero_shift(KIND) > 0)
+    sums[0] = _mm512_add_epi32(sums[0], _mm512_slli_epi32(splat_int(minus), zero_shift(KIND)));
 #else
-  total[0] = zero_shift(KIND) > 0 && !has_min(KIND) ? _mm256_slli_epi32(splat_int(minus), std::max(0, zero_shift(KIND))) : Vector{};
-  total[1] = total[0];
+  for (int v = 0; v < 2; ++v) sums[v] = _mm256_slli_epi32(sums[v], 7);
+  if constexpr (zero_shift(KIND) > 0) {
+    const Vector start = _mm256_slli_epi32(splat_int(minus), zero_shift(KIND));
+    for (int v = 0; v < 2; ++v) sums[v] = _mm256_add_epi32(sums[v], start);
+  }
 #endif
 }
 
-// total += scale * sum, or the same with an activation's scale.
+// totals += sums * their scales * the activations' scale.
 PROA_INLINE void add_sum(Floats* total, const Vector* sums, const Floats* scales, float scale) {
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) total[v] = multiply_add(convert(sums[v]), scales[v] * splat(scale), total[v]);
@@ -200,38 +219,48 @@ PROA_INLINE void add_min(Floats* total, const Floats* mins, float offset) {
   for (int v = 0; v < kVectors; ++v) total[v] = multiply_add(mins[v], splat(offset), total[v]);
 }
 
-// One group of some rows. `weights(Q, vectors)` gives quad Q; scales and seconds (minima, or scales of the second half) are 16
-// floats each.
-template <Kind KIND, typename W, size_t... R>
-PROA_INLINE void multiply_group(std::index_sequence<R...>, W weights, const Floats* scales, const Floats* seconds, const int8_t* x,
-                           ptrdiff_t stride, const RowGroup* rows, ptrdiff_t rows_stride, Floats (*totals)[kVectors]) {
-  constexpr int kQuads = 8 / num_parts(KIND), kStep = std::min(kQuads, quads_in_words(KIND));
-  for_quads(std::make_index_sequence<num_parts(KIND)>(), [&](auto part) PROA_INLINED {
-    Vector sums[sizeof...(R)][kVectors];
-    (start_sum<KIND>(sums[R], rows[R * rows_stride].minus[num_parts(KIND) == 2 ? part : 2]), ...);
-    for_quads(std::make_index_sequence<kQuads / kStep>(), [&](auto step) PROA_INLINED {
-      constexpr int kFirst = decltype(part)::value * kQuads + decltype(step)::value * kStep;
-      Vector quad[2];
+// sums += quads FIRST .. FIRST + COUNT - 1 of a group times the codes of some rows at x.
+template <Kind KIND, int FIRST, int COUNT, typename W, size_t... R>
+PROA_INLINE void multiply_quads(std::index_sequence<R...>, W weights, const int8_t* x, ptrdiff_t stride, Vector (*sums)[kVectors]) {
+  constexpr int kStep = std::min(COUNT, quads_in_words(KIND));
+  for_quads(std::make_index_sequence<COUNT / kStep>(), [&](auto step) PROA_INLINED {
+    constexpr int kStart = FIRST + decltype(step)::value * kStep;
+    Vector quad[2];
 #if PROA_DOT
-      for_quads(std::make_index_sequence<kStep>(), [&](auto q) PROA_INLINED {
-        weights(std::integral_constant<int, kFirst + decltype(q)::value>(), quad);
-        (multiply_quad(sums[R], quad, x + R * stride + (kFirst + q) * 4), ...);
-      });
-#else
-      if constexpr (kStep == 1) {
-        weights(std::integral_constant<int, kFirst>(), quad);
-        (multiply_signed(sums[R], quad, x + R * stride + kFirst * 4), ...);
-      } else {
-        Vector words[sizeof...(R)][kVectors];
-        ((words[R][0] = words[R][kVectors - 1] = Vector{}), ...);
-        for_quads(std::make_index_sequence<kStep>(), [&](auto q) PROA_INLINED {
-          weights(std::integral_constant<int, kFirst + decltype(q)::value>(), quad);
-          (multiply_quad(words[R], quad, x + R * stride + (kFirst + q) * 4), ...);
-        });
-        (widen(sums[R], words[R]), ...);
-      }
-#endif
+    for_quads(std::make_index_sequence<kStep>(), [&](auto q) PROA_INLINED {
+      weights(std::integral_constant<int, kStart + decltype(q)::value>(), quad);
+      (multiply_quad(sums[R], quad, x + R * stride + (kStart + q) * 4), ...);
     });
+#else
+    if constexpr (kStep == 1) {
+      weights(std::integral_constant<int, kStart>(), quad);
+      (multiply_signed(sums[R], quad, x + R * stride + kStart * 4), ...);
+    } else {
+      Vector words[sizeof...(R)][kVectors];
+      ((words[R][0] = words[R][kVectors - 1] = Vector{}), ...);
+      for_quads(std::make_index_sequence<kStep>(), [&](auto q) PROA_INLINED {
+        weights(std::integral_constant<int, kStart + decltype(q)::value>(), quad);
+        (multiply_quad(words[R], quad, x + R * stride + (kStart + q) * 4), ...);
+      });
+      (widen(sums[R], words[R]), ...);
+    }
+#endif
+  });
+}
+
+// One group of some rows, whose codes are TWO times 8 bits or 8 bits. `weights(Q, vectors)` gives quad Q; scales and seconds
+// (minima, or scales of the second half) are 16 floats each.
+template <Kind KIND, bool TWO, typename W, size_t... R>
+PROA_INLINE void multiply_group(std::index_sequence<R...> indices, W weights, const Floats* scales, const Floats* seconds, const int8_t* x,
+                                ptrdiff_t stride, const RowGroup* rows, ptrdiff_t rows_stride, Floats (*totals)[kVectors]) {
+  constexpr int kQuads = 8 / num_parts(KIND);
+  for_quads(std::make_index_sequence<num_parts(KIND)>(), [&](auto part) PROA_INLINED {
+    constexpr int kFirst = decltype(part)::value * kQuads;
+    Vector sums[sizeof...(R)][kVectors];
+    ((sums[R][0] = sums[R][kVectors - 1] = Vector{}), ...);
+    if constexpr (TWO) multiply_quads<KIND, kFirst, kQuads>(indices, weights, x, stride, sums);
+    (start_sum<KIND>(sums[R], rows[R * rows_stride].minus[num_parts(KIND) == 2 ? part : 2]), ...);
+    multiply_quads<KIND, kFirst, kQuads>(indices, weights, TWO ? x + kGroup : x, stride, sums);
     (add_sum(totals[R], sums[R], part == 0 ? scales : seconds, rows[R * rows_stride].scale), ...);
   });
   if constexpr (has_min(KIND)) (add_min(totals[R], seconds, rows[R * rows_stride].offset), ...);
@@ -257,24 +286,24 @@ PROA_INLINE void load_scales(const uint8_t* panel, int g, Floats* scales, Floats
   }
 }
 
-template <Kind KIND, size_t... R>
+template <Kind KIND, bool TWO, size_t... R>
 void multiply_tile(std::index_sequence<R...> rows, const uint8_t* tile, const float* tile_scales, int groups, const int8_t* x,
                    const RowGroup* row_groups, const Activations& act, const uint8_t* next, int next_step, float* out) {
   Floats totals[sizeof...(R)][kVectors];
   ((totals[R][0] = load(out + R * kPanel), totals[R][kVectors - 1] = load(out + R * kPanel + (kVectors - 1) * kLanes)), ...);
-  for (int g = 0; g < groups; ++g, tile += 8 * kQuad, tile_scales += 2 * kPanel, x += kGroup, ++row_groups, next += next_step) {
+  for (int g = 0; g < groups; ++g, tile += 8 * kQuad, tile_scales += 2 * kPanel, x += kGroup * (1 + TWO), ++row_groups, next += next_step) {
     for (int i = 0; i < next_step; i += 64) prefetch(next + i);
     Floats scales[2], seconds[2];
     for (int v = 0; v < kVectors; ++v) scales[v] = load(tile_scales + v * kLanes), seconds[v] = load(tile_scales + kPanel + v * kLanes);
-    multiply_group<KIND>(rows, [&](auto q, Vector* weights) PROA_INLINED {
+    multiply_group<KIND, TWO>(rows, [&](auto q, Vector* weights) PROA_INLINED {
       weights[0] = load_bytes(tile + q * kQuad);
       weights[kVectors - 1] = load_bytes(tile + q * kQuad + (kVectors - 1) * sizeof(Vector));
-    }, scales, seconds, x, act.stride, row_groups, act.groups, totals);
+    }, scales, seconds, x, ptrdiff_t(act.stride) * (1 + TWO), row_groups, act.groups, totals);
   }
   ((store(out + R * kPanel, totals[R][0]), store(out + R * kPanel + (kVectors - 1) * kLanes, totals[R][kVectors - 1])), ...);
 }
 
-template <int FORMAT, size_t... R>
+template <int FORMAT, bool TWO, size_t... R>
 void multiply_panel(std::index_sequence<R...> rows, const uint8_t* panel, const Activations& act, float* out) {
   constexpr BlockFormat kFormat = block_format(FORMAT);
   constexpr int kBytes = kFormat.unit_bytes() / kFormat.unit();
@@ -284,21 +313,21 @@ void multiply_panel(std::index_sequence<R...> rows, const uint8_t* panel, const 
     for (int i = 0; i < kBytes; i += 64) prefetch_once(panel + ptrdiff_t(g) * kBytes + kAhead + i);
     Floats scales[2], seconds[2];
     load_scales<FORMAT>(panel, g, scales, seconds);
-    multiply_group<kind_of(FORMAT)>(rows, [&](auto q, Vector* weights) PROA_INLINED {
+    multiply_group<kind_of(FORMAT), TWO>(rows, [&](auto q, Vector* weights) PROA_INLINED {
       expand_quad<FORMAT, decltype(q)::value>(panel + kFormat.codes_at(g), weights);
-    }, scales, seconds, act.bytes + g * kGroup, act.stride, act.row_groups + g, act.groups, totals);
+    }, scales, seconds, act.bytes + g * kGroup * (1 + TWO), ptrdiff_t(act.stride) * (1 + TWO), act.row_groups + g, act.groups, totals);
   }
   ((store(out + R * kPanel, totals[R][0]), store(out + R * kPanel + (kVectors - 1) * kLanes, totals[R][kVectors - 1])), ...);
 }
 
-template <int FORMAT>
+template <int FORMAT, bool TWO>
 void panel_blocks(const Piece& piece, int index, const Activations& act, int rows, float* out, uint8_t* tile) {
   constexpr BlockFormat kFormat = block_format(FORMAT);
   constexpr int kChunk = kTileBytes / (8 * kQuad);
   const uint8_t* panel = static_cast<const uint8_t*>(piece.data) + index * kFormat.panel_bytes(act.stride);
   if (rows <= kFewRows) {
     for_row_blocks<kFewRows>(rows, [&](auto block, int) {
-      multiply_panel<FORMAT>(std::make_index_sequence<decltype(block)::value>(), panel, act, out);
+      multiply_panel<FORMAT, TWO>(std::make_index_sequence<decltype(block)::value>(), panel, act, out);
     });
     return;
   }
@@ -318,8 +347,8 @@ void panel_blocks(const Piece& piece, int index, const Activations& act, int row
     }
     const uint8_t* next = panel + kFormat.super_at(first + count);
     for_row_blocks<kMaxRows>(rows, [&](auto block, int row) {
-      multiply_tile<kind_of(FORMAT)>(std::make_index_sequence<decltype(block)::value>(), tile, tile_scales, count,
-                                     act.bytes + row * ptrdiff_t(act.stride) + first * kGroup,
+      multiply_tile<kind_of(FORMAT), TWO>(std::make_index_sequence<decltype(block)::value>(), tile, tile_scales, count,
+                                     act.bytes + (row * ptrdiff_t(act.stride) + first * kGroup) * (1 + TWO),
                                      act.row_groups + ptrdiff_t(row) * act.groups + first, act, next,
                                      row ? 0 : kFormat.unit_bytes() / kFormat.unit(), out + row * kPanel);
     });

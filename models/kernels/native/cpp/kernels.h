@@ -4,7 +4,7 @@
 
 namespace proa {
 
-// A group of 8-bit codes of a row: x = scale * code.
+// A group of 32 codes of a row: x = scale * code, and code = 8-bit code or 128 * first 8-bit code + second.
 struct RowGroup {
   float scale;
   float offset;      // scale * sum of the codes
@@ -18,8 +18,9 @@ struct Activations {
   float* scales;         // (rows, groups)
   int stride;            // inputs rounded up to whole groups
   int groups;            // 0: dense
-  int8_t* bytes;         // (rows, stride)
+  int8_t* bytes;         // (rows, stride), or (rows, stride / 32, 2, 32): first codes of a group, then second ones
   RowGroup* row_groups;  // (rows, groups)
+  int32_t kind;          // InputKind
 };
 
 struct AttentionItem {

@@ -78,8 +78,10 @@ void prepare_row(const Op& op, const float* src, int row, const Activations& act
   }
   if (is_dense) {
     if (values != ready) std::memcpy(ready, values, inputs * 4);
-  } else if (op.input_bits == 8) {
-    quantize_row8(values, act, row);
+  } else if (op.input_kind == kByte) {
+    quantize_row8<false>(values, act, row);
+  } else if (op.input_kind == kTwoBytes) {
+    quantize_row8<true>(values, act, row);
   } else {
     quantize_row(values, inputs, op.group, act, row);
   }
@@ -296,7 +298,8 @@ void panel(const Piece& piece, int index, int group, int inputs, const Activatio
   std::memset(out, 0, size_t(rows) * kPanel * 4);
   if (is_blocks(piece.format))
     with_format(piece.format, [&](auto format) {
-      panel_blocks<decltype(format)::value>(piece, index, act, rows, out, reinterpret_cast<uint8_t*>(tile));
+      const auto blocks = act.kind == kTwoBytes ? panel_blocks<decltype(format)::value, true> : panel_blocks<decltype(format)::value, false>;
+      blocks(piece, index, act, rows, out, reinterpret_cast<uint8_t*>(tile));
     });
   else if (act.groups)
     panel_codes(piece, index, group, act, rows, out, reinterpret_cast<int16_t*>(tile));

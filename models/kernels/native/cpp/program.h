@@ -13,6 +13,8 @@ enum OpKind : int32_t { kEmbed = 0, kLinear = 1, kAttention = 2, kTap = 3 };
 enum Prologue : int32_t { kPlain = 0, kRmsNorm = 1, kLayerNorm = 2, kActivation = 3, kGatedActivation = 4 };
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 enum PoolKind : int32_t { kNoPool = 0, kMaxPool = 1, kAvgPool = 2 };
+// What the inputs of a linear become: floats for dense ones, 16-bit codes for kCodes4 and kCodes8, one or two 8-bit codes for blocks.
+enum InputKind : int32_t { kFloats = 0, kWords = 1, kByte = 2, kTwoBytes = 3 };
 enum Format : int32_t {
   kCodes4 = 0, kCodes8 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4,
   kQ40 = 5, kQ41 = 6, kQ50 = 7, kQ51 = 8, kQ80 = 9, kQ4K = 10, kQ5K = 11, kQ6K = 12, kIq4Nl = 13,  // panels.h
@@ -61,7 +63,7 @@ struct Op {
   int32_t position_offset;
   float eps;
   float scale;
-  int32_t input_bits;  // of the codes that inputs become: 8 or 16; 0 for dense
+  int32_t input_kind;
 };
 
 // A side network: a narrow decoder that reads the residual stream at every tap. All of its weights are dense.

@@ -146,6 +146,7 @@ class Program {
     act.values = rows == 1 ? scratch.values.data() : values_.data();
     act.codes = rows == 1 ? scratch.codes.data() : codes_.data();
     act.scales = rows == 1 ? scratch.scales.data() : scales_.data();
+    act.kind = op.input_kind;
     act.bytes = reinterpret_cast<int8_t*>(act.codes);
     act.row_groups = rows == 1 ? scratch.row_groups.data() : row_groups_.data();
     const auto prepare_row = [&](int r) {
@@ -305,7 +306,7 @@ extern "C" {
 int proa_layout(int i) {
   using namespace proa;
   static const int layout[] = {
-      sizeof(Piece),     offsetof(Piece, reserved),    sizeof(Op),   offsetof(Op, input_bits),   sizeof(Side), offsetof(Side, rotary_scale),
+      sizeof(Piece),     offsetof(Piece, reserved),    sizeof(Op),   offsetof(Op, input_kind),   sizeof(Side), offsetof(Side, rotary_scale),
       sizeof(SideEntry), offsetof(SideEntry, v_cache), sizeof(Step), offsetof(Step, reserved),
   };
   return i < int(sizeof(layout) / sizeof(int)) ? layout[i] : 0;
