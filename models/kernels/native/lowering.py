@@ -144,8 +144,12 @@ class Lowering:
     def _lower_linear(self, op: LinearOp) -> list[NativeOp]:
         """Make one native operation for each input format among the pieces."""
         by_inputs: dict[tuple[int, int], list[Piece]] = {}
-        # Measured: 8-bit activations cost perplexity in attention and in the head, not in the MLP.
-        is_precise = op.selects_rows or not self._attended.isdisjoint((op.src, op.dst))
+        # Measured: 8-bit activations cost perplexity, except where the MLP begins.
+        is_precise = (
+            op.selects_rows
+            or isinstance(op.prologue, Activate)
+            or not self._attended.isdisjoint((op.src, op.dst))
+        )
         for piece in op.pieces:
             inputs = kernel_inputs(piece.weight, is_precise=is_precise)
             by_inputs.setdefault(inputs, []).append(piece)

@@ -7,8 +7,8 @@ inputs, sums are exact in 32 bits. That is nearer to float32 than bfloat16 arith
 
 GGUF's blocks keep their codes and scales. They are multiplied as unsigned 8-bit integers with
 8-bit activations that have a scale for each 32 inputs, which is llama.cpp's precision too; the
-linears of attention and the head take activations of 14 bits, as two of 8, because 8 bits would
-cost 0.4 % of perplexity there (SmolLM2-135M as Q4_1; what remains costs less than 0.1 %). Bytes
+linears of attention, of the head and after an activation take activations of 14 bits, as two of
+8, because 8 bits everywhere cost 0.38 % of perplexity (SmolLM2-135M as Q4_1). Bytes
 that a weight takes, in a file and here: Q4_0 and IQ4_NL 0.5625, Q4_1 0.625, Q5_0 0.6875, Q5_1
 0.75, Q8_0 1.0625 both; Q4_K 0.5625 and 0.578, Q5_K 0.6875 and 0.703, Q6_K 0.820 and 0.828, because
 6-bit scales are kept in 8 bits. Rows of an odd number of groups are padded by one where the format
