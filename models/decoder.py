@@ -141,7 +141,8 @@ class Decoder:
         Args:
             num_blocks: how many blocks.
             block_size: positions in a block.
-            dtype: of keys and values; None: float16, float32 for the reference kernels.
+            dtype: of keys and values, float16, float32 or, on the CPU, int8; None: float16,
+                float32 for the reference kernels.
         """
         dtype = dtype or self._default_cache_dtype
         return self._executor.make_cache(self.spec, num_blocks, block_size, dtype)

@@ -30,7 +30,12 @@ from serve.resolve import resolve_capacity
 from text.chat_template import ChatTemplateError
 from text.token_bytes import TokenizerError
 
-CACHE_DTYPES = {"auto": None, "float16": torch.float16, "float32": torch.float32}
+CACHE_DTYPES = {
+    "auto": None,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
 
 
 def build(config: ServeConfig, *, report: Report) -> BuiltBackend:
@@ -106,7 +111,7 @@ def _build_registry(
 
 def _size_cache(config: ServeConfig, decoder: Decoder, report: Report) -> ServeConfig:
     block_bytes = decoder.cache_bytes_per_block(
-        block_size=config.block_size, dtype=CACHE_DTYPES[config.kv_cache_dtype]
+        block_size=config.block_size, dtype=CACHE_DTYPES[config.kv]
     )
     if config.device == "cuda":
         free_bytes = torch.cuda.mem_get_info()[0]
@@ -129,7 +134,7 @@ def _limits(config: ServeConfig) -> EngineLimits:
     return EngineLimits(
         num_cache_blocks=int(config.kv_cache_tokens) // config.block_size,
         block_size=config.block_size,
-        cache_dtype=CACHE_DTYPES[config.kv_cache_dtype],
+        cache_dtype=CACHE_DTYPES[config.kv],
         prefix_caching=config.prefix_caching,
         max_context_tokens=int(config.max_context),
         max_batch_tokens=config.max_batch_tokens,

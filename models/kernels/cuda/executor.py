@@ -70,7 +70,13 @@ class CudaExecutor:
     def make_cache(
         self, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> KVCache:
-        """Return an empty cache; one block more than asked for takes what padding rows write."""
+        """Return an empty cache; one block more than asked for takes what padding rows write.
+
+        Raises:
+            ValueError: int8, which is computed on the CPU only.
+        """
+        if dtype == torch.int8:
+            raise ValueError("cache dtype must be float16 or float32 on CUDA, not torch.int8")
         with self._recorder.lock:
             cache = make_plain_cache(spec, num_blocks + 1, block_size, dtype, self._device)
         return dataclasses.replace(cache, num_blocks=num_blocks)

@@ -9,6 +9,7 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
 PANEL = 16
 FORMATS = {"codes4": 0, "codes8": 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+CACHE_FORMATS = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 OP_KINDS = {"embed": 0, "linear": 1, "attention": 2, "tap": 3}
 PROLOGUES = {"plain": 0, "rms_norm": 1, "layer_norm": 2, "activation": 3, "gated_activation": 4}
 POOLS = {None: 0, "max": 1, "avg": 2}

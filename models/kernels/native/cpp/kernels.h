@@ -13,20 +13,38 @@ struct Activations {
   int groups;       // 0: dense
 };
 
+constexpr int kMaxQueries = 6;  // that read the same keys and values at once
+// Positions are cut into spans at fixed places, each with a softmax of its own; these are merged first to last. So bits depend
+// neither on who computes which span nor on what else is in the batch.
+constexpr int kSpan = 256;
+constexpr int num_spans(int positions) { return (positions + kSpan - 1) / kSpan; }
+
 struct AttentionItem {
-  const float* query[6];  // rotated, scaled
-  float* out[6];
-  int limit[6];           // keys each query sees
+  const float* query[kMaxQueries];  // rotated, scaled
+  float* out[kMaxQueries];
+  int limit[kMaxQueries];           // keys each query sees
   int count;
   int head_dim;
   const int32_t* blocks;
-  const void* k_cache;    // of this layer, at the head
-  const void* v_cache;
-  ptrdiff_t block_stride; // elements between blocks
+  const char* k_cache;    // of this layer, at the head
+  const char* v_cache;
+  ptrdiff_t block_stride; // bytes between blocks
   int cache_format;
-  float* scores;          // (6, score_stride)
-  int score_stride;
+  float* scratch;         // attention_scratch floats
 };
+
+// Not shared between files, each of which is compiled for its own instruction set.
+static inline int longest_limit(const AttentionItem& item) {
+  int longest = 0;
+  for (int q = 0; q < item.count; ++q) longest = item.limit[q] > longest ? item.limit[q] : longest;
+  return longest;
+}
+
+// Floats of what a span leaves to be merged.
+constexpr size_t span_floats(int head_dim) { return size_t(kMaxQueries) * (head_dim + 2); }
+constexpr size_t attention_scratch(int head_dim, int spans) {
+  return size_t(kMaxQueries) * kSpan + spans * span_floats(head_dim);
+}
 
 struct Kernels {
   const char* name;
@@ -36,6 +54,9 @@ struct Kernels {
   void (*panel)(const Piece& piece, int panel, int group, int inputs, const Activations& act, int rows, float* out,
                 float* tile);
   void (*attend)(const AttentionItem& item);
+  // The same in parts: each span into (count, head_dim + 2) floats; once all are there, one after the other, their merger.
+  void (*attend_span)(const AttentionItem& item, int span, float* partials);
+  void (*merge_spans)(const AttentionItem& item, float* partials);
   // Normalise (if weight), rotate and scale one head in place.
   void (*rotate)(float* head, int head_dim, int rotary_dim, const float* cos_sin, const float* weight, float eps,
                  float scale);

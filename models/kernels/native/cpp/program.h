@@ -14,6 +14,7 @@ enum Prologue : int32_t { kPlain = 0, kRmsNorm = 1, kLayerNorm = 2, kActivation 
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 enum PoolKind : int32_t { kNoPool = 0, kMaxPool = 1, kAvgPool = 2 };
 enum Format : int32_t { kCodes4 = 0, kCodes8 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4 };
+enum CacheFormat : int32_t { kCacheFloat32 = 0, kCacheFloat16 = 1, kCacheInt8 = 2 };
 
 // One matrix of a linear; several share an input. `data` holds panels of 16 outputs, the last one padded:
 // codes: for each group of inputs 16 * group codes, then 16 float32 scales; dense: 16 values for each input.
@@ -96,7 +97,7 @@ struct Step {
   const int32_t* block_tables;
   const int32_t* output_rows;
   const int32_t* write_starts;  // first position of each sequence whose keys and values are written, or null
-  void* const* k_cache;  // one per layer: (num_blocks, kv_heads, head_dim, 16)
+  void* const* k_cache;  // one per layer: (num_blocks, kv_heads, head_dim, 16); see head_bytes
   void* const* v_cache;  // one per layer: (num_blocks, kv_heads, 16, head_dim), or as the keys if is_transposed(head_dim)
   const float* inv_freq;
   const SideEntry* sides;               // (num_sides), each on all of the step's tokens of one sequence
@@ -111,7 +112,7 @@ struct Step {
   int32_t num_sequences;
   int32_t num_outputs;
   int32_t block_table_stride;
-  int32_t cache_format;  // kFloat32 or kFloat16
+  int32_t cache_format;  // CacheFormat
   int32_t num_sides;
   int32_t side_block_table_stride;
   int32_t first_op;      // runs operations first_op .. last_op - 1; buffers keep what they hold
@@ -123,5 +124,11 @@ struct Step {
 
 // Values of heads that do not fill panels are stored like keys, so that they are read in whole vectors too.
 inline bool is_transposed(int head_dim) { return head_dim % kPanel != 0; }
+
+// Bytes of a head's keys, or values, in one block. Behind 8-bit codes lies a bfloat16 scale for each position.
+inline ptrdiff_t head_bytes(int head_dim, int cache_format) {
+  const ptrdiff_t elements = ptrdiff_t(head_dim) * kBlock;
+  return cache_format == kCacheInt8 ? elements + kBlock * 2 : elements * (cache_format == kCacheFloat16 ? 2 : 4);
+}
 
 }  // namespace proa

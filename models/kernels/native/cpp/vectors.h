@@ -16,7 +16,6 @@ constexpr int kLanes = PROA_LANES;
 constexpr int kVectors = kPanel / kLanes;  // vectors in a panel
 constexpr int kMaxRows = PROA_ROWS;        // rows that a micro kernel keeps in registers
 constexpr int kFewRows = 3;                // rows for which codes are expanded in registers
-constexpr int kMaxQueries = 6;
 constexpr int kTileBytes = 8 * 1024;       // expanded weights kept in the first-level cache
 constexpr int kAhead = 1536;               // bytes that weights read once are asked for ahead
 
