@@ -1,6 +1,7 @@
 """The paged cache of keys and values.
 
-A head's keys and values are floats, or 8-bit codes with a scale for each position and head.
+A head's keys and values are floats, or 8-bit codes. At each position of a head, a value has one
+scale and a key one for each `KEY_GROUP` channels.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from models.spec import DecoderSpec
 
+KEY_GROUP = 32
+"""Channels of 8-bit keys that share a scale; few channels of keys are far larger than others."""
 SCALE_BYTES = 2
 
 
@@ -42,34 +45,40 @@ class KVCache:
 def cache_bytes_per_block(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
     """Return the bytes that one block takes over all layers."""
     heads = sum(
-        layer.num_key_value_heads * head_bytes(layer.head_dim, dtype) for layer in spec.layers
+        layer.num_key_value_heads * sum(head_bytes(layer.head_dim, dtype)) for layer in spec.layers
     )
-    return 2 * heads * block_size
+    return heads * block_size
 
 
-def head_bytes(head_dim: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one head's key, or value, at one position."""
-    return head_dim * dtype.itemsize + SCALE_BYTES * (dtype == torch.int8)
+def head_bytes(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of one head's key and of its value at one position."""
+    size = head_dim * dtype.itemsize
+    if dtype != torch.int8:
+        return size, size
+    return size + SCALE_BYTES * -(-head_dim // KEY_GROUP), size + SCALE_BYTES
 
 
-def quantize_heads(heads: Tensor) -> Tensor:
+def quantize_heads(heads: Tensor, group: int) -> Tensor:
     """Round heads to 8-bit codes.
 
     Args:
         heads: (..., E) float32, finite.
+        group: channels that share a scale: `KEY_GROUP` in keys, E in values.
 
     Returns:
-        (..., E + 2) int8: codes in -127 .. 127 and the two bytes of their scale, the bfloat16 next
-        above the largest magnitude / 127.
+        (..., E + 2 groups) int8: codes in -127 .. 127, then the two bytes of each group's scale,
+        the bfloat16 next above the largest magnitude / 127.
     """
-    exact = heads.abs().amax(-1, keepdim=True) / 127
+    parts = heads.split(group, -1)
+    exact = torch.stack([part.abs().amax(-1) for part in parts], -1) / 127
     bits = (exact.view(torch.int32) + 0xFFFF) >> 16
     scales = (bits << 16).view(torch.float32)
-    codes = (heads * torch.where(scales > 0, 1 / scales, 0)).round()
+    inverse = torch.where(scales > 0, 1 / scales, 0).repeat_interleave(group, -1)
+    codes = (heads * inverse[..., : heads.shape[-1]]).round()
     return torch.cat((codes.to(torch.int8), bits.to(torch.int16).view(torch.int8)), -1)
 
 
-def dequantize_heads(stored: Tensor) -> Tensor:
-    """Return (..., E) float32 heads of (..., E + 2) int8 ones from `quantize_heads`."""
-    scales = stored[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16)
-    return stored[..., :-SCALE_BYTES].float() * scales.float()
+def dequantize_heads(stored: Tensor, head_dim: int, group: int) -> Tensor:
+    """Return (..., E) float32 heads from what `quantize_heads` gives."""
+    scales = stored[..., head_dim:].contiguous().view(torch.bfloat16).float()
+    return stored[..., :head_dim] * scales.repeat_interleave(group, -1)[..., :head_dim]

@@ -180,8 +180,8 @@ class ServeConfig:
     threads: int | str = option_of(ModelOptions, "threads")
     kv: str = option(
         "auto",
-        "Number format of the KV cache: auto takes float16 (float32 for the reference kernels); int8, "
-        "on the CPU only, takes about half of float16's memory.",
+        "Number format of the KV cache: auto takes float16 (float32 for the reference kernels); "
+        "int8, on the CPU only, takes about half of float16's memory.",
         kind=TEXT,
         group=COMPUTE,
         choices=("auto", "float16", "float32", "int8"),

@@ -176,6 +176,12 @@ def test_contradicting_kernels_are_refused(kernels: str, device: str, match: str
         ServeConfig(kernels=kernels, device=device)
 
 
+def test_int8_cache_is_refused_on_cuda() -> None:
+    with pytest.raises(ConfigError, match="kv: 'int8' computes on the CPU; on device 'cuda' it is"):
+        ServeConfig(kv="int8", device="cuda")
+    assert ServeConfig(kv="int8", device="cpu").kv == "int8"
+
+
 def test_keys_stay_out_of_the_representation() -> None:
     assert "hush" not in repr(ServeConfig(api_key=("hush",), admin_key=("hush",)))
 

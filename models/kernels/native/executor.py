@@ -105,7 +105,7 @@ class NativeExecutor:
     ) -> KVCache:
         """Return an empty cache: keys (N, K, E, 16), values (N, K, 16, E) or turned as the keys.
 
-        With int8 each is (N, K, 16 E + 32): such codes, and a bfloat16 scale for each position.
+        With int8 each is (N, K, bytes): such codes, then bfloat16 scales (groups, 16).
 
         Raises:
             ValueError: a block size or dtype the kernels do not read.
@@ -115,7 +115,9 @@ class NativeExecutor:
                 f"block_size must be {BLOCK_SIZE} for native kernels, not {block_size}"
             )
         if dtype not in CACHE_FORMATS:
-            raise ValueError(f"cache dtype must be float16, float32 or int8 on the CPU, not {dtype}")
+            raise ValueError(
+                f"cache dtype must be float16, float32 or int8 on the CPU, not {dtype}"
+            )
 
         def make(shape: Callable[[int], tuple[int, ...]]) -> list[Tensor]:
             return [
@@ -124,7 +126,8 @@ class NativeExecutor:
             ]
 
         if dtype == torch.int8:
-            keys, values = (make(lambda e: (head_bytes(e, dtype) * BLOCK_SIZE,)) for _ in "kv")
+            keys = make(lambda e: (head_bytes(e, dtype)[0] * BLOCK_SIZE,))
+            values = make(lambda e: (head_bytes(e, dtype)[1] * BLOCK_SIZE,))
         else:
             keys = make(lambda e: (e, BLOCK_SIZE))
             # Heads that do not fill the kernels' vectors have their values turned too.

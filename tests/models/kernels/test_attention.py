@@ -1,4 +1,4 @@
-"""Attention over 8-bit and float caches, in spans: against float64, and the same bits however cut."""
+"""Attention over caches of floats and 8-bit codes: against float64, the same bits however cut."""
 
 from collections.abc import Sequence
 
@@ -10,6 +10,7 @@ from models.decoder import Decoder, Executor
 from models.kernels.native.executor import NativeExecutor
 from models.kernels.reference.executor import ReferenceExecutor
 from models.kv_cache import (
+    KEY_GROUP,
     SCALE_BYTES,
     KVCache,
     cache_bytes_per_block,
@@ -21,10 +22,10 @@ from models.spec import DecoderSpec, LayerSpec
 from tests.models.kernels.random_decoders import make_decoder_parts, pack_batch
 
 BLOCK = 16
-LONG = [(7 * i) % 100 for i in range(1500)]
+LONG = [(7 * i) % 100 for i in range(1025)]
 SHORT = [(5 * i + 1) % 100 for i in range(40)]
-EDGES = (0, 1, 255, 256, 257, 300, 511, 512, 513, 1499, 1500)
-CACHES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8], ids=str)
+EDGES = (0, 1, 255, 256, 257, 300, 511, 512, 513, 1024, 1025)
+CACHES = pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
 
 
 def attention_program(rows: Tensor, heads: int, kv_heads: int, head_dim: int) -> Program:
@@ -62,6 +63,10 @@ def make_executor(kernels: str, program: Program, threads: int = 2) -> Executor:
     return NativeExecutor(program, kernels=kernels, num_threads=threads)
 
 
+def rounded(heads: Tensor, group: int) -> Tensor:
+    return dequantize_heads(quantize_heads(heads, group), heads.shape[-1], group)
+
+
 def attend_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(T, H, E) queries over (T, K, E) keys and values, causally."""
     group = q.shape[1] // k.shape[1]
@@ -72,7 +77,7 @@ def attend_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hts,she->the", weights, v)
 
 
-@pytest.mark.parametrize("head_dim", [64, 16, 20, 3])
+@pytest.mark.parametrize("head_dim", [64, 16, 40, 3])
 def test_int8_attention_equals_float64_over_the_stored_codes(kernels: str, head_dim: int) -> None:
     heads, kv_heads, length = 6, 2, 530
     generator = torch.Generator().manual_seed(head_dim)
@@ -80,10 +85,8 @@ def test_int8_attention_equals_float64_over_the_stored_codes(kernels: str, head_
     rows[:, heads:] *= 2 ** torch.randn(length, 2 * kv_heads, 1, generator=generator)
     rows[3, heads:] = 0
     q, k, v = rows.split((heads, kv_heads, kv_heads), 1)
-    expected = attend_float64(q, *(dequantize_heads(quantize_heads(x)) for x in (k, v)))
-    executor = make_executor(
-        kernels, attention_program(rows.flatten(1), heads, kv_heads, head_dim)
-    )
+    expected = attend_float64(q, rounded(k, KEY_GROUP), rounded(v, head_dim))
+    executor = make_executor(kernels, attention_program(rows.flatten(1), heads, kv_heads, head_dim))
     spec = attention_spec(heads, kv_heads, head_dim)
     table = torch.randperm(40, generator=generator).tolist()
     cache = executor.make_cache(spec, 40, BLOCK, torch.int8)
@@ -98,27 +101,28 @@ def test_int8_attention_equals_float64_over_the_stored_codes(kernels: str, head_
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("head_dim", [64, 8])
+@pytest.mark.parametrize("head_dim", [64, 40, 8])
 def test_native_int8_cache_holds_the_codes_of_the_reference(native: str, head_dim: int) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(20, 4, head_dim, generator=generator)
     executor = make_executor(native, attention_program(rows.flatten(1), 2, 1, head_dim))
     cache = executor.make_cache(attention_spec(2, 1, head_dim), 2, BLOCK, torch.int8)
     executor.forward(pack_batch([[*range(20)]], [[1, 0]], [(0, 20)]), cache)
-    for stored, heads, is_turned in (
-        (cache.keys[0], rows[:, 2], True),
-        (cache.values[0], rows[:, 3], head_dim % 16 != 0),
+    for stored, heads, group, is_turned in (
+        (cache.keys[0], rows[:, 2], KEY_GROUP, True),
+        (cache.values[0], rows[:, 3], head_dim, head_dim % 16 != 0),
     ):
-        codes, scales = stored[[1, 0], 0].split((head_dim * BLOCK, SCALE_BYTES * BLOCK), 1)
+        codes, scales = stored[[1, 0], 0].tensor_split([head_dim * BLOCK], 1)
         shape = (2, head_dim, BLOCK) if is_turned else (2, BLOCK, head_dim)
         codes = codes.view(shape).transpose(1, 2) if is_turned else codes.view(shape)
-        found = torch.cat((codes, scales.reshape(2, BLOCK, SCALE_BYTES)), 2).flatten(0, 1)[:20]
-        assert torch.equal(found, quantize_heads(heads))
+        scales = scales.reshape(2, -1, BLOCK, SCALE_BYTES).transpose(1, 2).flatten(2)
+        found = torch.cat((codes, scales), 2).flatten(0, 1)[:20]
+        assert torch.equal(found, quantize_heads(heads, group))
 
 
 def test_rounded_heads_are_within_half_a_step() -> None:
     heads = torch.randn(50, 64) * 10 ** torch.linspace(-30, 30, 50)[:, None]
-    error = (dequantize_heads(quantize_heads(heads)) - heads).abs().amax(1)
+    error = (rounded(heads, 64) - heads).abs().amax(1)
     assert (error <= 0.505 * heads.abs().amax(1) / 127).all()
 
 
@@ -169,12 +173,11 @@ def test_long_context_equals_reference(native: str, dtype: torch.dtype) -> None:
     native_logits, reference = (
         run_spans(
             Decoder(spec, weights, kernels=kernels, head="dense"),  # type: ignore[arg-type]
-            dtype, [(0, 1400), (1400, 1499), (1499, 1500)], neighbours=1,
+            dtype, [(0, 900), (900, 1024), (1024, 1025)], neighbours=1,
         )
         for kernels in (native, "reference")
     )  # fmt: skip
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(native_logits, reference, rtol=0, atol=tolerance)
+    torch.testing.assert_close(native_logits, reference, rtol=0, atol=2e-2)
 
 
 def test_int8_cache_takes_half_of_float16_and_its_scales(kernels: str) -> None:
@@ -185,4 +188,4 @@ def test_int8_cache_takes_half_of_float16_and_its_scales(kernels: str) -> None:
     assert 5 * decoder.cache_bytes_per_block(dtype=torch.int8) == held
     wide = attention_spec(9, 3, 64)
     assert cache_bytes_per_block(wide, BLOCK, torch.float16) == 2 * 3 * BLOCK * 128
-    assert cache_bytes_per_block(wide, BLOCK, torch.int8) == 2 * 3 * BLOCK * (64 + SCALE_BYTES)
+    assert cache_bytes_per_block(wide, BLOCK, torch.int8) == 3 * BLOCK * (128 + 3 * SCALE_BYTES)

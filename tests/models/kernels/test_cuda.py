@@ -50,6 +50,13 @@ def test_cuda_executor_prefills_with_bitsandbytes_matmul() -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_cuda_cache_refuses_int8() -> None:
+    spec, weights = make_decoder_parts("llama")
+    executor = CudaExecutor(build_program(spec, weights, _head(weights)), "cpu", torch.float32)
+    with pytest.raises(ValueError, match="float16 or float32 on CUDA, not torch.int8"):
+        executor.make_cache(spec, 4, 16, torch.int8)
+
+
 def test_place_program_makes_all_but_4_bit_matrices_dense() -> None:
     spec, weights = make_decoder_parts("llama", is_quantized=True)
     program = build_program(spec, weights, quantize_8bit(_head(weights)))

@@ -31,7 +31,7 @@ inline float load_cached_one(const char* block, ptrdiff_t index) {
   if constexpr (FORMAT == kCacheFloat16) return half_to_float(*reinterpret_cast<const uint16_t*>(p));
   return *reinterpret_cast<const int8_t*>(p);
 }
-// Scales of a block of codes, one for each position, which lie behind them.
+// Scales of a block of codes, (groups, 16), which lie behind them.
 inline const uint16_t* scales_of(const char* block, int head_dim) {
   return reinterpret_cast<const uint16_t*>(block + head_dim * kBlock);
 }
@@ -44,8 +44,8 @@ struct Span {
   float* scores;    // (COUNT, kSpan)
   float* partials;  // (COUNT, head_dim + 2): largest score, sum of exp(score - largest), values weighted so
 
-  const char* keys(int block) const { return item.k_cache + blocks[block] * item.block_stride; }
-  const char* values(int block) const { return item.v_cache + blocks[block] * item.block_stride; }
+  const char* keys(int block) const { return item.k_cache + blocks[block] * item.key_stride; }
+  const char* values(int block) const { return item.v_cache + blocks[block] * item.value_stride; }
   float* partial(int q) const { return partials + q * (item.head_dim + 2); }
 };
 
@@ -58,28 +58,34 @@ inline void score_blocks(const Span& span, int block, int last) {
     keys[w] = span.keys(block + w);
     next[w] = span.keys(std::min(block + w + WIDE, last));
   }
-  Floats total[COUNT][WIDE * kVectors] = {};
-  for (int e = 0; e < item.head_dim; ++e) {
-    Floats key[WIDE * kVectors];
-    for (int w = 0; w < WIDE; ++w) prefetch(next[w] + e * kBlock * element_bytes(FORMAT));
+  for (int start = 0, end; start < item.head_dim; start = end) {
+    end = FORMAT == kCacheInt8 ? std::min(start + kKeyGroup, item.head_dim) : item.head_dim;
+    Floats total[COUNT][WIDE * kVectors] = {};
+    for (int e = start; e < end; ++e) {
+      Floats key[WIDE * kVectors];
+      for (int w = 0; w < WIDE; ++w) prefetch(next[w] + e * kBlock * element_bytes(FORMAT));
 #pragma GCC unroll 4
-    for (int v = 0; v < WIDE * kVectors; ++v)
-      key[v] = load_cached<FORMAT>(keys[v / kVectors], e * kBlock + v % kVectors * kLanes);
+      for (int v = 0; v < WIDE * kVectors; ++v)
+        key[v] = load_cached<FORMAT>(keys[v / kVectors], e * kBlock + v % kVectors * kLanes);
 #pragma GCC unroll 8
-    for (int q = 0; q < COUNT; ++q)
+      for (int q = 0; q < COUNT; ++q)
 #pragma GCC unroll 4
-      for (int v = 0; v < WIDE * kVectors; ++v) total[q][v] += key[v] * splat(item.query[q][e]);
-  }
-  if constexpr (FORMAT == kCacheInt8)
-    for (int v = 0; v < WIDE * kVectors; ++v) {
-      const Floats scale = load_bfloat(scales_of(keys[v / kVectors], item.head_dim) + v % kVectors * kLanes);
-      for (int q = 0; q < COUNT; ++q) total[q][v] *= scale;
+        for (int v = 0; v < WIDE * kVectors; ++v) total[q][v] += key[v] * splat(item.query[q][e]);
     }
-#pragma GCC unroll 8
-  for (int q = 0; q < COUNT; ++q)
 #pragma GCC unroll 4
-    for (int v = 0; v < WIDE * kVectors; ++v)
-      store(span.scores + q * kSpan + block * kBlock + v * kLanes, total[q][v]);
+    for (int v = 0; v < WIDE * kVectors; ++v) {
+      Floats scale = {};
+      if constexpr (FORMAT == kCacheInt8)
+        scale = load_bfloat(scales_of(keys[v / kVectors], item.head_dim) + start / kKeyGroup * kBlock + v % kVectors * kLanes);
+#pragma GCC unroll 8
+      for (int q = 0; q < COUNT; ++q) {
+        float* scores = span.scores + q * kSpan + block * kBlock + v * kLanes;
+        Floats score = total[q][v];
+        if constexpr (FORMAT == kCacheInt8) score = start ? load(scores) + score * scale : score * scale;
+        store(scores, score);
+      }
+    }
+  }
 }
 
 // Channels e .. e + 16 * WIDE of what COUNT queries attend to; scores hold unnormalised weights.
@@ -228,7 +234,7 @@ void merge_spans(const AttentionItem& item, float* partials) {
     float total = 0;
     for (int s = 0; s < spans; ++s) {
       float* partial = first + s * stride;
-      partial[0] = exponential(splat(partial[0] - largest))[0];
+      partial[0] = spans == 1 ? 1.f : exponential(splat(partial[0] - largest))[0];
       total += partial[0] * partial[1];
     }
     const float inverse = 1.f / total;
@@ -269,16 +275,23 @@ void rotate(float* head, int head_dim, int rotary_dim, const float* cos_sin, con
     for (int i = 0; i < head_dim; ++i) head[i] *= scale;
 }
 
-// Round a head to codes, `step` elements apart, and return the bits of their scale: the bfloat16 next above largest / 127.
-uint16_t quantize_head(const float* x, int head_dim, int step, int8_t* codes) {
+// Round channels to codes, `step` elements apart, and return the bits of their scale: the bfloat16 next above largest / 127.
+uint16_t quantize(const float* x, int count, int step, int8_t* codes) {
+  Floats most = {};
+  int e = 0;
+  for (; e + kLanes <= count; e += kLanes) {
+    const Floats value = load(x + e), size = value < Floats{} ? -value : value;
+    most = size > most ? size : most;
+  }
   float largest = 0;
-  for (int e = 0; e < head_dim; ++e) largest = std::max(largest, std::fabs(x[e]));
+  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
+  for (; e < count; ++e) largest = std::max(largest, std::fabs(x[e]));
   const float exact = std::min(largest, std::numeric_limits<float>::max()) / 127.f;
   uint32_t bits;
   std::memcpy(&bits, &exact, 4);
   const uint16_t scale = uint16_t((bits + 0xffff) >> 16);
   const float inverse = scale ? 1.f / bfloat_to_float(scale) : 0.f;
-  for (int e = 0; e < head_dim; ++e)
+  for (e = 0; e < count; ++e)
     codes[e * step] = int8_t(_mm_cvtss_si32(_mm_set_ss(std::min(127.f, std::max(-127.f, x[e] * inverse)))));
   return scale;
 }
@@ -288,10 +301,13 @@ void write_kv(const float* k, const float* v, int head_dim, int slot, int format
   const ptrdiff_t start = turned ? slot : ptrdiff_t(slot) * head_dim, step = turned ? kBlock : 1;
   if (format == kCacheInt8) {
     int8_t *keys = static_cast<int8_t*>(k_block), *values = static_cast<int8_t*>(v_block);
-    const uint16_t scales[] = {quantize_head(k, head_dim, kBlock, keys + slot),
-                               quantize_head(v, head_dim, int(step), values + start)};
-    std::memcpy(keys + head_dim * kBlock + slot * 2, scales, 2);
-    std::memcpy(values + head_dim * kBlock + slot * 2, scales + 1, 2);
+    const auto place = [&](int8_t* block, int group, uint16_t scale) {
+      std::memcpy(block + (head_dim + group * 2) * kBlock + slot * 2, &scale, 2);
+    };
+    for (int e = 0; e < head_dim; e += kKeyGroup)
+      place(keys, e / kKeyGroup,
+            quantize(k + e, std::min(kKeyGroup, head_dim - e), kBlock, keys + e * kBlock + slot));
+    place(values, 0, quantize(v, head_dim, int(step), values + start));
   } else if (format == kCacheFloat16) {
     uint16_t* keys = static_cast<uint16_t*>(k_block) + slot;
     uint16_t* values = static_cast<uint16_t*>(v_block) + start;

@@ -28,7 +28,8 @@ struct AttentionItem {
   const int32_t* blocks;
   const char* k_cache;    // of this layer, at the head
   const char* v_cache;
-  ptrdiff_t block_stride; // bytes between blocks
+  ptrdiff_t key_stride;   // bytes between blocks
+  ptrdiff_t value_stride;
   int cache_format;
   float* scratch;         // attention_scratch floats
 };

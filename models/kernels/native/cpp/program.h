@@ -97,7 +97,7 @@ struct Step {
   const int32_t* block_tables;
   const int32_t* output_rows;
   const int32_t* write_starts;  // first position of each sequence whose keys and values are written, or null
-  void* const* k_cache;  // one per layer: (num_blocks, kv_heads, head_dim, 16); see head_bytes
+  void* const* k_cache;  // one per layer: (num_blocks, kv_heads, head_dim, 16); see key_bytes
   void* const* v_cache;  // one per layer: (num_blocks, kv_heads, 16, head_dim), or as the keys if is_transposed(head_dim)
   const float* inv_freq;
   const SideEntry* sides;               // (num_sides), each on all of the step's tokens of one sequence
@@ -125,10 +125,17 @@ struct Step {
 // Values of heads that do not fill panels are stored like keys, so that they are read in whole vectors too.
 inline bool is_transposed(int head_dim) { return head_dim % kPanel != 0; }
 
-// Bytes of a head's keys, or values, in one block. Behind 8-bit codes lies a bfloat16 scale for each position.
-inline ptrdiff_t head_bytes(int head_dim, int cache_format) {
+constexpr int kKeyGroup = 32;  // channels of 8-bit keys that share a scale; few channels of keys are far larger than others
+
+// Bytes of a head's keys, or values, in one block. Behind 8-bit codes lie bfloat16 scales, one for each position and key group:
+// (groups, 16).
+constexpr ptrdiff_t head_bytes(int head_dim, int cache_format, int groups) {
   const ptrdiff_t elements = ptrdiff_t(head_dim) * kBlock;
-  return cache_format == kCacheInt8 ? elements + kBlock * 2 : elements * (cache_format == kCacheFloat16 ? 2 : 4);
+  return cache_format == kCacheInt8 ? elements + groups * kBlock * 2 : elements * (cache_format == kCacheFloat16 ? 2 : 4);
 }
+constexpr ptrdiff_t key_bytes(int head_dim, int cache_format) {
+  return head_bytes(head_dim, cache_format, (head_dim + kKeyGroup - 1) / kKeyGroup);
+}
+constexpr ptrdiff_t value_bytes(int head_dim, int cache_format) { return head_bytes(head_dim, cache_format, 1); }
 
 }  // namespace proa

@@ -227,9 +227,10 @@ class Program {
     if (step.write_starts && position < step.write_starts[sequence]) return;
     kernels_->rotate(k, dim, op.rotary_dim, cos_sin, op.k_norm, op.eps, 1.f);
     const ptrdiff_t block = step.block_tables[size_t(sequence) * step.block_table_stride + position / kBlock];
-    const ptrdiff_t offset = (block * op.num_kv_heads + head) * head_bytes(dim, step.cache_format);
-    kernels_->write_kv(k, v, dim, position % kBlock, step.cache_format, static_cast<char*>(step.k_cache[op.layer]) + offset,
-                       static_cast<char*>(step.v_cache[op.layer]) + offset);
+    const ptrdiff_t at = block * op.num_kv_heads + head;
+    kernels_->write_kv(k, v, dim, position % kBlock, step.cache_format,
+                       static_cast<char*>(step.k_cache[op.layer]) + at * key_bytes(dim, step.cache_format),
+                       static_cast<char*>(step.v_cache[op.layer]) + at * value_bytes(dim, step.cache_format));
   }
 
   // One item: up to kMaxQueries (token, query head) pairs of one sequence that read the same key-value head.
@@ -311,14 +312,15 @@ class Program {
 
   AttentionItem make_item(const Op& op, const Step& step, int thread, int sequence, int head, int first) {
     const int group = op.num_heads / op.num_kv_heads, dim = op.head_dim;
-    const ptrdiff_t bytes = head_bytes(dim, step.cache_format);
+    const ptrdiff_t keys = key_bytes(dim, step.cache_format), values = value_bytes(dim, step.cache_format);
     AttentionItem item;
     item.count = std::min(kMaxQueries, (step.query_starts[sequence + 1] - step.query_starts[sequence]) * group - first);
     item.head_dim = dim;
     item.blocks = step.block_tables + size_t(sequence) * step.block_table_stride;
-    item.block_stride = op.num_kv_heads * bytes;
-    item.k_cache = static_cast<char*>(step.k_cache[op.layer]) + head * bytes;
-    item.v_cache = static_cast<char*>(step.v_cache[op.layer]) + head * bytes;
+    item.key_stride = op.num_kv_heads * keys;
+    item.value_stride = op.num_kv_heads * values;
+    item.k_cache = static_cast<char*>(step.k_cache[op.layer]) + head * keys;
+    item.v_cache = static_cast<char*>(step.v_cache[op.layer]) + head * values;
     item.cache_format = step.cache_format;
     item.scratch = scratch_[thread].attention.data();
     for (int i = 0; i < item.count; ++i) {

@@ -227,14 +227,13 @@ class SideRunner {
     for (int h = 0; h < op.num_heads; ++h)
       kernels_->rotate(heads + h * dim, dim, op.rotary_dim, cos_sin, op.q_norm, op.eps, op.scale);
     if (position < entry.write_start) return;
-    const ptrdiff_t bytes = head_bytes(dim, step.cache_format);
     for (int h = 0; h < op.num_kv_heads; ++h) {
       float* k = heads + (op.num_heads + h) * dim;
       kernels_->rotate(k, dim, op.rotary_dim, cos_sin, op.k_norm, op.eps, 1.f);
-      const ptrdiff_t offset = (ptrdiff_t(entry.blocks[position / kBlock]) * op.num_kv_heads + h) * bytes;
+      const ptrdiff_t at = ptrdiff_t(entry.blocks[position / kBlock]) * op.num_kv_heads + h;
       kernels_->write_kv(k, heads + (op.num_heads + op.num_kv_heads + h) * dim, dim, position % kBlock, step.cache_format,
-                         static_cast<char*>(entry.k_cache[op.layer]) + offset,
-                         static_cast<char*>(entry.v_cache[op.layer]) + offset);
+                         static_cast<char*>(entry.k_cache[op.layer]) + at * key_bytes(dim, step.cache_format),
+                         static_cast<char*>(entry.v_cache[op.layer]) + at * value_bytes(dim, step.cache_format));
     }
   }
 
@@ -245,13 +244,14 @@ class SideRunner {
     AttentionItem item;
     item.head_dim = dim;
     item.blocks = entry.blocks;
-    item.block_stride = op.num_kv_heads * head_bytes(dim, step.cache_format);
+    const ptrdiff_t keys = key_bytes(dim, step.cache_format), values = value_bytes(dim, step.cache_format);
+    item.key_stride = op.num_kv_heads * keys;
+    item.value_stride = op.num_kv_heads * values;
     item.cache_format = step.cache_format;
     item.scratch = scratch.attention.data();
     for (int head = 0; head < op.num_kv_heads; ++head) {
-      const ptrdiff_t offset = head * head_bytes(dim, step.cache_format);
-      item.k_cache = static_cast<char*>(entry.k_cache[op.layer]) + offset;
-      item.v_cache = static_cast<char*>(entry.v_cache[op.layer]) + offset;
+      item.k_cache = static_cast<char*>(entry.k_cache[op.layer]) + head * keys;
+      item.v_cache = static_cast<char*>(entry.v_cache[op.layer]) + head * values;
       for (int pair = 0; pair < pairs; pair += item.count) {
         item.count = std::min(kMaxQueries, pairs - pair);
         for (int i = 0; i < item.count; ++i) {
