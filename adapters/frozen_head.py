@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from models.checkpoints import Checkpoint, select_rows
-from models.weights import Matrix, Quantized4Bit, dense
+from models.checkpoints import Checkpoint
+from models.weights import LowRank, Matrix, dense, select_rows
 
 _CHUNK_VALUES = 1 << 24  # logits held at a time: 64 MB
 _SOFTMAX_ROWS = 16  # rows whose logits stay in the processor's cache
@@ -53,7 +53,7 @@ def head_weight(checkpoint: Checkpoint) -> Matrix:
     """Return the (V, D) matrix of a checkpoint's LM head."""
     name = "embed.weight" if checkpoint.spec.tied_head else "head.weight"
     weight = checkpoint.weights[name]
-    assert isinstance(weight, Tensor | Quantized4Bit)
+    assert not isinstance(weight, LowRank)
     return weight
 
 
@@ -121,7 +121,6 @@ def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _float_rows(weight: Matrix, start: int, stop: int) -> Tensor:
-    if isinstance(weight, Quantized4Bit):
-        return dense(select_rows(weight, range(start, stop)))
-    assert isinstance(weight, Tensor)
-    return weight[start:stop].float()
+    if isinstance(weight, Tensor):
+        return weight[start:stop].float()
+    return dense(select_rows(weight, range(start, stop)))

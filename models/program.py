@@ -56,7 +56,7 @@ class EmbedOp:
     """dst = table[token_ids] (+ positions_table[positions + offset])."""
 
     dst: str
-    table: Tensor
+    table: Matrix
     positions_table: Tensor | None
     positions_offset: int
 

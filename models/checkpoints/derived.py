@@ -18,7 +18,7 @@ from models.checkpoints.origins import (
     find_origin,
     open_folder,
     open_gguf,
-    prequantized_kind,
+    quantization_of,
 )
 from models.checkpoints.tensor_files import SafetensorsFolder
 from models.families import CheckpointError
@@ -214,7 +214,7 @@ def _is_quantized(origin: Origin) -> bool:
     if origin.is_gguf:
         return False
     assert origin.path is not None
-    return prequantized_kind(open_folder(origin.path)) is not None
+    return quantization_of(open_folder(origin.path)) != "none"
 
 
 def _write(path: Path, matrices: Iterable[tuple[str, Tensor]], *, is_quantized: bool) -> None:

@@ -62,10 +62,14 @@ def build(config: ServeConfig, *, report: Report) -> BuiltBackend:
         raise ConfigError(str(error)) from error
     for line in tokenizer.warnings():
         report(f"warning: {line}")
-    name, folder, eos_token_ids = checkpoint.name, checkpoint.folder, tokenizer.eos_token_ids
+    name, folder, eos_token_ids = (
+        checkpoint.name,
+        checkpoint.weights_folder,
+        tokenizer.eos_token_ids,
+    )
     # Its weights are mapped from disk, and stay so for variants; what the decoder reads, it has.
     del checkpoint
-    settle_memory(folder.resolve())
+    settle_memory(folder)
     config = _size_cache(config, decoder, report)
     sampler = Sampler(
         tables, eos_token_ids=eos_token_ids, device=config.device, picker=decoder.make_picker()

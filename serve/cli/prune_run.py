@@ -52,7 +52,7 @@ def run_search(arguments: argparse.Namespace, config: SearchConfig, options: Mod
         )
     config = resolve_shares(config, original.spec, is_total=arguments.remove_total is not None)
     torch.set_num_threads(int(options.threads))
-    settle_memory(original.folder.resolve())
+    settle_memory(original.weights_folder)
     say(f"{arguments.data}: {len(token_ids)} tokens; {options.threads} threads")
     results = run_to_end(
         lambda should_stop: search(

@@ -17,7 +17,7 @@ from models.kernels.native.structs import (
     float_format,
 )
 from models.program import LOGITS, Activate, AttentionOp, EmbedOp, LinearOp, Norm, Op, Piece
-from models.weights import Matrix
+from models.weights import Matrix, dense
 
 
 class Lowering:
@@ -112,8 +112,9 @@ class Lowering:
 
     def _lower_embed(self, op: EmbedOp) -> NativeOp:
         native = NativeOp(kind=OP_KINDS["embed"], dst=self._buffers[op.dst])
-        native.table = self._shared(op.table)
-        native.table_format = float_format(op.table.dtype)
+        table = op.table if isinstance(op.table, Tensor) else dense(op.table)
+        native.table = self._shared(table)
+        native.table_format = float_format(table.dtype)
         if op.positions_table is not None:
             native.position_table = self._shared(op.positions_table)
             native.position_format = float_format(op.positions_table.dtype)

@@ -25,9 +25,9 @@ from models.pruning import Selections, kept_parts, prune_spec, slice_weight
 from models.quantization import quantize_4bit
 from models.spec import SpecError, canonical_weights
 from models.weights import Quantized4Bit, dense
+from tests.models.gguf_files import TOKENS, write_gguf
 from tests.models.kernels.random_decoders import pack_batch
 from tests.models.random_selections import random_selections, whole_selections
-from tests.models.test_gguf import TOKENS, write_gguf
 
 FAMILIES = ["llama", "llama-biased", "smollm", "qwen2", "qwen3", "opt", "phi", "neox-parallel"]
 WIDTHS = (32, 48, 33, 80, 17)
@@ -181,7 +181,7 @@ def test_gguf_file_is_sliced_without_a_warning(
     quantization: str, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tiny_folder("smollm", vocab_size=len(TOKENS))
-    source = write_gguf(tmp_path / "Tiny.Q8_0.gguf", folder, packed=True)
+    source = write_gguf(tmp_path / "Tiny.Q8_0.gguf", folder, kinds=("Q8_0",))
     cache = tmp_path / "cache"
     bench = Bench(
         source, cache, load_checkpoint(source, quantization=quantization, cache_dir=cache)
