@@ -23,8 +23,6 @@ from text.text_file import read_text
 from text.token_bytes import TokenizerError
 from text.tokenizer import Tokenizer
 
-_SERVED_QUANTIZATION = "nf4"
-
 
 def run_search(arguments: argparse.Namespace, config: SearchConfig, options: ModelOptions) -> int:
     """Search as `serve.cli.prune` was told; see its `run`."""
@@ -89,7 +87,7 @@ def load_originals(options: ModelOptions) -> tuple[Checkpoint, Checkpoint]:
         CheckpointError: the model cannot be found or read.
         UserError: it has only 4-bit weights.
     """
-    served = load_base(replace(options, quantization=_SERVED_QUANTIZATION), report=say)
+    served = load_base(replace(options, quantization="auto"), report=say)
     original = load_base(replace(options, quantization="none"), report=say)
     if original.quantization != "none":
         if not options.dequantize:

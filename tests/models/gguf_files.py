@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
+from models.checkpoints import Checkpoint
+from models.checkpoints.assembly import assemble_weights
+from models.checkpoints.origins import open_gguf
 from models.weights import BLOCK_FORMATS, QuantizedBlocks
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -142,3 +145,16 @@ def with_scales(blocks: QuantizedBlocks, scales: Tensor) -> QuantizedBlocks:
     fields = scales.view(torch.uint8).view(len(data), -1, 2 * count)
     data[:, :, first : first + 2 * count] = fields
     return QuantizedBlocks(data=data.view(len(data), -1), kind=blocks.kind)
+
+
+def load_kept(source: Path) -> Checkpoint:
+    """Load a file with its own codes, without the process that converts its tokenizer."""
+    opened = open_gguf(source)
+    return Checkpoint(
+        spec=opened.description.spec,
+        weights=assemble_weights(opened.description, opened.reader, opened.path),
+        folder=source.parent,
+        weights_folder=source.parent,
+        name=source.stem,
+        quantization="gguf",
+    )

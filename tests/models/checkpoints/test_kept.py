@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import gguf
@@ -15,7 +15,6 @@ from models.checkpoints import (
     fingerprint_weights,
     load_checkpoint,
 )
-from models.checkpoints.assembly import assemble_weights
 from models.checkpoints.checkpoint import default_quantization
 from models.checkpoints.gguf_file import GgufFile
 from models.checkpoints.gguf_model import GgufModel
@@ -23,7 +22,7 @@ from models.checkpoints.origins import open_gguf
 from models.decoder import Decoder
 from models.spec import DecoderSpec
 from models.weights import BLOCK_FORMATS, QuantizedBlocks, Weight, dense, select_rows
-from tests.models.gguf_files import TOKENS, random_blocks, with_scales, write_gguf
+from tests.models.gguf_files import TOKENS, load_kept, random_blocks, with_scales, write_gguf
 from tests.models.kernels.random_decoders import pack_batch
 
 MIXED = ("Q4_K", "Q6_K", "F16", "Q8_0", "Q5_K", "IQ4_NL", "BF16", "Q4_0", "Q4_1", "F32", "Q5_0")
@@ -48,14 +47,7 @@ def keep(source: Path, cache: Path) -> Checkpoint:
     return load_checkpoint(source, quantization="keep", cache_dir=cache)
 
 
-def parts(source: Path) -> tuple[DecoderSpec, dict[str, Weight]]:
-    """Return a kept file's decoder without the process that converts its tokenizer."""
-    opened = open_gguf(source)
-    weights = assemble_weights(opened.description, opened.reader, opened.path)
-    return opened.description.spec, weights
-
-
-def logits(spec: DecoderSpec, weights: dict[str, Weight], **options: object) -> torch.Tensor:
+def logits(spec: DecoderSpec, weights: Mapping[str, Weight], **options: object) -> torch.Tensor:
     decoder = Decoder(spec, weights, num_threads=1, **options)  # type: ignore[arg-type]
     cache = decoder.make_cache(num_blocks=2, dtype=torch.float32)
     return decoder.forward(pack_batch([[5, 9, 3, 70, 9]], [[1]], [(0, 5)]), cache)
@@ -66,9 +58,9 @@ def logits(spec: DecoderSpec, weights: dict[str, Weight], **options: object) -> 
 def test_kept_weights_are_those_of_the_file(
     kinds: tuple[str, ...], name: str, write: Callable[..., Path]
 ) -> None:
-    opened = open_gguf(write(*kinds, name=name))
-    stored = set()
-    for key, weight in assemble_weights(opened.description, opened.reader, opened.path).items():
+    source = write(*kinds, name=name)
+    opened, stored = open_gguf(source), set()
+    for key, weight in load_kept(source).weights.items():
         exact = opened.reader.read(opened.description.sources[key].name)
         assert torch.equal(dense(weight), exact.float()), key
         is_block = isinstance(weight, QuantizedBlocks)
@@ -109,7 +101,7 @@ def test_second_start_converts_nothing_and_loads_no_slow_library(
 
 def test_weights_are_mapped_from_the_file(write: Callable[..., Path]) -> None:
     source = write("Q4_1")
-    down = parts(source)[1]["layers.1.down.weight"]
+    down = load_kept(source).weights["layers.1.down.weight"]
     assert isinstance(down, QuantizedBlocks)
     lines = Path("/proc/self/maps").read_text().splitlines()
     ranges = [line.split()[0].split("-") for line in lines if line.endswith(str(source.resolve()))]
@@ -122,7 +114,8 @@ def test_weights_are_mapped_from_the_file(write: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("head", ["int8", "nf4", "dense"])
 @pytest.mark.parametrize("name", ["llama", "smollm"])
 def test_decoder_computes_from_the_codes(name: str, head: str, write: Callable[..., Path]) -> None:
-    spec, weights = parts(write(*(kind for kind in MIXED if kind in BLOCK_FORMATS), name=name))
+    loaded = load_kept(write(*(kind for kind in MIXED if kind in BLOCK_FORMATS), name=name))
+    spec, weights = loaded.spec, loaded.weights
     unpacked: dict[str, Weight] = {key: dense(weight) for key, weight in weights.items()}
     expected = logits(spec, unpacked, kernels="reference", head="dense")
     assert torch.equal(logits(spec, weights, kernels="reference", head=head), expected)
@@ -131,7 +124,8 @@ def test_decoder_computes_from_the_codes(name: str, head: str, write: Callable[.
 def test_native_kernels_compute_a_kept_file_as_the_reference_does(
     write: Callable[..., Path],
 ) -> None:
-    spec, weights = parts(write(*MIXED))
+    loaded = load_kept(write(*MIXED))
+    spec, weights = loaded.spec, loaded.weights
     expected = logits(spec, weights, kernels="reference")
     assert expected.std() > 0.1
     deviation = (logits(spec, weights) - expected).abs().max() / expected.std()
@@ -139,7 +133,8 @@ def test_native_kernels_compute_a_kept_file_as_the_reference_does(
 
 
 def test_tied_head_is_the_table_and_counted_once(write: Callable[..., Path]) -> None:
-    spec, weights = parts(write("Q8_0"))
+    loaded = load_kept(write("Q8_0"))
+    spec, weights = loaded.spec, loaded.weights
     decoder = Decoder(spec, weights, kernels="reference")
     stored = 0
     for weight in weights.values():
