@@ -18,7 +18,7 @@ def quantize_q4_1(matrix: Tensor) -> QuantizedBlocks:
     span. Codes and the straight line through them are fitted to one another in turn; what errs
     least in squares is taken. `in_features` must be a multiple of 32.
     """
-    rows = matrix.detach().reshape(-1, 32).split(1 << 15)  # bounds the float32 copies
+    rows = matrix.detach().reshape(-1, 32).split(1 << 12)  # what stays in the cache
     data = torch.cat([_fit_q4_1(blocks.float()) for blocks in rows])
     return QuantizedBlocks(data=data.view(len(matrix), -1), kind="Q4_1")
 
