@@ -32,7 +32,7 @@ def observe_linears(
             changed; linears that share their input get the same tensor. Of a low-rank matrix each
             factor is a linear: "layers.3.q.right", then "layers.3.q.left".
     """
-    hook, device, walks = _Observer(observe), program.embed.table.device, []
+    hook, device, walks = _Observer(observe), program.inv_freq.device, []
     for sequences in batches:
         lengths = torch.tensor([0, *map(len, sequences)])
         attend = PackedAttention(lengths.cumsum(0), device)

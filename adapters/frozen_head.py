@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from models.checkpoints import Checkpoint, select_rows
-from models.weights import Matrix, Quantized4Bit, dense
+from models.checkpoints import Checkpoint
+from models.weights import LowRank, Matrix, QuantizedBlocks, dense, select_rows
 
 _CHUNK_VALUES = 1 << 24  # logits held at a time: 64 MB
 _SOFTMAX_ROWS = 16  # rows whose logits stay in the processor's cache
@@ -34,8 +34,11 @@ class FrozenHead:
     def __init__(self, decoder: LogitsSource, weight: Matrix, device: torch.device) -> None:
         self.decoder = decoder
         self.num_rows = max(1, _CHUNK_VALUES // weight.shape[0])
-        on_cpu = device.type == "cpu"
-        self._weight = weight if on_cpu else dense(weight).to(device, torch.bfloat16)
+        if device.type != "cpu":
+            weight = dense(weight).to(device, torch.bfloat16)
+        elif isinstance(weight, QuantizedBlocks):
+            weight = _unpack(weight)
+        self._weight = weight
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """Turn the (L, V) gradient of logits into the (L, D) gradient of states."""
@@ -53,7 +56,7 @@ def head_weight(checkpoint: Checkpoint) -> Matrix:
     """Return the (V, D) matrix of a checkpoint's LM head."""
     name = "embed.weight" if checkpoint.spec.tied_head else "head.weight"
     weight = checkpoint.weights[name]
-    assert isinstance(weight, Tensor | Quantized4Bit)
+    assert not isinstance(weight, LowRank)
     return weight
 
 
@@ -120,8 +123,15 @@ def _to_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.flatten()
 
 
+def _unpack(weight: QuantizedBlocks) -> Tensor:
+    """Make a matrix float16, which is read once a chunk of rows: unpacking takes longer."""
+    matrix = torch.empty(weight.shape, dtype=torch.float16)
+    for rows in torch.arange(len(matrix)).split(_VOCABULARY_ROWS):
+        matrix[rows] = dense(select_rows(weight, rows)).half()
+    return matrix
+
+
 def _float_rows(weight: Matrix, start: int, stop: int) -> Tensor:
-    if isinstance(weight, Quantized4Bit):
-        return dense(select_rows(weight, range(start, stop)))
-    assert isinstance(weight, Tensor)
-    return weight[start:stop].float()
+    if isinstance(weight, Tensor):
+        return weight[start:stop].float()
+    return dense(select_rows(weight, range(start, stop)))

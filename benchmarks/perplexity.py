@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ from adapters.qst.training_config import TrainingConfig  # noqa: E402
 from benchmarks.report import say  # noqa: E402
 from models.checkpoints import Checkpoint  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
+from serve.backends.native_builder import CACHE_DTYPES  # noqa: E402
 from serve.base_model import load_base, load_variant  # noqa: E402
 from serve.model_options import ModelOptions  # noqa: E402
 from text.text_file import read_text  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
 DEFAULT_LENGTH = 2048
+BLOCK_SIZE = 16
 
 
 def cut_windows(token_ids: Sequence[int], length: int, limit: int | None = None) -> list[list[int]]:
@@ -58,14 +61,30 @@ def cut_windows(token_ids: Sequence[int], length: int, limit: int | None = None)
 
 
 @torch.no_grad()
-def mean_loss(decoder: Decoder, head: FrozenHead, windows: Sequence[Sequence[int]]) -> float:
-    """Return the mean cross entropy of all predicted tokens, in nats."""
+def mean_loss(
+    decoder: Decoder,
+    head: FrozenHead,
+    windows: Sequence[Sequence[int]],
+    kv: torch.dtype | None = None,
+) -> float:
+    """Return the mean cross entropy of all predicted tokens, in nats.
+
+    Args:
+        decoder: the model.
+        head: its head.
+        windows: token ids, each window by itself.
+        kv: of the KV cache through which tokens see each other; None: the decoder's own.
+    """
     total, count = 0.0, 0
     for window in windows:
         batch = pack_examples([_example(window)])
-        *_, last = decoder.hidden_states(batch.packed)
-        normed = decoder.apply_final_norm(last[batch.rows.to(last.device)])
-        total += float(head_loss(normed, batch.targets.to(last.device), head))
+        num_blocks = -(-len(window) // BLOCK_SIZE)
+        cache = decoder.make_cache(num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=kv)
+        table = torch.arange(num_blocks, dtype=torch.int32)[None]
+        taps = torch.empty(len(decoder.spec.layers) + 1, len(window), decoder.spec.hidden_size)
+        decoder.forward(replace(batch.packed, block_tables=table), cache, taps=taps)
+        normed = decoder.apply_final_norm(taps[-1][batch.rows])
+        total += float(head_loss(normed, batch.targets, head))
         count += len(batch.targets)
     return total / count
 
@@ -126,7 +145,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     head = FrozenHead(decoder, head_weight(checkpoint), torch.device("cpu"))
     figures: dict[str, Any] = {"windows": len(windows), "length": options.length}
     if options.adapter is None:
-        loss = mean_loss(decoder, head, windows)
+        loss = mean_loss(decoder, head, windows, CACHE_DTYPES[options.kv])
     else:
         network = load_network(options.adapter, checkpoint)
         loss, base_loss = losses_with_adapter(decoder, head, windows, network)
@@ -141,11 +160,15 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text")
     parser.add_argument("--variant", type=Path, help="folder of a pruned variant")
     parser.add_argument("--adapter", type=Path, help="folder of a side network trained on it")
-    parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
+    parser.add_argument("--quantization", choices=("keep", "nf4", "none"), default="nf4")
     parser.add_argument("--head", choices=("int8", "nf4", "dense"), default="int8")
     parser.add_argument("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=None, help="the first N [default: all]")
-    print(json.dumps(measure(parser.parse_args())))
+    parser.add_argument("--kv", choices=tuple(CACHE_DTYPES), default="auto", help="KV cache")
+    options = parser.parse_args()
+    if options.adapter is not None and options.kv != "auto":
+        parser.error("--kv: states with an adapter are computed without a KV cache; leave it out")
+    print(json.dumps(measure(options)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from models.program import Program, Vectors, build_program
 from models.quantization import quantize_4bit
 from models.side import AttachedSide, SideNetwork, SideProgram, build_side_program
 from models.spec import DecoderSpec, SpecError
-from models.weights import Matrix, Weight, dense, quantize_8bit
+from models.weights import Matrix, QuantizedBlocks, Weight, dense, quantize_8bit
 
 HeadPrecision = Literal["int8", "nf4", "dense"]
 KernelChoice = Literal["auto", "native", "avx2", "avx512", "reference", "cuda"]
@@ -54,7 +54,8 @@ class Decoder:
             your own references to free what the decoder does not keep.
         kernels: "auto": CUDA on a CUDA device, else native, else reference.
         device: "cpu" or a CUDA device.
-        head: precision of the LM head. The embedding keeps its own.
+        head: precision that a dense LM head is rounded to; one in a block format is computed from
+            its own codes. The embedding keeps its own.
         num_threads: threads of the native kernels; None: one for each core.
         base: a decoder that this one is a pruned variant of. Its kernels, device, head precision
             and threads are used, whatever is asked for here; weights that are the same objects as
@@ -141,7 +142,8 @@ class Decoder:
         Args:
             num_blocks: how many blocks.
             block_size: positions in a block.
-            dtype: of keys and values; None: float16, float32 for the reference kernels.
+            dtype: of keys and values, float16, float32 or, on the CPU, int8; None: float16,
+                float32 for the reference kernels.
         """
         dtype = dtype or self._default_cache_dtype
         return self._executor.make_cache(self.spec, num_blocks, block_size, dtype)
@@ -251,6 +253,8 @@ def _check_variant(spec: DecoderSpec, base: DecoderSpec) -> None:
 def _head_matrix(stored: Weight | None, head: HeadPrecision) -> Matrix:
     if stored is None:
         return torch.empty(0, 0)  # reported by build_program with everything else that is missing
+    if isinstance(stored, QuantizedBlocks):
+        return stored
     if not isinstance(stored, Tensor) or head == "dense":
         return stored if isinstance(stored, Tensor) else dense(stored)
     return quantize_8bit(stored) if head == "int8" else quantize_4bit(stored)

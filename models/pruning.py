@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models.spec import DecoderSpec, SpecError, canonical_weights
+from models.weights import BLOCK_FORMATS, QuantizedBlocks
 
 MODULES = ("attn_in", "attn_out", "mlp_in", "mlp_mid", "mlp_out")
 _ROWS_AND_COLUMNS: dict[str, tuple[str | None, str | None]] = {
@@ -184,6 +185,32 @@ def slice_weight(name: str, weight: Tensor, spec: DecoderSpec, selections: Selec
         if kept is not None:
             weight = weight.index_select(dim, torch.tensor(kept, device=weight.device))
     return weight
+
+
+def slice_blocks(
+    name: str, weight: QuantizedBlocks, spec: DecoderSpec, selections: Selections
+) -> QuantizedBlocks | None:
+    """Take what is kept of a weight in its own codes: any rows, but whole blocks of a row.
+
+    Args:
+        name, spec, selections: as for `slice_weight`.
+        weight: of the decoder before pruning.
+
+    Returns:
+        What `slice_weight` would give of the dense weight; None: blocks would have to be cut.
+    """
+    rows, columns = kept_parts(name, spec, selections)
+    data = weight.data
+    if columns is not None:
+        values, size = BLOCK_FORMATS[weight.kind]
+        if len(columns) % values:
+            return None
+        runs = torch.tensor(columns).view(-1, values)
+        blocks = runs[:, 0] // values
+        if not torch.equal(runs, blocks[:, None] * values + torch.arange(values)):
+            return None
+        data = data.view(len(data), -1, size)[:, blocks].flatten(1)
+    return replace(weight, data=data if rows is None else data[torch.tensor(rows)])
 
 
 def count_linears(spec: DecoderSpec, widths: Sequence[Sequence[Number]]) -> Number:

@@ -1,8 +1,8 @@
 """What a linear's weight can be: dense, 4-bit, 8-bit, as a GGUF file packs it, or low-rank."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -79,6 +79,14 @@ class QuantizedBlocks:
         values, size = BLOCK_FORMATS[self.kind]
         return self.data.shape[0], self.data.shape[1] // size * values
 
+    @property
+    def scales(self) -> Tensor:
+        """What whole blocks are multiplied by, and what is added: (out_features, N) float16."""
+        first, count = _SCALES[self.kind]
+        blocks = self.data.view(len(self.data), -1, BLOCK_FORMATS[self.kind][1])
+        fields = blocks[:, :, first : first + 2 * count].contiguous()
+        return fields.view(torch.float16).flatten(1)
+
     def dequantize(self) -> Tensor:
         """Return the (out_features, in_features) float32 matrix, exactly."""
         from gguf.constants import GGMLQuantizationType
@@ -93,6 +101,11 @@ class QuantizedBlocks:
 BLOCK_FORMATS = {
     "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
     "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18),
+}  # fmt: skip
+# First byte and number of the float16 scales in a block.
+_SCALES = {
+    "Q4_0": (0, 1), "Q4_1": (0, 2), "Q5_0": (0, 1), "Q5_1": (0, 2), "Q8_0": (0, 1),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208, 1), "IQ4_NL": (0, 1),
 }  # fmt: skip
 
 
@@ -125,6 +138,34 @@ def dense(weight: Weight) -> Tensor:
     if isinstance(weight, LowRank):
         return dense(weight.left) @ dense(weight.right)
     return weight.float()
+
+
+def select_rows(weight: Matrix, rows: Sequence[int] | Tensor) -> Matrix:
+    """Take rows of a matrix (or of a bias), exactly.
+
+    Args:
+        weight: (out_features, in_features) or (out_features,).
+        rows: the rows to take, in order.
+
+    Returns:
+        The same kind; a `Quantized4Bit` whose rows share blocks becomes dense float32.
+    """
+    index = torch.as_tensor(rows)
+    if isinstance(weight, Tensor):
+        return weight[index]
+    if isinstance(weight, QuantizedBlocks):
+        return replace(weight, data=weight.data[index])
+    if isinstance(weight, Quantized8Bit):
+        return Quantized8Bit(codes=weight.codes[index], scales=weight.scales[index])
+    out_features, in_features = weight.shape
+    if in_features % weight.block_size:
+        return weight.dequantize()[index]
+    return replace(
+        weight,
+        packed=weight.packed.view(out_features, -1)[index].flatten(),
+        absmax=weight.absmax.view(out_features, -1)[index].flatten(),
+        shape=(len(index), in_features),
+    )
 
 
 def count_linear_parameters(weights: Mapping[str, Weight]) -> int:

@@ -178,12 +178,13 @@ class ServeConfig:
     device: str = option_of(ModelOptions, "device")
     kernels: str = option_of(ModelOptions, "kernels")
     threads: int | str = option_of(ModelOptions, "threads")
-    kv_cache_dtype: str = option(
+    kv: str = option(
         "auto",
-        "Number format of the KV cache; auto is what suits the kernels.",
+        "Number format of the KV cache: auto takes float16 (float32 for the reference kernels); "
+        "int8, on the CPU only, takes about half of float16's memory.",
         kind=TEXT,
         group=COMPUTE,
-        choices=("auto", "float16", "float32"),
+        choices=("auto", "float16", "float32", "int8"),
     )
     kv_cache_tokens: int | str = option(
         "auto",
@@ -314,6 +315,11 @@ class ServeConfig:
                     f"adapter, variant: two are called {name!r}; a name is given once"
                 )
         _ = self.model_options  # refuses what contradicts itself
+        if self.kv == "int8" and self.device == "cuda":
+            raise ConfigError(
+                "kv: 'int8' computes on the CPU; on device 'cuda' it is one of auto, float16, "
+                "float32"
+            )
         if self.max_batch_tokens < self.max_running_sequences:
             raise ConfigError(
                 f"max_batch_tokens: {self.max_batch_tokens} is less than max_running_sequences "

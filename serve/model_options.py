@@ -43,12 +43,13 @@ class ModelOptions:
         is_positional=True,
     )
     quantization: str = option(
-        "nf4",
-        "How weights that are not in 4 bits yet are held; nf4 quantises once and keeps the result "
-        "in the cache folder.",
+        "auto",
+        "How weights are held. keep: as they are stored, a GGUF file's in its own codes; nf4: "
+        "quantised once, the result is kept in the cache folder; none: in 16 bits. bitsandbytes' "
+        "4-bit folders are kept in any case. auto: nf4.",
         kind=TEXT,
         group=MODEL,
-        choices=("nf4", "none"),
+        choices=("auto", "keep", "nf4", "none"),
     )
     head: str = option(
         "int8",

@@ -130,7 +130,7 @@ SLOW_OR_OPTIONAL = {
 }  # fmt: skip
 
 # Requirements that nothing imports by name.
-IMPLIED_REQUIREMENTS = {"uvloop", "httptools", "sentencepiece", "protobuf"}
+IMPLIED_REQUIREMENTS = {"numpy", "uvloop", "httptools", "sentencepiece", "protobuf"}
 IMPORT_NAMES = {
     "markdown-it-py": "markdown_it",
     "pyyaml": "yaml",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.weights import LowRank, Quantized4Bit, Quantized8Bit, Weight
+from models.weights import LowRank, Quantized4Bit, Quantized8Bit, QuantizedBlocks, Weight
 
 _PROCESS = Path("/proc/self")
 
@@ -102,7 +102,7 @@ def weight_bytes(weight: Weight) -> int:
         return weight.packed.nbytes + weight.absmax.nbytes + weight.codebook.nbytes
     if isinstance(weight, Quantized8Bit):
         return weight.codes.nbytes + weight.scales.nbytes
-    return weight.nbytes
+    return weight.data.nbytes if isinstance(weight, QuantizedBlocks) else weight.nbytes
 
 
 def _status_bytes(field: str) -> int:

@@ -13,7 +13,6 @@ from models.checkpoints.derived import (
     Lineage,
     Originals,
 )
-from models.checkpoints.four_bit import select_rows
 from models.checkpoints.pruned import prune
 from models.families import CheckpointError, UnsupportedArchitectureError
 
@@ -30,5 +29,4 @@ __all__ = [
     "load_checkpoint",
     "prune",
     "quantize_checkpoint",
-    "select_rows",
 ]

@@ -5,7 +5,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
@@ -14,12 +13,11 @@ from models.checkpoints.four_bit import (
     quantized_kind,
     read_quantized,
     read_state,
-    select_rows,
 )
 from models.checkpoints.tensor_files import TensorReader
 from models.families import CheckpointError, ModelDescription
 from models.spec import canonical_weights
-from models.weights import Quantized4Bit, Weight
+from models.weights import LowRank, Matrix, Quantized4Bit, Weight, select_rows
 
 _MAX_NAMED = 5
 
@@ -94,7 +92,7 @@ def _unexpected(
 def assemble_weights(
     description: ModelDescription, reader: TensorReader, origin: Path
 ) -> dict[str, Weight]:
-    """Read every weight of the decoder, 4-bit ones as they are.
+    """Read every weight of the decoder, quantised ones with their own codes.
 
     Args:
         description: the model.
@@ -108,7 +106,7 @@ def assemble_weights(
         CheckpointError: the tensors do not fit; every mismatch is named.
     """
     check_tensors(description, reader, origin)
-    fused: dict[str, Tensor | Quantized4Bit] = {}
+    fused: dict[str, Matrix] = {}
     weights: dict[str, Weight] = {}
     problems = []
     for canonical, source in description.sources.items():
@@ -129,7 +127,7 @@ def assemble_weights(
 def check_finite(
     weights: Mapping[str, Weight], description: ModelDescription, origin: Path
 ) -> None:
-    """Refuse weights that hold what is no number; of 4-bit ones the scales tell.
+    """Refuse weights that hold what is no number; of quantised ones the scales tell.
 
     Args:
         weights: by canonical name, as they come from a checkpoint.
@@ -142,12 +140,18 @@ def check_finite(
     bad = [
         description.sources[name].name
         for name, weight in weights.items()
-        if not is_finite(
-            weight.absmax if isinstance(weight, Quantized4Bit) else cast(Tensor, weight)
-        )
+        if not is_finite(_scales(weight))
     ]
     if bad:
         raise CheckpointError(describe_not_finite(origin, list(dict.fromkeys(bad))))
+
+
+def _scales(weight: Weight) -> Tensor:
+    """Return what tells whether a weight holds numbers only: its scales, or a dense one itself."""
+    assert not isinstance(weight, LowRank)
+    if isinstance(weight, Tensor):
+        return weight
+    return weight.absmax if isinstance(weight, Quantized4Bit) else weight.scales
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -164,6 +168,6 @@ def describe_not_finite(origin: Path, names: Sequence[str]) -> str:
     )
 
 
-def _read(reader: TensorReader, name: str) -> Tensor | Quantized4Bit:
+def _read(reader: TensorReader, name: str) -> Matrix:
     kind = quantized_kind(reader.shapes, name)
-    return reader.read(name) if kind is None else read_quantized(reader, name, kind)
+    return reader.read_stored(name) if kind is None else read_quantized(reader, name, kind)

@@ -1,4 +1,4 @@
-"""Load a checkpoint from wherever it is, in 4 bits."""
+"""Load a checkpoint from wherever it is, with its own codes or in 4 bits."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from models.checkpoints.origins import (
     find_origin,
     open_folder,
     open_gguf,
-    prequantized_kind,
+    quantization_of,
 )
 from models.checkpoints.tensor_files import load_json
 from models.checkpoints.tokenizer_files import check_tokenizer_files, has_older_tokenizer
@@ -29,7 +29,7 @@ from models.families import CheckpointError
 from models.spec import DecoderSpec
 from models.weights import LowRank, Quantized4Bit, Quantized8Bit, QuantizedBlocks, Weight
 
-QUANTIZATIONS = ("nf4", "none")
+QUANTIZATIONS = ("auto", "keep", "nf4", "none")
 DEFAULT_CACHE_DIR = Path("~/.cache/proa")
 _CACHE_VERSION = 2
 _SUMMARY_FILE = "proa_summary.json"
@@ -45,7 +45,9 @@ class Checkpoint:
         folder: holds config.json, tokenizer.json and, where the model has them, the other files of
             the tokenizer and generation_config.json.
         name: the model's id.
-        quantization: "nf4", "fp4" or "none".
+        weights_folder: the files that weights are mapped from lie in it.
+        quantization: how they are quantised: "nf4", "fp4", "gguf" (block formats of a GGUF file,
+            maybe mixed) or "none".
         known_fingerprint: the fingerprint, if the cache has it.
         chain: digests of what was attached to the base to make this, in order.
     """
@@ -53,6 +55,7 @@ class Checkpoint:
     spec: DecoderSpec
     weights: Mapping[str, Weight] = field(repr=False)
     folder: Path
+    weights_folder: Path
     name: str
     quantization: str
     known_fingerprint: str | None = field(default=None, repr=False)
@@ -72,7 +75,7 @@ def fingerprint_weights(weights: Mapping[str, Weight], quantization: str) -> str
 
     Args:
         weights: by canonical name.
-        quantization: "nf4", "fp4" or "none".
+        quantization: "nf4", "fp4", "gguf" or "none".
 
     Returns:
         64 hexadecimal digits.
@@ -105,6 +108,15 @@ def fingerprint_weights(weights: Mapping[str, Weight], quantization: str) -> str
     return digest.hexdigest()
 
 
+def default_quantization(stored: str) -> str:
+    """Say what "auto" means for weights.
+
+    Args:
+        stored: how they are stored: "nf4", "fp4", "gguf" or "none".
+    """
+    return "keep" if stored in ("nf4", "fp4") else "nf4"
+
+
 def _silent(_: str) -> None:
     """Report to nobody."""
 
@@ -112,19 +124,22 @@ def _silent(_: str) -> None:
 def load_checkpoint(
     source: str | Path | None,
     *,
-    quantization: str = "nf4",
+    quantization: str = "auto",
     cache_dir: Path | None = None,
     needs_tokenizer: bool = False,
     report: Callable[[str], None] = _silent,
 ) -> Checkpoint:
     """Load a model.
 
-    What is not quantised yet is quantised once, into a bitsandbytes-compatible folder in the
-    cache, and loaded from there ever after. A checkpoint that is 4-bit already is loaded as is.
+    Weights that are kept are mapped from where they are stored. Others are converted once, into a
+    folder in the cache that `transformers` could load too, and mapped from there ever after.
 
     Args:
         source: Hugging Face folder, hub id, GGUF file; None or "smollm2" is the demo model.
-        quantization: "nf4", or "none" to keep dense weights dense.
+        quantization: "keep": weights stay as they are stored, dense or quantised. "nf4": those of
+            16 and 32 bits, and a GGUF file's, are quantised to NF4. "none": those of a GGUF file
+            are unpacked to 16 bits, dense ones stay dense. bitsandbytes' 4-bit checkpoints are
+            kept in any case. "auto": see `default_quantization`.
         cache_dir: where converted models and the demo model are kept; default ~/.cache/proa.
         needs_tokenizer: refuse a model without one, before anything is converted.
         report: called with one line at a time about what is being done.
@@ -139,26 +154,63 @@ def load_checkpoint(
         )
     cache_dir = (cache_dir or DEFAULT_CACHE_DIR).expanduser()
     origin = find_origin(source, report)
-    if not origin.is_gguf:
+    if origin.is_gguf:
+        # The header of a large vocabulary takes a while to read, and the demo model's is known.
+        opened = None
+        if origin.path is not None and quantization != "nf4":
+            opened = open_gguf(origin.path)
+        stored = "gguf" if opened is None else quantization_of(opened)
+    else:
         assert origin.path is not None
         opened = open_folder(origin.path)
-        kind = prequantized_kind(opened)
+        stored = quantization_of(opened)
         check_tokenizer_files(origin.path, is_needed=needs_tokenizer)
-        if kind is not None or quantization == "none":
-            loaded = _load(opened, origin.name, kind or "none", report)
-            check_finite(loaded.weights, opened.description, origin.path)
-            if not has_older_tokenizer(origin.path):
-                return loaded
-            return replace(loaded, folder=_converted(origin, "tokenizer", cache_dir, report))
-        check_tensors(opened.description, opened.reader, origin.path)
-    folder = _converted(origin, cast(Content, quantization), cache_dir, report)
-    fingerprint = str(load_json(folder / _SUMMARY_FILE)["fingerprint"])
-    loaded = _load(open_folder(folder), origin.name, quantization, report)
-    return replace(loaded, known_fingerprint=fingerprint)
+    wanted = default_quantization(stored) if quantization == "auto" else quantization
+    if wanted in ("keep", stored) or stored in ("nf4", "fp4"):
+        opened = opened or open_gguf(origin.fetched(cache_dir, report))
+        return _kept(origin, opened, stored, cache_dir, report)
+    if not origin.is_gguf:
+        assert opened is not None
+        check_tensors(opened.description, opened.reader, opened.path)
+    folder = _converted(origin, cast(Content, wanted), cache_dir, report)
+    loaded = _load(open_folder(folder), origin.name, wanted, report)
+    return replace(loaded, known_fingerprint=_stored_fingerprint(folder))
 
 
-def _converted(origin: Origin, content: Content, cache_dir: Path, report: Report) -> Path:
+def _kept(
+    origin: Origin, opened: OpenCheckpoint, stored: str, cache_dir: Path, report: Report
+) -> Checkpoint:
+    """Load weights as they are stored; a GGUF file's are hashed and checked once."""
+    loaded = _load(opened, origin.name, stored, report)
+    if origin.is_gguf:
+        folder = _converted(origin, "tokenizer", cache_dir, report, kept=(opened, loaded))
+        return replace(loaded, folder=folder, known_fingerprint=_stored_fingerprint(folder))
+    check_finite(loaded.weights, opened.description, opened.path)
+    if has_older_tokenizer(opened.path):
+        return replace(loaded, folder=_converted(origin, "tokenizer", cache_dir, report))
+    return loaded
+
+
+def _stored_fingerprint(folder: Path) -> str:
+    return str(load_json(folder / _SUMMARY_FILE)["fingerprint"])
+
+
+def _converted(
+    origin: Origin,
+    content: Content,
+    cache_dir: Path,
+    report: Report,
+    *,
+    kept: tuple[OpenCheckpoint, Checkpoint] | None = None,
+) -> Path:
     """Return the cached folder of what a source becomes, converting it the first time.
+
+    Args:
+        origin: the source.
+        content: what of it.
+        cache_dir: the cache.
+        report: told about the progress.
+        kept: what a GGUF file was opened and loaded as, whose weights are in no folder.
 
     Raises:
         CheckpointError: the source cannot be converted, or the cache cannot be used.
@@ -166,10 +218,15 @@ def _converted(origin: Origin, content: Content, cache_dir: Path, report: Report
 
     def build(part: Path) -> None:
         path = origin.fetched(cache_dir, report)
+        written = None
+        if kept is not None:
+            opened, written = kept
+            check_finite(written.weights, opened.description, path)
         report(f"converting {path} (once; later starts use {cache_dir})")
         convert_apart(path, part, content, report=report)
         if content != "tokenizer":
             written = _load(open_folder(part), origin.name, content, _silent)
+        if written is not None:
             summary = {"fingerprint": written.fingerprint}
             (part / _SUMMARY_FILE).write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
@@ -180,10 +237,12 @@ def _converted(origin: Origin, content: Content, cache_dir: Path, report: Report
 def _load(source: OpenCheckpoint, name: str, quantization: str, report: Report) -> Checkpoint:
     for note in source.description.notes:
         report(f"note: {name}: {note}")
+    path = source.path.resolve()
     return Checkpoint(
         spec=source.description.spec,
         weights=assemble_weights(source.description, source.reader, source.path),
         folder=source.path,
+        weights_folder=path.parent if path.is_file() else path,
         name=name,
         quantization=quantization,
     )
@@ -233,7 +292,7 @@ def quantize_checkpoint(
         checkpoint = open_gguf(path)
     else:
         checkpoint = open_folder(path)
-        if prequantized_kind(checkpoint) is not None:
+        if quantization_of(checkpoint) != "none":
             raise CheckpointError(f"{path}: is quantised to 4 bits already")
         check_tokenizer_files(path)
     try:

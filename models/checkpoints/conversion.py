@@ -78,10 +78,7 @@ def write_folder(
             tokenizer is not known.
     """
     check_tensors(checkpoint.description, checkpoint.reader, checkpoint.path)
-    if isinstance(checkpoint.reader, GgufModel):
-        save_gguf_tokenizer(_vocabulary(checkpoint.reader), folder, report)
-    else:
-        _copy_tokenizer(checkpoint.path, folder, report)
+    _write_tokenizer(checkpoint, folder, report)
     linears = linear_tensors(checkpoint) if four_bit else frozenset()
     embedding = checkpoint.description.sources["embed.weight"].name
     dtype = checkpoint.reader.read_compact(embedding).dtype
@@ -254,14 +251,26 @@ def _vocabulary(model: GgufModel) -> GgufVocabulary:
     return GgufVocabulary(path=model.file.path, metadata=model.file.metadata)
 
 
-def write_tokenizer_folder(source: Path, folder: Path, report: Callable[[str], None]) -> None:
-    """Write the config and the tokenizer of a Hugging Face folder into an existing, empty one.
+def write_tokenizer_folder(
+    checkpoint: OpenCheckpoint, folder: Path, report: Callable[[str], None]
+) -> None:
+    """Write the config and the tokenizer of a checkpoint into an existing, empty folder.
 
     Raises:
         CheckpointError: the tokenizer is not known.
     """
-    _copy_tokenizer(source, folder, report)
-    shutil.copyfile(source / "config.json", folder / "config.json")
+    _write_tokenizer(checkpoint, folder, report)
+    config = _config(checkpoint, None, torch.float16)
+    (folder / "config.json").write_text(_to_json(config), encoding="utf-8")
+
+
+def _write_tokenizer(
+    checkpoint: OpenCheckpoint, folder: Path, report: Callable[[str], None]
+) -> None:
+    if isinstance(checkpoint.reader, GgufModel):
+        save_gguf_tokenizer(_vocabulary(checkpoint.reader), folder, report)
+    else:
+        _copy_tokenizer(checkpoint.path, folder, report)
 
 
 def _copy_tokenizer(source: Path, folder: Path, report: Callable[[str], None]) -> None:

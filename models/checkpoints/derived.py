@@ -1,6 +1,6 @@
 """Load a variant of a checkpoint: weights derived from the original ones, then quantised, once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -18,13 +18,14 @@ from models.checkpoints.origins import (
     find_origin,
     open_folder,
     open_gguf,
-    prequantized_kind,
+    quantization_of,
 )
 from models.checkpoints.tensor_files import SafetensorsFolder
 from models.families import CheckpointError
+from models.q4_1 import quantize_q4_1
 from models.quantization import NF4_CODEBOOK, quantize_4bit
 from models.spec import DecoderSpec, canonical_weights
-from models.weights import Quantized4Bit, Weight, dense
+from models.weights import BLOCK_FORMATS, Matrix, Quantized4Bit, QuantizedBlocks, Weight, dense
 
 _CACHE_VERSION = 1
 _FILE = "model.safetensors"
@@ -48,12 +49,15 @@ class Derivation:
         changed: canonical names of the layers' weights that it has of its own; those that the host
             is without do no harm.
         derive: gives one of those; is told its name, and what reads weights of the host.
+        take: gives one of those in the codes of the host's, which it is told, or None where that
+            cannot be.
     """
 
     digest: str
     spec: DecoderSpec
     changed: frozenset[str]
     derive: Callable[[str, Read], Tensor]
+    take: Callable[[str, QuantizedBlocks], QuantizedBlocks | None] = lambda _, __: None
 
 
 class Originals:
@@ -100,7 +104,7 @@ class Originals:
 
         def build(part: Path) -> None:
             report(f"deriving a variant of {base.name} (once; later starts use {self.cache_dir})")
-            is_original = is_rounded or base.quantization == "none"
+            is_original = is_rounded or base.quantization in ("gguf", "none")
             write(part, weights_of(base) if is_original else self._open(origin, report))
 
         key = {
@@ -157,9 +161,10 @@ class Lineage:
     def derive(self, step: Derivation, *, report: Report = lambda _: None) -> "Lineage":
         """Load a variant of this checkpoint.
 
-        Its own matrices are derived from the original weights, through all steps, then quantised if
-        the base is (to NF4, whatever its kind), once: they are kept in the cache and mapped from
-        there. All other weights are this checkpoint's own objects.
+        Its own matrices are derived from the original weights, through all steps, then quantised
+        once where the base's are, to Q4_1 if those are in a block format, else to NF4; they are
+        kept in the cache and mapped from there. Those that the steps can take in the base's own
+        codes are not rounded. All other weights are this checkpoint's own objects.
 
         Args:
             step: made for this checkpoint.
@@ -172,23 +177,28 @@ class Lineage:
             CheckpointError: see `Originals.cached`.
         """
         host, steps = self.checkpoint, (*self.steps, step)
-        is_quantized = host.quantization != "none"
         changed = [name for name in host.weights if name in step.changed]
         matrices = [name for name in changed if len(host.weights[name].shape) == 2]
         weights = dict(host.weights)
         for name in set(changed) - set(matrices):
             weights[name] = step.derive(name, weights_of(host))
         if matrices:
+            base = self.originals.base.weights
 
             def write(part: Path, read: Read) -> None:
-                for taken in steps:
-                    read = _through(taken, read)
-                derived = ((name, read(name)) for name in matrices)
-                _write(part / _FILE, derived, is_quantized=is_quantized)
+                for each in steps:
+                    read = _through(each, read)
+                tensors: dict[str, Tensor] = {}
+                for name in matrices:
+                    taken = _take(steps, name, base[name])
+                    matrix = _rounded_as(base[name], read(name)) if taken is None else taken
+                    tensors |= _parts(name, matrix)
+                save_file(tensors, part / _FILE, metadata={"format": "pt"})
+                (part / _FILE).chmod(0o644)  # safetensors makes it readable by its owner only
 
             chain = [taken.digest for taken in steps]
             folder = self.originals.cached(chain, report, write)
-            weights |= _mapped(folder, step.spec, matrices, is_quantized=is_quantized)
+            weights |= _mapped(folder, step.spec, matrices)
         checkpoint = replace(
             host, spec=step.spec, weights=weights,
             known_fingerprint=self.originals.base.fingerprint, chain=(*host.chain, step.digest),
@@ -214,38 +224,55 @@ def _is_quantized(origin: Origin) -> bool:
     if origin.is_gguf:
         return False
     assert origin.path is not None
-    return prequantized_kind(open_folder(origin.path)) is not None
+    return quantization_of(open_folder(origin.path)) != "none"
 
 
-def _write(path: Path, matrices: Iterable[tuple[str, Tensor]], *, is_quantized: bool) -> None:
-    """Write matrices by name, quantised or as they are."""
-    tensors: dict[str, Tensor] = {}
-    for name, matrix in matrices:
-        if is_quantized:
-            quantized = quantize_4bit(matrix, _BLOCK_SIZE)
-            tensors |= {f"{name}.packed": quantized.packed, f"{name}.absmax": quantized.absmax}
-        else:
-            tensors[name] = matrix.contiguous()
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes it readable by its owner only
+def _take(steps: Sequence[Derivation], name: str, weight: Weight) -> QuantizedBlocks | None:
+    """Take a matrix through all steps in its own codes; None: it has none, or cannot keep them."""
+    taken = weight if isinstance(weight, QuantizedBlocks) else None
+    for step in steps:
+        if taken is not None and name in step.changed:
+            taken = step.take(name, taken)
+    return taken
 
 
-def _mapped(
-    folder: Path, spec: DecoderSpec, names: Sequence[str], *, is_quantized: bool
-) -> dict[str, Weight]:
+def _rounded_as(weight: Weight, matrix: Tensor) -> Matrix:
+    """Quantise a derived matrix if the base's is."""
+    if isinstance(weight, Tensor):
+        return matrix
+    if isinstance(weight, QuantizedBlocks) and matrix.shape[1] % BLOCK_FORMATS["Q4_1"][0] == 0:
+        return quantize_q4_1(matrix)
+    return quantize_4bit(matrix, _BLOCK_SIZE)
+
+
+def _parts(name: str, matrix: Matrix) -> dict[str, Tensor]:
+    """Return the tensors, by name, that a matrix is stored as."""
+    if isinstance(matrix, Tensor):
+        return {name: matrix.contiguous()}
+    if isinstance(matrix, QuantizedBlocks):
+        return {f"{name}.{matrix.kind}": matrix.data.contiguous()}
+    assert isinstance(matrix, Quantized4Bit)
+    return {f"{name}.packed": matrix.packed, f"{name}.absmax": matrix.absmax}
+
+
+def _mapped(folder: Path, spec: DecoderSpec, names: Sequence[str]) -> dict[str, Weight]:
     """Map matrices from the cache, by name."""
     shapes = {name: shape for name, shape, _ in canonical_weights(spec)}
     codebook = torch.tensor(NF4_CODEBOOK)
     reader = SafetensorsFolder(folder)
-    if not is_quantized:
-        return {name: reader.read(name) for name in names}
-    return {
-        name: Quantized4Bit(
+
+    def read(name: str) -> Matrix:
+        if name in reader.shapes:
+            return reader.read(name)
+        for kind in BLOCK_FORMATS:
+            if f"{name}.{kind}" in reader.shapes:
+                return QuantizedBlocks(data=reader.read(f"{name}.{kind}"), kind=kind)
+        return Quantized4Bit(
             packed=reader.read(f"{name}.packed"),
             absmax=reader.read(f"{name}.absmax"),
             codebook=codebook,
             shape=cast(tuple[int, int], shapes[name]),
             block_size=_BLOCK_SIZE,
         )
-        for name in names
-    }
+
+    return {name: read(name) for name in names}

@@ -7,7 +7,7 @@ object has their offset.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -153,28 +153,3 @@ def undo_double_quantization(
         )
     scales = absmax.repeat_interleave(block_size)[: codes.numel()]
     return codebook[codes.long()] * scales + offset
-
-
-def select_rows(weight: Tensor | Quantized4Bit, rows: Sequence[int]) -> Tensor | Quantized4Bit:
-    """Take rows of a dense or 4-bit matrix (or of a bias), exactly.
-
-    Args:
-        weight: (out_features, in_features) or (out_features,).
-        rows: the rows to take, in order.
-
-    Returns:
-        The same kind; a 4-bit matrix whose rows share blocks becomes dense float32.
-    """
-    index = torch.tensor(rows)
-    if isinstance(weight, Tensor):
-        return weight[index]
-    out_features, in_features = weight.shape
-    if in_features % weight.block_size:
-        return weight.dequantize()[index]
-    return Quantized4Bit(
-        packed=weight.packed.view(out_features, -1)[index].flatten(),
-        absmax=weight.absmax.view(out_features, -1)[index].flatten(),
-        codebook=weight.codebook,
-        shape=(len(rows), in_features),
-        block_size=weight.block_size,
-    )

@@ -1,20 +1,23 @@
-"""Read a GGUF file: metadata, and tensors unpacked one at a time.
+"""Read a GGUF file: metadata, and tensors, mapped as they are or unpacked one at a time.
 
 Source: the GGUF specification (ggml, MIT); block formats are unpacked by the `gguf` package.
 """
 
+import math
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from mmap import ACCESS_READ, mmap
+from itertools import pairwise
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.families import CheckpointError
+from models.weights import BLOCK_FORMATS, QuantizedBlocks
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -25,6 +28,10 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _F32, _F16, _BF16 = 0, 1, 30
 _PLAIN = {_F32: torch.float32, _F16: torch.float16, _BF16: torch.bfloat16}
+_BLOCKS = {
+    2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
+    20: "IQ4_NL",
+}  # fmt: skip
 _OTHER = {24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
 _PART = re.compile(r"(.+)-(\d{5})-of-((?!00000)\d{5})\.gguf", re.IGNORECASE)
 
@@ -38,12 +45,19 @@ class GgufTensor:
         shape: outermost dimension first, as torch counts.
         kind: ggml type number.
         offset: first byte, from the start of the file.
+        num_bytes: how many it takes.
     """
 
     part: int
     shape: tuple[int, ...]
     kind: int
     offset: int
+    num_bytes: int
+
+    @property
+    def end(self) -> int:
+        """The byte after its last one."""
+        return self.offset + self.num_bytes
 
 
 def find_parts(path: Path) -> list[Path]:
@@ -118,11 +132,11 @@ class GgufFile:
     tensors: Mapping[str, GgufTensor]
 
     def __init__(self, path: Path) -> None:
-        """Read the headers and check that the tensors lie within the files.
+        """Read the headers and check that the tensors lie within the files, each by itself.
 
         Raises:
-            CheckpointError: a file is missing, is no GGUF file or no such part, is truncated or
-                uses an unknown type.
+            CheckpointError: a file is missing, is no GGUF file or no such part, is truncated, uses
+                an unknown type, or has a table of tensors that contradicts itself.
         """
         parts = find_parts(path)
         self.path = parts[0]
@@ -137,6 +151,8 @@ class GgufFile:
                     f"{len(parts)}; name them NAME-00001-of-{count:05}.gguf and so on"
                 )
             self.metadata = self.metadata or metadata
+            if twice := sorted(self.tensors.keys() & tensors.keys()):
+                raise CheckpointError(f"{part}: {twice[0]} is in an earlier part, too")
             self.tensors |= tensors
 
     def _open(self, path: Path) -> tuple[dict[str, object], dict[str, GgufTensor]]:
@@ -144,7 +160,8 @@ class GgufFile:
         with path.open("rb") as stream:
             if stream.read(4) != _MAGIC:
                 raise CheckpointError(f"{path}: not a GGUF file")
-            data = mmap(stream.fileno(), 0, access=ACCESS_READ)
+            # Private and writable, which torch asks for: nothing is copied until it is written.
+            data = mmap(stream.fileno(), 0, access=ACCESS_COPY)
         self._data.append(data)
         try:
             metadata, tensors = self._read_header(path, data)
@@ -154,12 +171,19 @@ class GgufFile:
             ) from error
         except KeyError as error:
             raise CheckpointError(f"{path}: unknown GGUF value type {error}") from error
-        short = [name for name, tensor in tensors.items() if self._end(tensor) > len(data)]
+        short = [name for name, tensor in tensors.items() if tensor.end > len(data)]
         if short:
             raise CheckpointError(
                 f"{path}: truncated: {len(short)} of {len(tensors)} tensors lie past its end "
                 f"({len(data)} bytes), the first {short[0]}; download it again"
             )
+        placed = sorted(tensors.items(), key=lambda item: item[1].offset)
+        for (name, tensor), (other, after) in pairwise(placed):
+            if after.offset < tensor.end:
+                raise CheckpointError(
+                    f"{path}: {name} and {other} overlap: bytes {tensor.offset} to {tensor.end} "
+                    f"and from {after.offset} on; download it again"
+                )
         return metadata, tensors
 
     def _read_header(
@@ -181,41 +205,103 @@ class GgufFile:
         for _ in range(num_tensors):
             name = cursor.string()
             shape = tuple(cursor.count() for _ in range(cursor.count("<I")))[::-1]
+            if name in headers:
+                raise CheckpointError(f"{path}: {name} is there twice")
             headers[name] = (shape, cursor.count("<I"), cursor.count())
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise CheckpointError(f"{path}: general.alignment {alignment!r} is no alignment")
-        start = -(-cursor.offset // alignment) * alignment
-        tensors = {
-            name: GgufTensor(
-                part=len(self._data) - 1, shape=shape, kind=kind, offset=start + offset
+        if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
+            raise CheckpointError(
+                f"{path}: general.alignment must be a multiple of 8, got {alignment!r}"
             )
-            for name, (shape, kind, offset) in headers.items()
-        }
+        start = -(-cursor.offset // alignment) * alignment
+        tensors = {}
+        for name, (shape, kind, offset) in headers.items():
+            if offset % alignment:
+                raise CheckpointError(
+                    f"{path}: {name} lies at {offset}, which is no multiple of {alignment}"
+                )
+            tensors[name] = GgufTensor(
+                part=len(self._data) - 1,
+                shape=shape,
+                kind=kind,
+                offset=start + offset,
+                num_bytes=self._size(path, name, shape, kind),
+            )
         return metadata, tensors
 
     @cached_property
-    def _block_sizes(self) -> dict[int, tuple[int, int]]:
+    def _other_sizes(self) -> dict[int, tuple[int, int]]:
         from gguf.constants import GGML_QUANT_SIZES
 
         return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
 
-    def _end(self, tensor: GgufTensor) -> int:
-        if tensor.kind not in self._block_sizes:
-            raise CheckpointError(f"{self.path}: unknown tensor type {tensor.kind}")
-        values, size = self._block_sizes[tensor.kind]
-        return tensor.offset + torch.Size(tensor.shape).numel() // values * size
+    def _size(self, path: Path, name: str, shape: tuple[int, ...], kind: int) -> int:
+        """Return the bytes that a tensor takes."""
+        if kind in _PLAIN:
+            values, size = 1, _PLAIN[kind].itemsize
+        elif kind in _BLOCKS:
+            values, size = BLOCK_FORMATS[_BLOCKS[kind]]
+        elif kind in self._other_sizes:
+            values, size = self._other_sizes[kind]
+        else:
+            raise CheckpointError(f"{path}: {name} has the unknown type {kind}")
+        if not shape or not all(shape):
+            raise CheckpointError(f"{path}: {name} has the shape {shape}, which holds nothing")
+        if shape[-1] % values:
+            raise CheckpointError(
+                f"{path}: {name} has rows of {shape[-1]} values, its type has blocks of {values}"
+            )
+        return math.prod(shape) // values * size
 
     def is_packed(self, name: str) -> bool:
         """Tell whether a tensor is stored in a block format."""
         return self.tensors[name].kind not in _PLAIN
 
+    @cached_property
+    def _not_computable(self) -> str:
+        """Say which tensors are in a block format that is not computed from its own codes."""
+        from gguf.constants import GGMLQuantizationType
+
+        known = _PLAIN.keys() | _BLOCKS.keys()
+        names = [name for name, tensor in self.tensors.items() if tensor.kind not in known]
+        kinds = {GGMLQuantizationType(self.tensors[name].kind).name for name in names}
+        who = f"{names[0]} and {len(names) - 1} more are" if len(names) > 1 else f"{names[0]} is"
+        return (
+            f"{who} stored as {', '.join(sorted(kinds))}, which cannot be kept; what can be is "
+            f"{', '.join(BLOCK_FORMATS)}, F16, BF16 and F32. Quantization nf4 converts the file"
+        )
+
     def foreign_type(self, name: str) -> str | None:
         """Name the type that a tensor is stored in, if it is not read as 16- or 32-bit floats."""
         return _OTHER.get(self.tensors[name].kind)
 
+    def read_stored(self, name: str) -> Tensor | QuantizedBlocks:
+        """Return a tensor mapped from the file, matrices in block formats with their own codes.
+
+        Raises:
+            CheckpointError: the block format is not computed from its own codes.
+        """
+        tensor = self.tensors[name]
+        if tensor.kind not in _PLAIN and tensor.kind not in _BLOCKS:
+            raise CheckpointError(self._not_computable)
+        if tensor.kind in _PLAIN or len(tensor.shape) != 2:
+            return self.read(name)
+        blocks = self._map(tensor, torch.uint8, range(tensor.shape[0]))
+        return QuantizedBlocks(data=blocks, kind=_BLOCKS[tensor.kind])
+
+    def _map(self, tensor: GgufTensor, dtype: torch.dtype, rows: range) -> Tensor:
+        """Map rows of a tensor, whatever its bytes mean: (rows, ...) of a dtype."""
+        start, stop = (row * tensor.num_bytes // tensor.shape[0] for row in (rows.start, rows.stop))
+        flat = torch.frombuffer(
+            self._data[tensor.part],
+            dtype=dtype,
+            count=(stop - start) // dtype.itemsize,
+            offset=tensor.offset + start,
+        )
+        return flat.view(len(rows), *tensor.shape[1:-1], -1) if len(tensor.shape) > 1 else flat
+
     def read(self, name: str, rows: range | None = None) -> Tensor:
-        """Return a tensor in its stored dtype, block formats exactly as float32.
+        """Return a tensor in its stored dtype, mapped; block formats exactly, as float32.
 
         Args:
             name: the tensor.
@@ -226,20 +312,16 @@ class GgufFile:
         """
         tensor = self.tensors[name]
         rows = range(tensor.shape[0]) if rows is None else rows
-        row_bytes = (self._end(tensor) - tensor.offset) // tensor.shape[0]
-        start = tensor.offset + rows.start * row_bytes
-        data = memoryview(self._data[tensor.part])[start : start + len(rows) * row_bytes]
         shape = (len(rows), *tensor.shape[1:])
         if tensor.kind in _PLAIN:
-            return torch.frombuffer(bytearray(data), dtype=_PLAIN[tensor.kind]).view(shape)
-        import numpy as np
+            return self._map(tensor, _PLAIN[tensor.kind], rows).view(shape)
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
         kind = GGMLQuantizationType(tensor.kind)
-        blocks = np.frombuffer(data, dtype=np.uint8).reshape(*shape[:-1], -1)
+        blocks = self._map(tensor, torch.uint8, rows)
         try:
-            return torch.from_numpy(dequantize(blocks, kind)).view(shape)
+            return torch.from_numpy(dequantize(blocks.numpy(), kind)).view(shape)
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has the type {kind.name}, which cannot be unpacked"

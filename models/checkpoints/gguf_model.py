@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -11,6 +12,7 @@ from models.checkpoints.gguf_file import GgufFile
 from models.families import CheckpointError, UnsupportedArchitectureError
 from models.families.llama import LAYER_TENSORS
 from models.families.rotary import llama3_frequencies
+from models.weights import QuantizedBlocks
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -195,6 +197,23 @@ class GgufModel:
         tensor = self.file.read(self._stored[name])
         heads = self._heads_of(name)
         return tensor if heads is None else _undo_rotary_interleave(tensor, heads)
+
+    def read_stored(self, name: str) -> Tensor | QuantizedBlocks:
+        """Return a tensor as it is stored, its rows in Hugging Face's order.
+
+        It is mapped from the file, but for rows that lie in another order there.
+        """
+        stored, heads = self.file.read_stored(self._stored[name]), self._heads_of(name)
+        if heads is None:
+            return stored
+        if isinstance(stored, Tensor):
+            return _undo_rotary_interleave(stored, heads)
+        return replace(stored, data=_undo_rotary_interleave(stored.data, heads))
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether some tensors are in a block format."""
+        return any(map(self.file.is_packed, self._stored.values()))
 
     def _heads_of(self, name: str) -> int | None:
         """Return the heads of a tensor whose rows are in llama.cpp's order, else None."""

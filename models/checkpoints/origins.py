@@ -93,12 +93,14 @@ class OpenCheckpoint:
         config: parsed config.json.
         description: what the config says.
         reader: the tensors.
+        has_blocks: some are in a block format of GGUF.
     """
 
     path: Path
     config: dict[str, object]
     description: ModelDescription
     reader: TensorReader
+    has_blocks: bool = False
 
 
 def open_folder(folder: Path) -> OpenCheckpoint:
@@ -128,14 +130,16 @@ def open_gguf(path: Path) -> OpenCheckpoint:
     model = GgufModel(GgufFile(path))
     config = model.config()
     return OpenCheckpoint(
-        path=path, config=config, description=describe_model(config), reader=model
-    )
+        path=path, config=config, description=describe_model(config), reader=model,
+        has_blocks=model.has_blocks,
+    )  # fmt: skip
 
 
-def prequantized_kind(opened: OpenCheckpoint) -> str | None:
-    """Return "nf4" or "fp4" for a checkpoint that is 4-bit already, None for an unquantised one.
+def quantization_of(opened: OpenCheckpoint) -> str:
+    """Return how a checkpoint's weights are stored: "nf4", "fp4", "gguf" or "none".
 
-    A config that says nothing about it is not believed: the tensors tell.
+    "gguf" is any block format. A config that says nothing about it is not believed: the tensors
+    tell.
 
     Raises:
         CheckpointError: the checkpoint is quantised in another way.
@@ -143,7 +147,7 @@ def prequantized_kind(opened: OpenCheckpoint) -> str | None:
     folder = opened.path
     settings = opened.config.get("quantization_config")
     if settings is None:
-        return stored_kind(opened.reader.shapes)
+        return "gguf" if opened.has_blocks else stored_kind(opened.reader.shapes) or "none"
     if not isinstance(settings, dict):
         raise CheckpointError(
             f"{folder}: config.json: quantization_config must be an object, got {settings!r}"

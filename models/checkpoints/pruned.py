@@ -1,14 +1,15 @@
 """Prune a checkpoint: the derivation of a variant that keeps a part of each layer's channels."""
 
 from models.checkpoints.derived import Derivation
-from models.pruning import Selections, kept_parts, prune_spec, slice_weight
+from models.pruning import Selections, kept_parts, prune_spec, slice_blocks, slice_weight
 from models.spec import DecoderSpec, canonical_weights
 
 
 def prune(spec: DecoderSpec, selections: Selections, *, digest: str) -> Derivation:
     """Describe the variant that keeps some of each layer's channels.
 
-    Weights that keep all of their channels stay as they are.
+    Weights that keep all of their channels stay as they are; of those in a block format, what is
+    made of whole blocks keeps its codes.
 
     Args:
         spec: not pruned.
@@ -27,4 +28,5 @@ def prune(spec: DecoderSpec, selections: Selections, *, digest: str) -> Derivati
             if any(kept_parts(name, spec, selections))
         ),
         derive=lambda name, read: slice_weight(name, read(name), spec, selections),
+        take=lambda name, weight: slice_blocks(name, weight, spec, selections),
     )

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.families import CheckpointError
+from models.weights import QuantizedBlocks
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -35,6 +36,9 @@ class TensorReader(Protocol):
 
     def read_compact(self, name: str) -> Tensor:
         """Return a tensor in the dtype to store it in."""
+
+    def read_stored(self, name: str) -> Tensor | QuantizedBlocks:
+        """Return a tensor as it is stored, mapped from its file where that can be."""
 
 
 class SafetensorsFolder:
@@ -71,6 +75,10 @@ class SafetensorsFolder:
         return cast(Tensor, self._file_of[name].get_tensor(name))
 
     def read_compact(self, name: str) -> Tensor:
+        """Return the tensor as stored."""
+        return self.read(name)
+
+    def read_stored(self, name: str) -> Tensor:
         """Return the tensor as stored."""
         return self.read(name)
 

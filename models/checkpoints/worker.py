@@ -96,10 +96,10 @@ def run_task(argument: str) -> None:
     source = Path(task["source"])
     try:
         folder = Path(task["folder"])
-        if task["content"] == "tokenizer":
-            write_tokenizer_folder(source, folder, lambda text: send(text=text))
-            return
         checkpoint = open_gguf(source) if source.is_file() else open_folder(source)
+        if task["content"] == "tokenizer":
+            write_tokenizer_folder(checkpoint, folder, lambda text: send(text=text))
+            return
         four_bit = FourBit() if task["content"] == "nf4" else None
         write_folder(checkpoint, folder, four_bit, lambda text: send(text=text))
     except CheckpointError as error:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.batch import PackedBatch
-from models.kv_cache import KVCache
+from models.kv_cache import KEY_GROUP, KVCache, dequantize_heads, head_bytes, quantize_heads
 from models.program import AttentionOp
 from models.spec import DecoderSpec
 
@@ -13,13 +13,19 @@ from models.spec import DecoderSpec
 def make_plain_cache(
     spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KVCache:
-    """Return an empty cache of (num_blocks, block_size, K, E) tensors."""
-    shapes = [
-        (num_blocks, block_size, layer.num_key_value_heads, layer.head_dim) for layer in spec.layers
-    ]
-    keys, values = (
-        [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for _ in range(2)
-    )
+    """Return an empty cache of (num_blocks, block_size, K, E) tensors; int8: with scales behind."""
+
+    def make(which: int) -> list[Tensor]:
+        return [
+            torch.zeros(
+                num_blocks, block_size, layer.num_key_value_heads,
+                head_bytes(layer.head_dim, dtype)[which] // dtype.itemsize,
+                dtype=dtype, device=device,
+            )
+            for layer in spec.layers
+        ]  # fmt: skip
+
+    keys, values = make(0), make(1)
     return KVCache(keys=keys, values=values, num_blocks=num_blocks, block_size=block_size)
 
 
@@ -46,11 +52,11 @@ def attend_sequences(
         first = 0 if batch.write_starts is None else int(batch.write_starts[b])
         new = positions >= first
         where = (table[positions // cache.block_size][new], positions[new] % cache.block_size)
-        keys[where] = k[tokens][new].detach().to(keys.dtype)
-        values[where] = v[tokens][new].detach().to(values.dtype)
+        keys[where] = _store(k[tokens][new].detach(), keys.dtype, KEY_GROUP)
+        values[where] = _store(v[tokens][new].detach(), values.dtype, op.head_dim)
         blocks = table[: -(-context // cache.block_size)]
-        seen_k = keys[blocks].flatten(0, 1)[:context].to(q.dtype)
-        seen_v = values[blocks].flatten(0, 1)[:context].to(q.dtype)
+        seen_k = _read(keys[blocks].flatten(0, 1)[:context], q, KEY_GROUP)
+        seen_v = _read(values[blocks].flatten(0, 1)[:context], q, op.head_dim)
         mask = torch.arange(context, device=q.device) <= positions[:, None]
         attended = F.scaled_dot_product_attention(
             q[tokens].transpose(0, 1)[None], seen_k.transpose(0, 1)[None],
@@ -58,3 +64,13 @@ def attend_sequences(
         )  # fmt: skip
         out.append(attended[0].transpose(0, 1).reshape(-1, op.num_heads * op.head_dim))
     return torch.cat(out)
+
+
+def _store(heads: Tensor, dtype: torch.dtype, group: int) -> Tensor:
+    return quantize_heads(heads.float(), group) if dtype == torch.int8 else heads.to(dtype)
+
+
+def _read(stored: Tensor, q: Tensor, group: int) -> Tensor:
+    if stored.dtype == torch.int8:
+        stored = dequantize_heads(stored, q.shape[-1], group)
+    return stored.to(q.dtype)

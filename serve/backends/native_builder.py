@@ -30,7 +30,12 @@ from serve.resolve import resolve_capacity
 from text.chat_template import ChatTemplateError
 from text.token_bytes import TokenizerError
 
-CACHE_DTYPES = {"auto": None, "float16": torch.float16, "float32": torch.float32}
+CACHE_DTYPES = {
+    "auto": None,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
 
 
 def build(config: ServeConfig, *, report: Report) -> BuiltBackend:
@@ -57,10 +62,14 @@ def build(config: ServeConfig, *, report: Report) -> BuiltBackend:
         raise ConfigError(str(error)) from error
     for line in tokenizer.warnings():
         report(f"warning: {line}")
-    name, folder, eos_token_ids = checkpoint.name, checkpoint.folder, tokenizer.eos_token_ids
+    name, folder, eos_token_ids = (
+        checkpoint.name,
+        checkpoint.weights_folder,
+        tokenizer.eos_token_ids,
+    )
     # Its weights are mapped from disk, and stay so for variants; what the decoder reads, it has.
     del checkpoint
-    settle_memory(folder.resolve())
+    settle_memory(folder)
     config = _size_cache(config, decoder, report)
     sampler = Sampler(
         tables, eos_token_ids=eos_token_ids, device=config.device, picker=decoder.make_picker()
@@ -106,7 +115,7 @@ def _build_registry(
 
 def _size_cache(config: ServeConfig, decoder: Decoder, report: Report) -> ServeConfig:
     block_bytes = decoder.cache_bytes_per_block(
-        block_size=config.block_size, dtype=CACHE_DTYPES[config.kv_cache_dtype]
+        block_size=config.block_size, dtype=CACHE_DTYPES[config.kv]
     )
     if config.device == "cuda":
         free_bytes = torch.cuda.mem_get_info()[0]
@@ -129,7 +138,7 @@ def _limits(config: ServeConfig) -> EngineLimits:
     return EngineLimits(
         num_cache_blocks=int(config.kv_cache_tokens) // config.block_size,
         block_size=config.block_size,
-        cache_dtype=CACHE_DTYPES[config.kv_cache_dtype],
+        cache_dtype=CACHE_DTYPES[config.kv],
         prefix_caching=config.prefix_caching,
         max_context_tokens=int(config.max_context),
         max_batch_tokens=config.max_batch_tokens,

@@ -62,7 +62,7 @@ _VARIANT = "variant"
 BENCH_OPTIONS = {
     name: declared
     for name, declared in OPTIONS.items()
-    if declared.group == CAPACITY or name in MODEL_OPTIONS or name == "kv_cache_dtype"
+    if declared.group == CAPACITY or name in MODEL_OPTIONS or name == "kv"
 }
 
 
@@ -262,7 +262,7 @@ def _run_engine(
         finally:
             await close_service(service)
         resolved = service.config
-        names = ("device", "threads", "quantization", "head", "kv_cache_dtype", "max_batch_tokens")
+        names = ("device", "threads", "quantization", "head", "kv", "max_batch_tokens")
         return figures | {
             "max_rss_mb": _peak_memory_mb(),
             "model": service.model_id,

@@ -38,7 +38,7 @@ examples:
 ENGINE_OPTIONS = {
     name: declared.as_flag()
     for name, declared in OPTIONS.items()
-    if name in MODEL_OPTIONS or name == "kv_cache_dtype"
+    if name in MODEL_OPTIONS or name == "kv"
 }
 
 

@@ -23,8 +23,6 @@ from text.text_file import read_text
 from text.token_bytes import TokenizerError
 from text.tokenizer import Tokenizer
 
-_SERVED_QUANTIZATION = "nf4"
-
 
 def run_search(arguments: argparse.Namespace, config: SearchConfig, options: ModelOptions) -> int:
     """Search as `serve.cli.prune` was told; see its `run`."""
@@ -52,7 +50,7 @@ def run_search(arguments: argparse.Namespace, config: SearchConfig, options: Mod
         )
     config = resolve_shares(config, original.spec, is_total=arguments.remove_total is not None)
     torch.set_num_threads(int(options.threads))
-    settle_memory(original.folder.resolve())
+    settle_memory(original.weights_folder)
     say(f"{arguments.data}: {len(token_ids)} tokens; {options.threads} threads")
     results = run_to_end(
         lambda should_stop: search(
@@ -89,7 +87,7 @@ def load_originals(options: ModelOptions) -> tuple[Checkpoint, Checkpoint]:
         CheckpointError: the model cannot be found or read.
         UserError: it has only 4-bit weights.
     """
-    served = load_base(replace(options, quantization=_SERVED_QUANTIZATION), report=say)
+    served = load_base(replace(options, quantization="auto"), report=say)
     original = load_base(replace(options, quantization="none"), report=say)
     if original.quantization != "none":
         if not options.dequantize:

@@ -66,7 +66,7 @@ def run_training(
         raise UserError(str(error)) from None
     decoder = build_decoder(options, checkpoint)
     torch.set_num_threads(int(options.threads))
-    settle_memory(checkpoint.folder.resolve())
+    settle_memory(checkpoint.weights_folder)
     say(f"{decoder.kernels} kernels, {options.threads} threads")
     result = run_to_end(
         lambda should_stop: train(

@@ -189,7 +189,7 @@ def test_other_quantisation_is_refused(folder: Path, settings: object, message: 
 
 
 def test_unknown_quantization_is_refused(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="must be one of nf4, none, got 'int8'"):
+    with pytest.raises(CheckpointError, match="must be one of auto, keep, nf4, none, got 'int8'"):
         load_checkpoint(folder, quantization="int8")
 
 

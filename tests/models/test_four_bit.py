@@ -3,14 +3,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.checkpoints import CheckpointError, select_rows
+from models.checkpoints import CheckpointError
 from models.checkpoints.conversion import FourBit, quantize_tensor
 from models.checkpoints.four_bit import (
     quantized_kind,
     read_quantized,
     undo_double_quantization,
 )
-from models.weights import Quantized4Bit
+from models.weights import Quantized4Bit, select_rows
 
 SHAPES = [(8, 64), (96, 192), (5, 172), (3, 7), (1, 63), (130, 200)]
 
@@ -31,7 +31,7 @@ class Tensors:
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    read_compact = read
+    read_compact = read_stored = read
 
 
 def quantized(matrix: Tensor, four_bit: FourBit) -> Tensors:

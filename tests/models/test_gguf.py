@@ -6,10 +6,7 @@ import gguf
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
 
 from models.checkpoints import (
     CheckpointError,
@@ -23,43 +20,13 @@ from models.checkpoints.gguf_model import GgufModel
 from models.checkpoints.gguf_tokenizer import GgufVocabulary, build_tokenizer, save_gguf_tokenizer
 from models.checkpoints.origins import find_origin, open_gguf
 from models.weights import dense
-
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["1 2", "12 3", "a b"]
-TOKENS = [*SPECIALS, *sorted(ByteLevel.alphabet()), "12", "123", "ab"]
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "model.layers.": "blk.",
-}
-Metadata = dict[str, object]
-
-
-def metadata(**changes: object) -> Metadata:
-    return {
-        "model": "gpt2",
-        "pre": "smollm",
-        "tokens": TOKENS,
-        "token_type": [3] * 3 + [1] * (len(TOKENS) - 3),
-        "merges": MERGES,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "padding_token_id": 2,
-        "unknown_token_id": 0,
-    } | changes
+from tests.models.gguf_files import (
+    TEMPLATE,
+    TOKENS,
+    Metadata,
+    metadata,
+    write_gguf,
+)
 
 
 def vocabulary(**changes: object) -> GgufVocabulary:
@@ -68,66 +35,11 @@ def vocabulary(**changes: object) -> GgufVocabulary:
     return GgufVocabulary(path=Path("x.gguf"), metadata=fields)
 
 
-def interleave(tensor: Tensor, num_heads: int) -> Tensor:
-    """Reorder rows as llama.cpp's converter does."""
-    halves = tensor.view(num_heads, 2, -1, *tensor.shape[1:])
-    return halves.transpose(1, 2).reshape(tensor.shape)
-
-
-def write_gguf(
-    path: Path, folder: Path, *, packed: bool = False, rope_factors: Tensor | None = None,
-    tensors_per_part: int = 0, **changes: object,
-) -> Path:  # fmt: skip
-    """Write a Hugging Face folder as GGUF, as llama.cpp's converter does."""
-    config = json.loads((folder / "config.json").read_text())
-    arch = config["model_type"]
-    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_part)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config.get("head_dim", 16))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_chat_template(TEMPLATE)
-    fields = metadata(**changes)
-    writer.add_tokenizer_model(str(fields["model"]))
-    writer.add_tokenizer_pre(str(fields["pre"]))
-    writer.add_token_list(fields["tokens"])
-    writer.add_token_types(fields["token_type"])
-    writer.add_token_merges(fields["merges"])
-    writer.add_bos_token_id(fields["bos_token_id"])
-    writer.add_eos_token_id(fields["eos_token_id"])
-    if rope_factors is not None:
-        writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        linear = name.split(".")[-2]
-        stored = (
-            interleave(tensor, heads[linear]) if arch == "llama" and linear in heads else tensor
-        )
-        new_name = name
-        for old, new in NAMES.items():
-            new_name = new_name.replace(old, new)
-        data, kind = stored.numpy(), None
-        if packed and tensor.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            data = gguf.quants.quantize(data, kind)
-        writer.add_tensor(new_name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.fixture
 def tiny_gguf(tiny_folder: Callable[..., Path], tmp_path: Path) -> Path:
     """A SmolLM-like file with Q8_0 matrices and as many tokens as the model has."""
     folder = tiny_folder("smollm", vocab_size=len(TOKENS))
-    return write_gguf(tmp_path / "Tiny.Q8_0.gguf", folder, packed=True)
+    return write_gguf(tmp_path / "Tiny.Q8_0.gguf", folder, kinds=("Q8_0",))
 
 
 @pytest.mark.parametrize("name", ["llama", "smollm", "llama-biased", "qwen2", "qwen3"])
@@ -345,7 +257,7 @@ def test_fault_in_the_converting_process_is_one_line(tiny_gguf: Path, tmp_path: 
 def split_gguf(tiny_folder: Callable[..., Path], tmp_path: Path) -> list[Path]:
     """The parts of a split file."""
     folder = tiny_folder("smollm", vocab_size=len(TOKENS))
-    write_gguf(tmp_path / "Tiny.gguf", folder, packed=True, tensors_per_part=8)
+    write_gguf(tmp_path / "Tiny.gguf", folder, kinds=("Q8_0",), tensors_per_part=8)
     parts = sorted(tmp_path.glob("*.gguf"))
     assert [part.name for part in parts] == [f"Tiny-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
     return parts

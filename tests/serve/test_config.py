@@ -60,7 +60,7 @@ def test_every_option_can_be_set_from_every_source(
         "allowed_host": "h", "allowed_origin": "https://o", "max_connections": "7",
         "max_header_bytes": "3KiB", "write_timeout_s": "2.5",
         "backend": "other", "device": "cpu", "kernels": "reference", "threads": "3",
-        "kv_cache_dtype": "float32", "kv_cache_tokens": "320", "block_size": "32",
+        "kv": "float32", "kv_cache_tokens": "320", "block_size": "32",
         "max_running_sequences": "5", "max_batch_tokens": "17", "max_waiting_requests": "9",
         "prefix_caching": "off", "max_context": "11",
         "max_waiting_tokens": "12", "max_sequences_per_prompt": "13",
@@ -174,6 +174,12 @@ def test_config_refuses_a_bad_value(field: str, value: object, match: str) -> No
 def test_contradicting_kernels_are_refused(kernels: str, device: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         ServeConfig(kernels=kernels, device=device)
+
+
+def test_int8_cache_is_refused_on_cuda() -> None:
+    with pytest.raises(ConfigError, match="kv: 'int8' computes on the CPU; on device 'cuda' it is"):
+        ServeConfig(kv="int8", device="cuda")
+    assert ServeConfig(kv="int8", device="cpu").kv == "int8"
 
 
 def test_keys_stay_out_of_the_representation() -> None:

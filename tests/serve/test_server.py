@@ -86,6 +86,22 @@ def test_service_answers(tiny_llama_folder: Path, kernels: str) -> None:
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
 
 
+def test_service_answers_over_an_int8_cache(tiny_llama_folder: Path, kernels: str) -> None:
+    lines: list[str] = []
+    config = ServeConfig(
+        model=str(tiny_llama_folder), quantization="none", kernels=kernels, kv="int8",
+        kv_cache_tokens=160_000,
+    )  # fmt: skip
+    asyncio.run(close_service(build_service(config, report=lines.append)))
+    # 2 layers of 2 heads of 8 channels, each a key and a value with a scale in 2 bytes.
+    assert 160_000 * 2 * 2 * 2 * (8 + 2) == 12_800_000
+    assert any("160000 tokens (at most 13 MB)" in line for line in lines)
+    body = {"prompt": "ab" * 200, "max_tokens": 5, "seed": 1, "ignore_eos": True}
+    chunks = complete(config, body)[1]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+
 def test_service_quantises_once_into_the_cache(tiny_llama_folder: Path, tmp_path: Path) -> None:
     config = ServeConfig(model=str(tiny_llama_folder), cache_dir=str(tmp_path), max_context=64)
     body = {"prompt": "ab", "max_tokens": 5, "temperature": 0, "ignore_eos": True}

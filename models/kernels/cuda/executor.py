@@ -27,7 +27,7 @@ from models.program import EmbedOp, LinearOp, Piece, Program
 from models.quantization import NF4_CODEBOOK
 from models.side import AttachedSide, SideProgram
 from models.spec import DecoderSpec
-from models.weights import Matrix, Quantized4Bit, dense
+from models.weights import Matrix, Quantized4Bit, QuantizedBlocks, dense
 
 Copies: TypeAlias = tuple[tuple[object, object], ...]
 
@@ -70,7 +70,13 @@ class CudaExecutor:
     def make_cache(
         self, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> KVCache:
-        """Return an empty cache; one block more than asked for takes what padding rows write."""
+        """Return an empty cache; one block more than asked for takes what padding rows write.
+
+        Raises:
+            ValueError: int8, which is computed on the CPU only.
+        """
+        if dtype == torch.int8:
+            raise ValueError("cache dtype must be float16 or float32 on CUDA, not torch.int8")
         with self._recorder.lock:
             cache = make_plain_cache(spec, num_blocks + 1, block_size, dtype, self._device)
         return dataclasses.replace(cache, num_blocks=num_blocks)
@@ -135,7 +141,9 @@ def _quant_state(weight: Quantized4Bit, dtype: torch.dtype) -> QuantState:
 def place_program(
     program: Program, device: torch.device, dtype: torch.dtype, known: Copies = ()
 ) -> Program:
-    """Copy a program to a device; matrices that are not 4-bit become dense ones of `dtype`.
+    """Copy a program to a device; matrices become dense ones of `dtype`, each one once.
+
+    `Quantized4Bit` matrices stay as they are, and so do dense tables.
 
     Args:
         program: on the CPU.
@@ -143,13 +151,26 @@ def place_program(
         known: operations and pieces that have been copied, with their copies.
     """
 
+    placed: dict[int, Tensor] = {}
+
+    def place(matrix: Matrix) -> Tensor:
+        if id(matrix) not in placed:
+            placed[id(matrix)] = dense(matrix).to(device, dtype)
+        return placed[id(matrix)]
+
     def make_dense(item: object) -> object | None:
         for source, copy in known:
             if _is_same(item, source):
                 return copy
+        if isinstance(item, EmbedOp) and isinstance(item.table, QuantizedBlocks):
+            positions = item.positions_table
+            return dataclasses.replace(
+                item, table=place(item.table),
+                positions_table=None if positions is None else positions.to(device),
+            )  # fmt: skip
         if not isinstance(item, Piece) or isinstance(item.weight, Quantized4Bit):
             return None
-        matrix = dense(item.weight).to(device, dtype)
+        matrix = place(item.weight)
         bias = None if item.bias is None else item.bias.to(device)
         return Piece(weight=matrix, bias=bias, offset=item.offset)
 

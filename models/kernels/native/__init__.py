@@ -5,5 +5,6 @@
 - `structs`: the structures that both sides read, mirrored from `cpp/program.h`.
 - `panels`, `memory`: weights as the kernels read them, and where they lie.
 - `lowering`, `side`: a program and a side network made of those structures.
-- `executor`: one call for each step.
+- `executor`: one call for each step; `threads`: those of the library that take it.
+- `picker`: the next tokens of many rows, in one call.
 """

@@ -9,7 +9,7 @@ import ctypes
 import dataclasses
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 import torch
@@ -21,10 +21,10 @@ from models.kernels.native.lowering import Lowering
 from models.kernels.native.memory import lazy_zeros
 from models.kernels.native.picker import NativePicker
 from models.kernels.native.side import SideEntries, lower_side
-from models.kernels.native.structs import OP_KINDS, PANEL, NativeOp, NativeStep, float_format
+from models.kernels.native.structs import CACHE_FORMATS, OP_KINDS, PANEL, NativeOp, NativeStep
 from models.kernels.native.threads import ThreadPool
 from models.kernels.reference.operations import apply_prologue
-from models.kv_cache import KVCache
+from models.kv_cache import KVCache, head_bytes
 from models.program import AttentionOp, Program
 from models.side import AttachedSide, SideProgram
 from models.spec import DecoderSpec
@@ -106,6 +106,8 @@ class NativeExecutor:
     ) -> KVCache:
         """Return an empty cache: keys (N, K, E, 16), values (N, K, 16, E) or turned as the keys.
 
+        With int8 each is (N, K, bytes): such codes, then bfloat16 scales (groups, 16).
+
         Raises:
             ValueError: a block size or dtype the kernels do not read.
         """
@@ -113,17 +115,24 @@ class NativeExecutor:
             raise ValueError(
                 f"block_size must be {BLOCK_SIZE} for native kernels, not {block_size}"
             )
-        if dtype not in (torch.float16, torch.float32):
-            raise ValueError(f"cache dtype must be float16 or float32 on the CPU, not {dtype}")
-        shapes = [(num_blocks, x.num_key_value_heads, x.head_dim, block_size) for x in spec.layers]
-        keys = [lazy_zeros(n, k, e, b, dtype=dtype) for n, k, e, b in shapes]
-        # Heads that do not fill the kernels' vectors have their values turned too.
-        values = [
-            lazy_zeros(n, k, e, b, dtype=dtype)
-            if e % PANEL
-            else lazy_zeros(n, k, b, e, dtype=dtype)
-            for n, k, e, b in shapes
-        ]
+        if dtype not in CACHE_FORMATS:
+            raise ValueError(
+                f"cache dtype must be float16, float32 or int8 on the CPU, not {dtype}"
+            )
+
+        def make(shape: Callable[[int], tuple[int, ...]]) -> list[Tensor]:
+            return [
+                lazy_zeros(num_blocks, x.num_key_value_heads, *shape(x.head_dim), dtype=dtype)
+                for x in spec.layers
+            ]
+
+        if dtype == torch.int8:
+            keys = make(lambda e: (head_bytes(e, dtype)[0] * BLOCK_SIZE,))
+            values = make(lambda e: (head_bytes(e, dtype)[1] * BLOCK_SIZE,))
+        else:
+            keys = make(lambda e: (e, BLOCK_SIZE))
+            # Heads that do not fill the kernels' vectors have their values turned too.
+            values = make(lambda e: (e, BLOCK_SIZE) if e % PANEL else (BLOCK_SIZE, e))
         return KVCache(keys=keys, values=values, num_blocks=num_blocks, block_size=block_size)
 
     def forward(self, batch: PackedBatch, cache: KVCache, taps: Tensor | None = None) -> Tensor:
@@ -200,7 +209,7 @@ class NativeExecutor:
             num_tokens=len(batch.token_ids),
             num_sequences=len(batch.context_lens),
             block_table_stride=batch.block_tables.stride(0),
-            cache_format=float_format(cache.keys[0].dtype),
+            cache_format=CACHE_FORMATS[cache.keys[0].dtype],
             rotary_scale=self._program.rotary_scale,
         )
 

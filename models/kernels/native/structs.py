@@ -14,6 +14,7 @@ FORMATS = {
     "iq4_nl": 13,
 }  # fmt: skip
 INPUT_KINDS = {"floats": 0, "words": 1, "byte": 2, "two_bytes": 3}
+CACHE_FORMATS = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 OP_KINDS = {"embed": 0, "linear": 1, "attention": 2, "tap": 3}
 PROLOGUES = {"plain": 0, "rms_norm": 1, "layer_norm": 2, "activation": 3, "gated_activation": 4}
 POOLS = {None: 0, "max": 1, "avg": 2}

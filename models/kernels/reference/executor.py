@@ -50,7 +50,7 @@ class ReferenceExecutor:
     def make_cache(
         self, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> KVCache:
-        """Return an empty cache of (num_blocks, block_size, K, E) tensors."""
+        """Return an empty cache; see `make_plain_cache`."""
         return make_plain_cache(spec, num_blocks, block_size, dtype, self._device)
 
     def forward(self, batch: PackedBatch, cache: KVCache, taps: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ from models.program import (
 )
 from models.side import Downsample, SideProgram
 from models.spec import Activation
-from models.weights import Matrix, dense
+from models.weights import Matrix, dense, select_rows
 
 Attend = Callable[[AttentionOp, Tensor, Tensor, Tensor], Tensor]
 Linear = Callable[[Tensor, Matrix], Tensor]
@@ -141,7 +141,7 @@ def run_ops(
 
 def apply_embed(op: EmbedOp, token_ids: Tensor, positions: Tensor) -> Tensor:
     """Return the (T, D) float32 embedding of (T,) tokens at (T,) positions."""
-    x = op.table[token_ids].float()
+    x = dense(select_rows(op.table, token_ids))
     if op.positions_table is None:
         return x
     return x + op.positions_table[positions + op.positions_offset].float()

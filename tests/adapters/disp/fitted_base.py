@@ -49,5 +49,5 @@ def fitted_checkpoint(kind: str = "llama") -> Checkpoint:
         optimizer.step()
     return Checkpoint(
         spec=spec, weights={name: dense.detach() for name, dense in trained.items()},
-        folder=Path(), name="tiny", quantization="none",
+        folder=Path(), weights_folder=Path(), name="tiny", quantization="none",
     )  # fmt: skip

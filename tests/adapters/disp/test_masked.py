@@ -11,8 +11,9 @@ from models.decoder import Decoder
 from models.kernels.reference import operations as reference
 from models.program import Norm
 from models.pruning import prune_spec, slice_weight, widths_of
+from models.q4_1 import quantize_q4_1
 from models.spec import DecoderSpec
-from models.weights import Weight
+from models.weights import Weight, dense
 from tests.adapters.disp.fitted_base import make_random
 from tests.models.kernels.random_decoders import KINDS, pack_batch
 from tests.models.random_selections import random_selections
@@ -52,6 +53,20 @@ def test_masks_of_ones_change_no_bit(kind: str, has_biases: bool) -> None:
     assert torch.equal(masked_logits(decoder, TOKENS, ones(spec)), plain)
     expected = reference_logits(spec, weights, TOKENS, prefilled=len(TOKENS))
     torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_masks_work_on_a_base_in_block_formats() -> None:
+    spec, weights = make_random("llama", has_biases=False)
+    in_blocks: dict[str, Weight] = {
+        name: quantize_q4_1(dense(weight)) if len(weight.shape) == 2 else weight
+        for name, weight in weights.items()
+    }
+    unpacked: dict[str, Weight] = {name: dense(weight) for name, weight in in_blocks.items()}
+    masks = selection_masks(random_selections(spec), widths_of(spec), CPU)
+    found, expected = (
+        masked_logits(MaskedDecoder(spec, each), TOKENS, masks) for each in (in_blocks, unpacked)
+    )
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("has_biases", [True, False], ids=["biases", "none"])

@@ -22,12 +22,13 @@ from models.checkpoints import (
 from models.checkpoints.origins import open_gguf
 from models.decoder import Decoder
 from models.pruning import Selections, kept_parts, prune_spec, slice_weight
+from models.q4_1 import quantize_q4_1
 from models.quantization import quantize_4bit
 from models.spec import SpecError, canonical_weights
-from models.weights import Quantized4Bit, dense
+from models.weights import Quantized4Bit, QuantizedBlocks, dense
+from tests.models.gguf_files import TOKENS, load_kept, write_gguf
 from tests.models.kernels.random_decoders import pack_batch
 from tests.models.random_selections import random_selections, whole_selections
-from tests.models.test_gguf import TOKENS, write_gguf
 
 FAMILIES = ["llama", "llama-biased", "smollm", "qwen2", "qwen3", "opt", "phi", "neox-parallel"]
 WIDTHS = (32, 48, 33, 80, 17)
@@ -181,7 +182,7 @@ def test_gguf_file_is_sliced_without_a_warning(
     quantization: str, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tiny_folder("smollm", vocab_size=len(TOKENS))
-    source = write_gguf(tmp_path / "Tiny.Q8_0.gguf", folder, packed=True)
+    source = write_gguf(tmp_path / "Tiny.Q8_0.gguf", folder, kinds=("Q8_0",))
     cache = tmp_path / "cache"
     bench = Bench(
         source, cache, load_checkpoint(source, quantization=quantization, cache_dir=cache)
@@ -198,6 +199,81 @@ def test_gguf_file_is_sliced_without_a_warning(
         }
     assert_same(loaded, expected, bench.base)
     assert not [line for line in bench.lines if "warning" in line]
+
+
+KEPT = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": len(TOKENS),
+}  # fmt: skip
+
+
+@pytest.fixture
+def kept_bench(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Bench]:
+    """Return a function that makes a base of a GGUF file's own codes, in types that take turns."""
+
+    def make(*kinds: str) -> Bench:
+        folder = tiny_folder("smollm", **KEPT)
+        source = write_gguf(tmp_path / "Tiny.gguf", folder, kinds=kinds)
+        return Bench(source, tmp_path / "cache", load_kept(source))
+
+    return make
+
+
+def kept_blocks(base: Checkpoint, values: int) -> Selections:
+    """Select whole blocks of `values` channels wherever linears read, and any that they write."""
+    (any_channels, *_) = random_selections(base.spec, (256, 48, 256, 512, 33))
+    blocks = tuple(range(256 - values, 256))
+    layer = dataclasses.replace(any_channels, attn_in=blocks, mlp_in=blocks, mlp_mid=blocks)
+    return (layer, layer)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL"])
+def test_whole_blocks_and_rows_keep_their_codes(
+    kind: str, kept_bench: Callable[..., Bench]
+) -> None:
+    bench = kept_bench(kind)
+    values = 256 if kind.endswith("K") else 64
+    selections = kept_blocks(bench.base, values)
+    for loaded in (bench.load(selections), bench.load(selections)):
+        expected = slices_of(bench.base, selections)
+        for name, weight in loaded.weights.items():
+            assert torch.equal(dense(weight), expected[name]), name
+            if is_linear(name):
+                assert isinstance(weight, QuantizedBlocks)
+                assert weight.kind == kind
+    assert bench.lines[1:] == []
+
+
+def test_other_slices_of_kept_codes_are_rounded_once_with_least_error(
+    kept_bench: Callable[..., Bench],
+) -> None:
+    bench = kept_bench("Q4_1")
+    selections = random_selections(bench.base.spec, (192, 96, 224, 256, 96))
+    loaded = bench.load(selections)
+    for name, exact in slices_of(bench.base, selections).items():
+        weight = loaded.weights[name]
+        if not is_linear(name) or name.endswith("o.weight"):
+            assert torch.equal(dense(weight), exact.float()), name
+            continue
+        assert isinstance(weight, QuantizedBlocks)
+        assert torch.equal(weight.data, quantize_q4_1(exact).data)
+        error = (dense(weight) - exact).norm()
+        assert error < 0.7 * (dense(quantize_4bit(exact)) - exact).norm(), name
+
+
+def test_dense_matrices_among_kept_codes_stay_dense(kept_bench: Callable[..., Bench]) -> None:
+    bench = kept_bench("Q4_1", "F16")
+    selections = random_selections(bench.base.spec, (33, 96, 33, 47, 96))
+    loaded = bench.load(selections)
+    for name, exact in slices_of(bench.base, selections).items():
+        weight, base = loaded.weights[name], bench.base.weights[name]
+        if isinstance(base, torch.Tensor):
+            assert isinstance(weight, torch.Tensor)
+            assert weight.dtype == base.dtype
+            assert torch.equal(weight.float(), exact)
+        elif not name.endswith("o.weight") and is_linear(name):
+            assert isinstance(weight, Quantized4Bit)  # no blocks fit such widths
+            assert torch.equal(weight.packed, quantize_4bit(exact).packed)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

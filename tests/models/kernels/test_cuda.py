@@ -10,7 +10,8 @@ from models.kernels.cuda.graphs import attend_decode
 from models.kernels.plain_cache import make_plain_cache
 from models.kernels.reference.operations import run_program
 from models.program import AttentionOp, LinearOp, build_program
-from models.weights import Quantized4Bit, quantize_8bit
+from models.q4_1 import quantize_q4_1
+from models.weights import Quantized4Bit, dense, quantize_8bit
 from tests.models.kernels.random_decoders import KINDS, make_decoder_parts, pack_batch, run_alone
 
 SEQUENCES = [[(7 * i + 3 * s) % 100 for i in range(n)] for s, n in enumerate((37, 5, 64))]
@@ -50,6 +51,13 @@ def test_cuda_executor_prefills_with_bitsandbytes_matmul() -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_cuda_cache_refuses_int8() -> None:
+    spec, weights = make_decoder_parts("llama")
+    executor = CudaExecutor(build_program(spec, weights, _head(weights)), "cpu", torch.float32)
+    with pytest.raises(ValueError, match="float16 or float32 on CUDA, not torch.int8"):
+        executor.make_cache(spec, 4, 16, torch.int8)
+
+
 def test_place_program_makes_all_but_4_bit_matrices_dense() -> None:
     spec, weights = make_decoder_parts("llama", is_quantized=True)
     program = build_program(spec, weights, quantize_8bit(_head(weights)))
@@ -60,6 +68,22 @@ def test_place_program_makes_all_but_4_bit_matrices_dense() -> None:
     head = linears[-1].pieces[0].weight
     assert isinstance(head, Tensor)
     assert head.dtype == torch.bfloat16
+
+
+def test_place_program_unpacks_blocks_to_16_bits_and_a_tied_head_once() -> None:
+    spec, weights = make_decoder_parts("llama")
+    blocks = {
+        name: quantize_q4_1(dense(weight)) if len(weight.shape) == 2 else weight
+        for name, weight in weights.items()
+    }
+    head = blocks.get("head.weight", blocks["embed.weight"])
+    program = build_program(spec, blocks | {"embed.weight": head}, head)
+    placed = place_program(program, torch.device("cpu"), torch.bfloat16)
+    for op, source in zip(placed.ops, program.ops, strict=True):
+        if isinstance(op, LinearOp) and isinstance(source, LinearOp):
+            for piece, packed in zip(op.pieces, source.pieces, strict=True):
+                assert torch.equal(piece.weight, dense(packed.weight).bfloat16())
+    assert placed.embed.table is placed.head.pieces[0].weight
 
 
 def _head(weights: dict) -> Tensor:  # type: ignore[type-arg]

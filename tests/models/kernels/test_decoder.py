@@ -157,7 +157,7 @@ def test_native_cache_refuses_other_block_sizes_and_dtypes(native: str) -> None:
     decoder = Decoder(spec, weights, kernels=native)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block_size must be 16 for native kernels, not 8"):
         decoder.make_cache(num_blocks=1, block_size=8)
-    with pytest.raises(ValueError, match="cache dtype must be float16 or float32"):
+    with pytest.raises(ValueError, match="cache dtype must be float16, float32 or int8 on the CPU"):
         decoder.make_cache(num_blocks=1, dtype=torch.bfloat16)
 
 

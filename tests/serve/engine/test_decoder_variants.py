@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
 from models.decoder import Decoder
 from serve.engine.sequence import LiveRequest, ModelVariant, SideAdapter
@@ -47,11 +48,11 @@ def ask_of(kind: Kind, scale: float = 1.0, **fields: Any) -> Branch:
     return branch(kind[1], scale, variant=kind[0], **settings)
 
 
-def alone(decoder: Decoder, request: LiveRequest) -> Answer:
+def alone(decoder: Decoder, request: LiveRequest, **settings: Any) -> Answer:
     """Give what each branch says in an engine of its own, which reuses nothing."""
     prompt = list(request.asked.prompt_token_ids)
     return [
-        run(make_engine(decoder, prefix_caching=False), [make_live(prompt, one)])[0][0]
+        run(make_engine(decoder, prefix_caching=False, **settings), [make_live(prompt, one)])[0][0]
         for one in branches_of(request)
     ]
 
@@ -99,6 +100,27 @@ def test_mixed_steps_equal_separate_runs(
     assert engine.error is None
     assert (engine.scheduler.num_preemptions > 0) == ("num_cache_blocks" in settings)
     assert_same(decoder, [outputs for answer in answers for outputs in answer], mixed_alone)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_batch_tokens": 24, "max_running_sequences": 4}, {"num_cache_blocks": 18}],
+    ids=["chunked", "preempted"],
+)
+def test_mixed_steps_over_an_int8_cache_equal_separate_runs(
+    decoder: Decoder, kinds: list[Kind], mixed_alone: Answer, settings: dict[str, Any]
+) -> None:
+    expected = [
+        outputs
+        for request in make_requests(kinds)
+        for outputs in alone(decoder, request, cache_dtype=torch.int8)
+    ]
+    engine = make_engine(decoder, cache_dtype=torch.int8, **settings)
+    answers = run(engine, make_requests(kinds))
+    assert (engine.scheduler.num_preemptions > 0) == ("num_cache_blocks" in settings)
+    together = [outputs for answer in answers for outputs in answer]
+    assert_same(decoder, together, expected)
+    assert together != mixed_alone
 
 
 def test_arms_of_several_models_equal_separate_requests(

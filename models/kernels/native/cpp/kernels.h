@@ -23,19 +23,25 @@ struct Activations {
   int32_t kind;          // InputKind
 };
 
+constexpr int kMaxQueries = 6;  // that read the same keys and values at once
+// Positions are cut into spans at fixed places, each with a softmax of its own; these are merged first to last. So bits depend
+// neither on who computes which span nor on what else is in the batch.
+constexpr int kSpan = 256;
+constexpr int num_spans(int positions) { return (positions + kSpan - 1) / kSpan; }
+
 struct AttentionItem {
-  const float* query[6];  // rotated, scaled
-  float* out[6];
-  int limit[6];           // keys each query sees
+  const float* query[kMaxQueries];  // rotated, scaled
+  float* out[kMaxQueries];
+  int limit[kMaxQueries];           // keys each query sees
   int count;
   int head_dim;
   const int32_t* blocks;
-  const void* k_cache;    // of this layer, at the head
-  const void* v_cache;
-  ptrdiff_t block_stride; // elements between blocks
+  const char* k_cache;    // of this layer, at the head
+  const char* v_cache;
+  ptrdiff_t key_stride;   // bytes between blocks
+  ptrdiff_t value_stride;
   int cache_format;
-  float* scores;          // (6, score_stride)
-  int score_stride;
+  float* scratch;         // attention_scratch floats
 };
 
 constexpr int kFewRows = 3;  // rows for which codes are expanded in registers
@@ -44,6 +50,19 @@ constexpr int kFewRows = 3;  // rows for which codes are expanded in registers
 // are the same in every instruction set and for any number of rows.
 typedef void PanelFunction(const Piece& piece, int panel, int group, int inputs, const Activations& act, int rows, float* out,
                            float* tile);
+
+// Not shared between files, each of which is compiled for its own instruction set.
+static inline int longest_limit(const AttentionItem& item) {
+  int longest = 0;
+  for (int q = 0; q < item.count; ++q) longest = item.limit[q] > longest ? item.limit[q] : longest;
+  return longest;
+}
+
+// Floats of what a span leaves to be merged.
+constexpr size_t span_floats(int head_dim) { return size_t(kMaxQueries) * (head_dim + 2); }
+constexpr size_t attention_scratch(int head_dim, int spans) {
+  return size_t(kMaxQueries) * kSpan + spans * span_floats(head_dim);
+}
 
 struct Kernels {
   const char* name;
@@ -55,6 +74,9 @@ struct Kernels {
   // Run an op's prologue on one row of `src` and store it as row `row` of `act`. `scratch` holds norm_width floats.
   void (*prepare_row)(const Op& op, const float* src, int row, const Activations& act, float* scratch);
   void (*attend)(const AttentionItem& item);
+  // The same in parts: each span into (count, head_dim + 2) floats; once all are there, one after the other, their merger.
+  void (*attend_span)(const AttentionItem& item, int span, float* partials);
+  void (*merge_spans)(const AttentionItem& item, float* partials);
   // Normalise (if weight), rotate and scale one head in place.
   void (*rotate)(float* head, int head_dim, int rotary_dim, const float* cos_sin, const float* weight, float eps,
                  float scale);

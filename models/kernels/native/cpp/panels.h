@@ -16,6 +16,8 @@ constexpr int kGroup = 32;   // inputs that share a scale of 8-bit activations
 constexpr int kQuad = 64;    // bytes of 4 inputs x 16 outputs
 constexpr int kSuper = 256;  // inputs of a block of the K formats
 
+namespace {  // each file is compiled for an instruction set of its own
+
 struct BlockFormat {
   int inputs, bytes;  // of a block in the file
   int bits;           // of a code
@@ -52,4 +54,5 @@ constexpr BlockFormat block_format(int format) {
   }
 }
 
+}  // namespace
 }  // namespace proa

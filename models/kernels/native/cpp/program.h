@@ -19,6 +19,7 @@ enum Format : int32_t {
   kCodes4 = 0, kCodes8 = 1, kFloat32 = 2, kBFloat16 = 3, kFloat16 = 4,
   kQ40 = 5, kQ41 = 6, kQ50 = 7, kQ51 = 8, kQ80 = 9, kQ4K = 10, kQ5K = 11, kQ6K = 12, kIq4Nl = 13,  // panels.h
 };
+enum CacheFormat : int32_t { kCacheFloat32 = 0, kCacheFloat16 = 1, kCacheInt8 = 2 };
 
 // One matrix of a linear; several share an input. `data` holds panels of 16 outputs, the last one padded:
 // codes: for each group of inputs 16 * group codes, then 16 float32 scales; dense: 16 values for each input.
@@ -101,7 +102,7 @@ struct Step {
   const int32_t* block_tables;
   const int32_t* output_rows;
   const int32_t* write_starts;  // first position of each sequence whose keys and values are written, or null
-  void* const* k_cache;  // one per layer: (num_blocks, kv_heads, head_dim, 16)
+  void* const* k_cache;  // one per layer: (num_blocks, kv_heads, head_dim, 16); see key_bytes
   void* const* v_cache;  // one per layer: (num_blocks, kv_heads, 16, head_dim), or as the keys if is_transposed(head_dim)
   const float* inv_freq;
   const SideEntry* sides;               // (num_sides), each on all of the step's tokens of one sequence
@@ -116,7 +117,7 @@ struct Step {
   int32_t num_sequences;
   int32_t num_outputs;
   int32_t block_table_stride;
-  int32_t cache_format;  // kFloat32 or kFloat16
+  int32_t cache_format;  // CacheFormat
   int32_t num_sides;
   int32_t side_block_table_stride;
   int32_t first_op;      // runs operations first_op .. last_op - 1; buffers keep what they hold
@@ -128,5 +129,18 @@ struct Step {
 
 // Values of heads that do not fill panels are stored like keys, so that they are read in whole vectors too.
 inline bool is_transposed(int head_dim) { return head_dim % kPanel != 0; }
+
+constexpr int kKeyGroup = 32;  // channels of 8-bit keys that share a scale; few channels of keys are far larger than others
+
+// Bytes of a head's keys, or values, in one block. Behind 8-bit codes lie bfloat16 scales, one for each position and key group:
+// (groups, 16).
+constexpr ptrdiff_t head_bytes(int head_dim, int cache_format, int groups) {
+  const ptrdiff_t elements = ptrdiff_t(head_dim) * kBlock;
+  return cache_format == kCacheInt8 ? elements + groups * kBlock * 2 : elements * (cache_format == kCacheFloat16 ? 2 : 4);
+}
+constexpr ptrdiff_t key_bytes(int head_dim, int cache_format) {
+  return head_bytes(head_dim, cache_format, (head_dim + kKeyGroup - 1) / kKeyGroup);
+}
+constexpr ptrdiff_t value_bytes(int head_dim, int cache_format) { return head_bytes(head_dim, cache_format, 1); }
 
 }  // namespace proa

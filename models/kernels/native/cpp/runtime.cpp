@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "kernels.h"
@@ -22,7 +23,7 @@ class FlushDenormals {
 };
 
 struct Scratch {
-  std::vector<float> row, out, scores, values, scales;
+  std::vector<float> row, out, attention, values, scales;
   std::vector<int16_t> codes;
   std::vector<RowGroup> row_groups;
   float* tile = nullptr;
@@ -38,7 +39,8 @@ class Program {
  public:
   Program(const Op* ops, int num_ops, const int32_t* widths, int num_buffers, Pool* pool, const Kernels* kernels)
       : ops_(ops, ops + num_ops), widths_(widths, widths + num_buffers), buffers_(num_buffers), pool_(pool),
-        kernels_(kernels), sides_(pool, kernels), counters_(num_ops), scratch_(pool->size()) {
+        kernels_(kernels), sides_(pool, kernels), counters_(num_ops), is_split_(num_ops),
+        scratch_(pool->size()) {
     size_t row = 0;
     for (const Op& op : ops_) {
       row = std::max<size_t>(row, op.norm_width + op.inputs);
@@ -79,16 +81,10 @@ class Program {
     }
     if (has_dense) grow(values_, rows * max_inputs_);
     grow(cos_sin_, rows * rotary_dim_);
-    int longest = 0;
-    for (int b = 0; b < step.num_sequences; ++b) longest = std::max(longest, step.context_lens[b]);
-    score_stride_ = (longest + 31) / 16 * 16;
-    for (Scratch& s : scratch_) {
-      grow(s.out, rows * kPanel);
-      grow(s.scores, size_t(6) * score_stride_);
-    }
-    is_decode_ = step.num_tokens == step.num_sequences;
+    for (Scratch& s : scratch_) grow(s.out, rows * kPanel);
+    const int spans = plan_attention(step);
     for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
-    if (step.num_sides) sides_.prepare(step, ops_.back(), score_stride_);
+    if (step.num_sides) sides_.prepare(step, ops_.back(), spans);
   }
 
   void walk(const Step& step, int thread) {
@@ -119,7 +115,7 @@ class Program {
           linear(op, step, thread, counters_[i]);
           break;
         case kAttention:
-          attention(op, step, thread, counters_[i]);
+          attention(op, step, thread, counters_[i], is_split_[i]);
           break;
         case kTap:
           for (int t = thread; step.taps && t < step.num_tokens; t += threads)
@@ -224,62 +220,110 @@ class Program {
     if (step.write_starts && position < step.write_starts[sequence]) return;
     kernels_->rotate(k, dim, op.rotary_dim, cos_sin, op.k_norm, op.eps, 1.f);
     const ptrdiff_t block = step.block_tables[size_t(sequence) * step.block_table_stride + position / kBlock];
-    const ptrdiff_t offset = (block * op.num_kv_heads + head) * dim * kBlock;
-    const int size = step.cache_format == kFloat16 ? 2 : 4;
+    const ptrdiff_t at = block * op.num_kv_heads + head;
     kernels_->write_kv(k, v, dim, position % kBlock, step.cache_format,
-                       static_cast<char*>(step.k_cache[op.layer]) + offset * size,
-                       static_cast<char*>(step.v_cache[op.layer]) + offset * size);
+                       static_cast<char*>(step.k_cache[op.layer]) + at * key_bytes(dim, step.cache_format),
+                       static_cast<char*>(step.v_cache[op.layer]) + at * value_bytes(dim, step.cache_format));
   }
 
-  void attention(const Op& op, const Step& step, int thread, std::atomic<int>& counter) {
-    const int group = op.num_heads / op.num_kv_heads;
+  // One item: up to kMaxQueries (token, query head) pairs of one sequence that read the same key-value head.
+  static int num_items(const Op& op, const Step& step, int sequence) {
+    const int pairs = (step.query_starts[sequence + 1] - step.query_starts[sequence]) * (op.num_heads / op.num_kv_heads);
+    return (pairs + kMaxQueries - 1) / kMaxQueries * op.num_kv_heads;
+  }
+
+  // Order sequences, longest first, and choose the attentions whose items are split; return the spans of the longest.
+  int plan_attention(const Step& step) {
+    is_decode_ = step.num_tokens == step.num_sequences;
+    order_.resize(step.num_sequences);
+    std::iota(order_.begin(), order_.end(), 0);
+    std::stable_sort(order_.begin(), order_.end(), [&](int a, int b) { return step.context_lens[a] > step.context_lens[b]; });
+    const int longest = order_.empty() ? 0 : step.context_lens[order_[0]], spans = num_spans(longest);
+    for (size_t i = 0; i < ops_.size(); ++i) {
+      const Op& op = ops_[i];
+      is_split_[i] = 0;
+      if (op.kind != kAttention) continue;
+      for (Scratch& s : scratch_) grow(s.attention, attention_scratch(op.head_dim, spans));
+      if (spans < 2 || pool_->size() == 1) continue;
+      size_t work = 0, parts = 0;
+      for (int b = 0; b < step.num_sequences; ++b) {
+        const size_t items = num_items(op, step, b);
+        work += items * step.context_lens[b];
+        parts += items * num_spans(step.context_lens[b]);
+      }
+      // Whole items of the longest sequence would leave threads waiting for the last of them.
+      is_split_[i] = 2 * size_t(pool_->size()) * longest > work;
+      if (!is_split_[i]) continue;
+      grow(partials_, parts * span_floats(op.head_dim));
+      if (arrived_.size() < parts) arrived_ = std::vector<std::atomic<int>>(parts);
+    }
+    return spans;
+  }
+
+  void attention(const Op& op, const Step& step, int thread, std::atomic<int>& counter, bool is_split) {
+    const int heads = op.num_kv_heads, group = op.num_heads / heads;
     const int* starts = step.query_starts;
     // With one token each and one item a head, whoever takes the item also writes the head: no barrier.
-    const bool is_fused = is_decode_ && group <= 6;
+    const bool is_fused = is_decode_ && group <= kMaxQueries && !is_split;
     if (!is_fused) {
       int sequence = 0;
-      for (int t = thread; t < step.num_tokens; t += pool_->size()) {
-        while (t >= starts[sequence + 1]) ++sequence;
-        for (int h = 0; h < op.num_kv_heads; ++h) write_head(op, step, t, sequence, h);
+      for (int i = thread; i < step.num_tokens * heads; i += pool_->size()) {
+        while (i / heads >= starts[sequence + 1]) ++sequence;
+        write_head(op, step, i / heads, sequence, i % heads);
       }
       pool_->barrier.wait();
     }
-    // One item: up to 6 (token, query head) pairs of one sequence that read the same key-value head.
-    const auto items_of = [&](int b) { return (starts[b + 1] - starts[b]) * group; };
-    int sequence = 0, before = 0;
+    const auto parts_of = [&](int sequence) { return is_split ? num_spans(step.context_lens[sequence]) : 1; };
+    const auto count_of = [&](int sequence) { return num_items(op, step, sequence) * parts_of(sequence); };
+    int next = 0, before = 0;
     for (;;) {
-      const int item = counter.fetch_add(1, std::memory_order_relaxed);
-      const auto count_of = [&](int b) { return (items_of(b) + 5) / 6 * op.num_kv_heads; };
-      while (sequence < step.num_sequences && item - before >= count_of(sequence)) before += count_of(sequence++);
-      if (sequence == step.num_sequences) break;
-      const int head = (item - before) % op.num_kv_heads, first = (item - before) / op.num_kv_heads * 6;
+      const int task = counter.fetch_add(1, std::memory_order_relaxed);
+      while (next < step.num_sequences && task - before >= count_of(order_[next])) before += count_of(order_[next++]);
+      if (next == step.num_sequences) break;
+      const int sequence = order_[next], parts = parts_of(sequence), item = (task - before) / parts, head = item % heads;
+      // The last pairs see most, so they come first.
+      const int first = (num_items(op, step, sequence) / heads - 1 - item / heads) * kMaxQueries;
       if (is_fused) write_head(op, step, starts[sequence], sequence, head);
-      attend(op, step, thread, sequence, head, first, std::min(6, items_of(sequence) - first));
+      const AttentionItem work = make_item(op, step, thread, sequence, head, first);
+      if (is_split)
+        attend_part(work, before + item * parts, (task - before) % parts, parts);
+      else
+        kernels_->attend(work);
     }
     pool_->barrier.wait();
   }
 
-  void attend(const Op& op, const Step& step, int thread, int sequence, int head, int first, int count) {
+  // Attend one span of an item whose parts lie at `at`; whoever does the last one merges them.
+  void attend_part(const AttentionItem& item, int at, int span, int parts) {
+    float* partials = partials_.data() + at * span_floats(item.head_dim);
+    if (span < num_spans(longest_limit(item)))
+      kernels_->attend_span(item, span, partials + size_t(span) * item.count * (item.head_dim + 2));
+    if (arrived_[at].fetch_add(1, std::memory_order_acq_rel) + 1 < parts) return;
+    arrived_[at].store(0, std::memory_order_relaxed);
+    kernels_->merge_spans(item, partials);
+  }
+
+  AttentionItem make_item(const Op& op, const Step& step, int thread, int sequence, int head, int first) {
     const int group = op.num_heads / op.num_kv_heads, dim = op.head_dim;
+    const ptrdiff_t keys = key_bytes(dim, step.cache_format), values = value_bytes(dim, step.cache_format);
     AttentionItem item;
-    item.count = count;
+    item.count = std::min(kMaxQueries, (step.query_starts[sequence + 1] - step.query_starts[sequence]) * group - first);
     item.head_dim = dim;
     item.blocks = step.block_tables + size_t(sequence) * step.block_table_stride;
-    item.block_stride = ptrdiff_t(op.num_kv_heads) * dim * kBlock;
-    const size_t offset = size_t(head) * dim * kBlock * (step.cache_format == kFloat16 ? 2 : 4);
-    item.k_cache = static_cast<char*>(step.k_cache[op.layer]) + offset;
-    item.v_cache = static_cast<char*>(step.v_cache[op.layer]) + offset;
+    item.key_stride = op.num_kv_heads * keys;
+    item.value_stride = op.num_kv_heads * values;
+    item.k_cache = static_cast<char*>(step.k_cache[op.layer]) + head * keys;
+    item.v_cache = static_cast<char*>(step.v_cache[op.layer]) + head * values;
     item.cache_format = step.cache_format;
-    item.scores = scratch_[thread].scores.data();
-    item.score_stride = score_stride_;
-    for (int i = 0; i < count; ++i) {
+    item.scratch = scratch_[thread].attention.data();
+    for (int i = 0; i < item.count; ++i) {
       const int token = step.query_starts[sequence] + (first + i) / group;
       const int query = head * group + (first + i) % group;
       item.query[i] = buffers_[op.src].data() + size_t(token) * widths_[op.src] + query * dim;
       item.out[i] = buffers_[op.dst].data() + size_t(token) * widths_[op.dst] + query * dim;
       item.limit[i] = step.positions[token] + 1;
     }
-    kernels_->attend(item);
+    return item;
   }
 
   const std::vector<Op> ops_;
@@ -288,12 +332,14 @@ class Program {
   Pool* pool_;
   const Kernels* kernels_;
   SideRunner sides_;
-  std::vector<std::atomic<int>> counters_;
+  std::vector<std::atomic<int>> counters_, arrived_;  // of an operation, of an item's spans
+  std::vector<char> is_split_;                        // of an attention's items
+  std::vector<int> order_;                            // of the sequences
   std::vector<Scratch> scratch_;
   std::vector<int16_t> codes_;
   std::vector<RowGroup> row_groups_;
-  std::vector<float> scales_, values_, cos_sin_;
-  int max_inputs_ = 64, rotary_dim_ = 0, score_stride_ = 0;
+  std::vector<float> scales_, values_, cos_sin_, partials_;
+  int max_inputs_ = 64, rotary_dim_ = 0;
   bool is_decode_ = false;
 };
 

@@ -18,9 +18,8 @@ class SideRunner {
   SideRunner(Pool* pool, const Kernels* kernels) : pool_(pool), kernels_(kernels), scratch_(pool->size()) {}
 
   // Plan a step's rows. `head` is the base's last operation, whose norm the blend needs.
-  void prepare(const Step& step, const Op& head, int score_stride) {
+  void prepare(const Step& step, const Op& head, int spans) {
     head_ = &head;
-    score_stride_ = score_stride;
     entries_.resize(step.num_sides);
     for (int s = 0; s < step.num_sides; ++s) {
       const int32_t* blocks = step.side_block_tables + size_t(s) * step.side_block_table_stride;
@@ -32,7 +31,7 @@ class SideRunner {
     is_blended_.assign(step.num_outputs, 0);
     rows_.clear();
     needs_barrier_ = false;
-    size_t kept = 0, rotary = 0, wide = 0, inputs = 0, hidden = 0;
+    size_t kept = 0, rotary = 0, wide = 0, inputs = 0, hidden = 0, heads = 0;
     for (const Entry& entry : entries_) {
       const Side& side = *entry.side;
       const int first = step.query_starts[entry.sequence], last = step.query_starts[entry.sequence + 1];
@@ -44,6 +43,7 @@ class SideRunner {
       }
       kept = std::max<size_t>(kept, side.widths[kStream] + side.widths[kHeads]);
       rotary = std::max<size_t>(rotary, side.rotary_dim);
+      heads = std::max<size_t>(heads, side.widths[kHeads]);
       for (int b = kHeads + 1; b < side.num_buffers; ++b) wide = std::max<size_t>(wide, side.widths[b]);
       inputs = std::max<size_t>(inputs, side.max_inputs);
       hidden = std::max<size_t>(hidden, side.hidden);
@@ -69,7 +69,7 @@ class SideRunner {
       grow(s.narrow, kStripRows * inputs);
       grow(s.wide, kStripRows * std::max({wide * buffers_, hidden, inputs}));
       grow(s.row, 2 * inputs + 64);
-      grow(s.scores, size_t(6) * score_stride);
+      grow(s.attention, attention_scratch(int(heads / 3), spans));  // a head each of queries, keys and values, or more
       grow(s.tile, kTileFloats + 16);
     }
   }
@@ -103,7 +103,7 @@ class SideRunner {
     int first, count;
   };
   struct Scratch {
-    std::vector<float> values, narrow, wide, row, scores, tile;
+    std::vector<float> values, narrow, wide, row, attention, tile;
     float out[kStripRows * kPanel];
   };
 
@@ -227,14 +227,13 @@ class SideRunner {
     for (int h = 0; h < op.num_heads; ++h)
       kernels_->rotate(heads + h * dim, dim, op.rotary_dim, cos_sin, op.q_norm, op.eps, op.scale);
     if (position < entry.write_start) return;
-    const int size = step.cache_format == kFloat16 ? 2 : 4;
     for (int h = 0; h < op.num_kv_heads; ++h) {
       float* k = heads + (op.num_heads + h) * dim;
       kernels_->rotate(k, dim, op.rotary_dim, cos_sin, op.k_norm, op.eps, 1.f);
-      const ptrdiff_t offset = (ptrdiff_t(entry.blocks[position / kBlock]) * op.num_kv_heads + h) * dim * kBlock * size;
+      const ptrdiff_t at = ptrdiff_t(entry.blocks[position / kBlock]) * op.num_kv_heads + h;
       kernels_->write_kv(k, heads + (op.num_heads + op.num_kv_heads + h) * dim, dim, position % kBlock, step.cache_format,
-                         static_cast<char*>(entry.k_cache[op.layer]) + offset,
-                         static_cast<char*>(entry.v_cache[op.layer]) + offset);
+                         static_cast<char*>(entry.k_cache[op.layer]) + at * key_bytes(dim, step.cache_format),
+                         static_cast<char*>(entry.v_cache[op.layer]) + at * value_bytes(dim, step.cache_format));
     }
   }
 
@@ -245,16 +244,16 @@ class SideRunner {
     AttentionItem item;
     item.head_dim = dim;
     item.blocks = entry.blocks;
-    item.block_stride = ptrdiff_t(op.num_kv_heads) * dim * kBlock;
+    const ptrdiff_t keys = key_bytes(dim, step.cache_format), values = value_bytes(dim, step.cache_format);
+    item.key_stride = op.num_kv_heads * keys;
+    item.value_stride = op.num_kv_heads * values;
     item.cache_format = step.cache_format;
-    item.scores = scratch.scores.data();
-    item.score_stride = score_stride_;
+    item.scratch = scratch.attention.data();
     for (int head = 0; head < op.num_kv_heads; ++head) {
-      const size_t offset = size_t(head) * dim * kBlock * (step.cache_format == kFloat16 ? 2 : 4);
-      item.k_cache = static_cast<char*>(entry.k_cache[op.layer]) + offset;
-      item.v_cache = static_cast<char*>(entry.v_cache[op.layer]) + offset;
+      item.k_cache = static_cast<char*>(entry.k_cache[op.layer]) + head * keys;
+      item.v_cache = static_cast<char*>(entry.v_cache[op.layer]) + head * values;
       for (int pair = 0; pair < pairs; pair += item.count) {
-        item.count = std::min(6, pairs - pair);
+        item.count = std::min(kMaxQueries, pairs - pair);
         for (int i = 0; i < item.count; ++i) {
           const int local = first + (pair + i) / group, query = head * group + (pair + i) % group;
           item.query[i] = cell(op.src, strip.first + local, local, scratch) + query * dim;
@@ -293,7 +292,7 @@ class SideRunner {
   std::vector<char> is_blended_;
   std::vector<float> kept_, cos_sin_, blended_;
   size_t kept_stride_ = 0, rotary_stride_ = 0, wide_stride_ = 0, hidden_ = 0;
-  int score_stride_ = 0, buffers_ = 0;
+  int buffers_ = 0;
   bool needs_barrier_ = false;
 };
 

@@ -12,30 +12,40 @@
 
 namespace proa {
 
-// All threads of a pool pass it together. Spins: phases last microseconds; yields when a peer lost its core.
+// All threads of a pool pass it together. Spins, since phases last microseconds; sleeps when a peer lost its core: whoever
+// spins on, or yields, beside other load spends the share of time that it needs later.
 class Barrier {
  public:
   explicit Barrier(int count) : count_(count) {}
   void wait() {
     if (count_ == 1) return;
     const uint32_t phase = phase_.load(std::memory_order_acquire);
+    const auto has_passed = [&] { return phase_.load() != phase; };
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
       arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
+      phase_.store(phase + 1);
+      if (!sleepers_.load()) return;
+      std::lock_guard<std::mutex> lock(mutex_);
+      wake_.notify_all();
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) {
-      if (spins < 1000)
-        ++spins, _mm_pause();
-      else
-        std::this_thread::yield();
-    }
+    for (int spins = 0; spins < kSpins; ++spins, _mm_pause())
+      if (has_passed()) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);  // before looking again, as whoever comes last looks after passing
+    wake_.wait(lock, has_passed);
+    sleepers_.fetch_sub(1);
   }
 
  private:
+  static constexpr int kSpins = 200;  // some 5 us
+
   const int count_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};  // wraps around
+  alignas(64) std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
 };
 
 class Pool {

@@ -15,7 +15,6 @@ namespace {
 constexpr int kLanes = PROA_LANES;
 constexpr int kVectors = kPanel / kLanes;  // vectors in a panel
 constexpr int kMaxRows = PROA_ROWS;        // rows that a micro kernel keeps in registers
-constexpr int kMaxQueries = 6;
 constexpr int kTileBytes = 8 * 1024;       // expanded weights kept in the first-level cache
 constexpr int kAhead = 1536;               // bytes that weights read once are asked for ahead
 

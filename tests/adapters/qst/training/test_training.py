@@ -20,6 +20,8 @@ from adapters.training_state import FOLDER, TrainingError, TrainingInterrupted
 from models.checkpoints import Checkpoint
 from models.decoder import Decoder
 from tests.adapters.qst.training.small_run import HANGING, make_examples, run
+from tests.models.gguf_files import TOKENS, load_kept, write_gguf
+from tests.models.tiny_models import make_model
 
 ROOT = Path(__file__).parents[4]
 Base = tuple[Checkpoint, Decoder]
@@ -72,6 +74,19 @@ def test_metrics_have_every_step_and_evaluation(finished: Path) -> None:
     assert set(records[-1]["memory"]) == {
         "base_weights", "side_network", "optimizer", "activations", "peak"
     }  # fmt: skip
+
+
+def test_side_network_trains_on_a_base_of_a_gguf_files_own_codes(tmp_path: Path) -> None:
+    kinds = ("Q4_1", "Q8_0", "F16")
+    make_model("smollm", vocab_size=len(TOKENS)).save_pretrained(tmp_path / "tiny")
+    checkpoint = load_kept(write_gguf(tmp_path / "Tiny.gguf", tmp_path / "tiny", kinds=kinds))
+    decoder = Decoder(checkpoint.spec, checkpoint.weights, kernels="reference")
+    output = tmp_path / "run"
+    result = run((checkpoint, decoder), output, steps=60, batch_size=8, eval_every=60)
+    assert result.evaluation is not None
+    assert result.evaluation.base_loss is not None
+    assert result.loss < result.evaluation.base_loss / 2
+    assert read_adapter(output).config.base_quantization == "gguf"
 
 
 def test_training_lowers_the_loss(base: Base, tmp_path: Path) -> None:
