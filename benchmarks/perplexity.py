@@ -4,7 +4,8 @@
     python -m benchmarks.perplexity --text wiki.test.raw --variant ./small --adapter ./healed
 
 The text is cut into windows of `--length` tokens; each is read by itself, from position 0 and
-without a token before it, and all its tokens but the first are predicted. Prints one JSON object.
+without a token before it, and all its tokens but the first are predicted; with `--second-half`,
+those of its second half but the first, as llama-perplexity does. Prints one JSON object.
 """
 
 import argparse
@@ -29,35 +30,17 @@ from adapters.qst.network import QstNetwork  # noqa: E402
 from adapters.qst.trainer import Trainer  # noqa: E402
 from adapters.qst.training_config import TrainingConfig  # noqa: E402
 from benchmarks.report import say  # noqa: E402
+from benchmarks.windows import cut_windows, digest_windows  # noqa: E402
 from models.checkpoints import Checkpoint  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
 from serve.backends.native_builder import CACHE_DTYPES  # noqa: E402
 from serve.base_model import load_base, load_variant  # noqa: E402
-from serve.model_options import ModelOptions  # noqa: E402
+from serve.model_options import MODEL_OPTIONS, ModelOptions  # noqa: E402
 from text.text_file import read_text  # noqa: E402
 from text.tokenizer import Tokenizer  # noqa: E402
 
 DEFAULT_LENGTH = 2048
 BLOCK_SIZE = 16
-
-
-def cut_windows(token_ids: Sequence[int], length: int, limit: int | None = None) -> list[list[int]]:
-    """Cut a text into whole windows; a shorter rest is left out.
-
-    Args:
-        token_ids: of the text.
-        length: tokens of a window, at least 2.
-        limit: the first so many windows; None: all.
-
-    Raises:
-        ValueError: the text is shorter than one window, or an argument is too small.
-    """
-    if length < 2 or (limit is not None and limit < 1):
-        raise ValueError(f"length must be at least 2 and windows at least 1, got {length}, {limit}")
-    if len(token_ids) < length:
-        raise ValueError(f"the text has {len(token_ids)} tokens, a window {length}")
-    count = min(len(token_ids) // length, limit or len(token_ids))
-    return [list(token_ids[i * length : (i + 1) * length]) for i in range(count)]
 
 
 @torch.no_grad()
@@ -66,6 +49,8 @@ def mean_loss(
     head: FrozenHead,
     windows: Sequence[Sequence[int]],
     kv: torch.dtype | None = None,
+    *,
+    first_target: int = 1,
 ) -> float:
     """Return the mean cross entropy of all predicted tokens, in nats.
 
@@ -74,10 +59,11 @@ def mean_loss(
         head: its head.
         windows: token ids, each window by itself.
         kv: of the KV cache through which tokens see each other; None: the decoder's own.
+        first_target: the first token of a window that is predicted, at least 1.
     """
     total, count = 0.0, 0
     for window in windows:
-        batch = pack_examples([_example(window)])
+        batch = pack_examples([_example(window, first_target)])
         num_blocks = -(-len(window) // BLOCK_SIZE)
         cache = decoder.make_cache(num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=kv)
         table = torch.arange(num_blocks, dtype=torch.int32)[None]
@@ -101,8 +87,9 @@ def losses_with_adapter(
     return found.loss, found.base_loss
 
 
-def _example(window: Sequence[int]) -> Example:
-    return Example(token_ids=window, is_target=b"\1" * len(window))
+def _example(window: Sequence[int], first_target: int = 1) -> Example:
+    targets = b"\1" * (len(window) - first_target)
+    return Example(token_ids=window, is_target=targets.rjust(len(window), b"\0"))
 
 
 def load_network(folder: Path, checkpoint: Checkpoint) -> QstNetwork:
@@ -143,9 +130,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     windows = cut_windows(token_ids, options.length, options.windows)
     decoder = Decoder(checkpoint.spec, checkpoint.weights, head=options.head)
     head = FrozenHead(decoder, head_weight(checkpoint), torch.device("cpu"))
-    figures: dict[str, Any] = {"windows": len(windows), "length": options.length}
+    figures: dict[str, Any] = {
+        "windows": len(windows), "length": options.length, "tokens_sha256": digest_windows(windows),
+    }  # fmt: skip
     if options.adapter is None:
-        loss = mean_loss(decoder, head, windows, CACHE_DTYPES[options.kv])
+        first_target = options.length // 2 + 1 if options.second_half else 1
+        kv = CACHE_DTYPES[options.kv]
+        loss = mean_loss(decoder, head, windows, kv, first_target=first_target)
     else:
         network = load_network(options.adapter, checkpoint)
         loss, base_loss = losses_with_adapter(decoder, head, windows, network)
@@ -160,12 +151,17 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text")
     parser.add_argument("--variant", type=Path, help="folder of a pruned variant")
     parser.add_argument("--adapter", type=Path, help="folder of a side network trained on it")
-    parser.add_argument("--quantization", choices=("keep", "nf4", "none"), default="nf4")
-    parser.add_argument("--head", choices=("int8", "nf4", "dense"), default="int8")
+    parser.add_argument("--quantization", choices=MODEL_OPTIONS["quantization"].choices, default="nf4")
+    parser.add_argument("--head", choices=MODEL_OPTIONS["head"].choices, default="int8")
     parser.add_argument("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=None, help="the first N [default: all]")
     parser.add_argument("--kv", choices=tuple(CACHE_DTYPES), default="auto", help="KV cache")
+    parser.add_argument(
+        "--second-half", action="store_true", help="predict the second half of each window only"
+    )
     options = parser.parse_args()
+    if options.second_half and options.adapter is not None:
+        parser.error("--second-half: is not for --adapter")
     if options.adapter is not None and options.kv != "auto":
         parser.error("--kv: states with an adapter are computed without a KV cache; leave it out")
     print(json.dumps(measure(options)))

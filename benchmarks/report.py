@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,29 +80,39 @@ def target_table(targets: Sequence[Target]) -> str:
     return "\n".join(lines)
 
 
-def run_command(command: Sequence[object], *, cwd: Path = ROOT, is_quiet: bool = False) -> str:
+def run_command(
+    command: Sequence[object],
+    *,
+    cwd: Path = ROOT,
+    is_quiet: bool = False,
+    with_messages: bool = False,
+    environ: Mapping[str, str] | None = None,
+) -> str:
     """Run a command and return its standard output.
 
     Args:
         command: program and arguments; paths are fine.
         cwd: where to run it.
         is_quiet: show its messages only if it fails.
+        with_messages: return its messages after its output.
+        environ: its environment; None: this process's.
 
     Raises:
         BenchmarkFailed: it does not exist or ends with an error.
     """
     words = [str(word) for word in command]
-    messages = subprocess.PIPE if is_quiet else None
+    messages = subprocess.PIPE if is_quiet or with_messages else None
     try:
         done = subprocess.run(
-            words, cwd=cwd, stdout=subprocess.PIPE, stderr=messages, text=True, check=False
-        )
+            words, cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=messages, text=True,
+            check=False,
+        )  # fmt: skip
     except OSError as error:
         raise BenchmarkFailed(f"cannot run {words[0]}: {error.strerror}") from error
     if done.returncode:
         tail = "".join(f"\n  {line}" for line in (done.stderr or "").splitlines()[-10:])
         raise BenchmarkFailed(f"status {done.returncode} from: {shlex.join(words)}{tail}")
-    return done.stdout
+    return done.stdout + done.stderr if with_messages else done.stdout
 
 
 def say(message: str) -> None:

@@ -4,8 +4,6 @@ python -m benchmarks.serving
 """
 
 import argparse
-import os
-import random
 import signal
 import socket
 import subprocess
@@ -18,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.engine_in_turn import decode_in_turn
 from benchmarks.report import (
     PROA,
     RESULTS,
@@ -34,11 +33,8 @@ from benchmarks.report import (
 from client.api import ApiClient
 from client.blocking import BlockingClient
 from client.errors import RequestError
-from serve.bench.streams import Decoding, random_prompts
-from serve.config import build_config
-from serve.event_loop import run_on_loop
+from serve.bench.streams import Decoding
 from stats.summary import median_ratio
-from stats.timings import decode_rate
 
 HTTP_STREAMS = 8
 MEMORY_STREAMS = 32
@@ -183,7 +179,11 @@ def measure_memory(model: Sequence[str], options: argparse.Namespace) -> tuple[T
 
 def measure_adapt(model: Sequence[str], options: argparse.Namespace) -> tuple[Target, Any]:
     """Compare decode speed with AdapT and at a plain temperature, in turn on one engine."""
-    rates = run_on_loop(_alternate(model, options))
+    rates = decode_in_turn(
+        {"model": model[0]} if model else {}, {"plain": PLAIN, "adapt": ADAPT},
+        num_streams=HTTP_STREAMS, prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens, rounds=4 * options.repeats,
+    )  # fmt: skip
     plain, adapt = (median(rates[name]) for name in ("plain", "adapt"))
     share = median_ratio(rates["adapt"], rates["plain"])
     target = Target(
@@ -193,32 +193,6 @@ def measure_adapt(model: Sequence[str], options: argparse.Namespace) -> tuple[Ta
         detail=f"{adapt:.1f} tokens/s against {plain:.1f}",
     )
     return target, {f"{name}_tokens_per_s": values for name, values in rates.items()}
-
-
-async def _alternate(model: Sequence[str], options: argparse.Namespace) -> dict[str, list[float]]:
-    # Loads torch, which the other measurements leave to processes of their own.
-    from serve.bench.engine import EngineStreams
-    from serve.server import build_service, close_service
-
-    given = {"model": model[0]} if model else {}
-    service = build_service(build_config(given, environ=os.environ), report=say)
-    try:
-        backend = service.backend
-        runners = {"plain": EngineStreams(backend, PLAIN), "adapt": EngineStreams(backend, ADAPT)}
-        rates: dict[str, list[float]] = {name: [] for name in runners}
-        rng = random.Random(0)
-        # The first round is the warm-up. Every other round goes in the other order.
-        for number in range(1 + 4 * options.repeats):
-            names = sorted(runners, reverse=number % 2 == 0)
-            for name in names:
-                pool = await runners[name].token_pool()
-                prompts = random_prompts(pool, HTTP_STREAMS, options.prompt_tokens, rng)
-                rate = decode_rate(await runners[name].run(prompts, options.new_tokens))
-                if number:
-                    rates[name].append(round(rate, 1))
-    finally:
-        await close_service(service)
-    return rates
 
 
 def _is_ready(client: BlockingClient) -> bool:

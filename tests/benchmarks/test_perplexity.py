@@ -15,13 +15,8 @@ from adapters.qst.config import QstConfig
 from adapters.qst.examples import Example, pack_examples
 from adapters.qst.network import QstNetwork
 from benchmarks.disp_baselines import random_selections
-from benchmarks.perplexity import (
-    cut_windows,
-    load_network,
-    losses_with_adapter,
-    mean_loss,
-    model_options,
-)
+from benchmarks.perplexity import load_network, losses_with_adapter, mean_loss, model_options
+from benchmarks.windows import cut_windows, digest_windows
 from models.checkpoints import Checkpoint, load_checkpoint
 from models.decoder import Decoder
 from serve.base_model import load_variant
@@ -56,13 +51,14 @@ def runnable(checkpoint: Checkpoint) -> tuple[Decoder, FrozenHead]:
     return decoder, FrozenHead(decoder, head_weight(checkpoint), torch.device("cpu"))
 
 
-def direct_loss(decoder: Decoder) -> float:
+def direct_loss(decoder: Decoder, first_target: int = 1) -> float:
     losses = []
     for window in WINDOWS:
         batch = pack_examples([Example(token_ids=window, is_target=b"\1" * len(window))])
         *_, last = decoder.hidden_states(batch.packed)
         logits = decoder.logits(decoder.apply_final_norm(last))
-        losses.append(F.cross_entropy(logits[:-1], torch.tensor(window[1:]), reduction="none"))
+        targets = torch.tensor(window[first_target:])
+        losses.append(F.cross_entropy(logits[first_target - 1 : -1], targets, reduction="none"))
     return float(torch.cat(losses).mean())
 
 
@@ -75,9 +71,16 @@ def test_windows_are_whole_and_in_order() -> None:
         cut_windows(range(10), 5, 0)
 
 
-def test_loss_is_the_mean_over_predicted_tokens(base: Checkpoint) -> None:
+def test_digest_tells_windows_apart() -> None:
+    assert digest_windows([[1, 2], [3, 4]]) == digest_windows([[1, 2], [3, 4]])
+    assert digest_windows([[1, 2], [3, 4]]) != digest_windows([[1, 2], [3, 5]])
+
+
+@pytest.mark.parametrize("first_target", [1, 7])
+def test_loss_is_the_mean_over_predicted_tokens(base: Checkpoint, first_target: int) -> None:
     decoder, head = runnable(base)
-    assert mean_loss(decoder, head, WINDOWS) == pytest.approx(direct_loss(decoder), rel=1e-5)
+    expected = pytest.approx(direct_loss(decoder, first_target), rel=1e-5)
+    assert mean_loss(decoder, head, WINDOWS, first_target) == expected
 
 
 def test_variant_has_a_loss_of_its_own(

@@ -1,0 +1,70 @@
+"""Perplexity of Proa's kernels and of llama.cpp, of the same tokens of the same windows."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.llama_cpp import SOURCE_FORMAT, perplexity, tokenize
+from benchmarks.report import BenchmarkFailed, run_command, say
+from benchmarks.versus_goals import Figure
+from benchmarks.versus_speed import Peer, Proa
+from benchmarks.windows import cut_windows, digest_windows
+
+# What of the server's options the script knows, too.
+OPTIONS = ("quantization", "head", "cache_dir")
+
+
+def compare_perplexity(
+    proa: Proa, peer: Peer, text: Path, *, windows: int, length: int, threads: int
+) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """Measure both on the first windows of a text, and the peer on its other formats as well.
+
+    Both read each window by itself without a token before it, and predict its second half but the
+    first token of that.
+
+    Raises:
+        BenchmarkFailed: the two make different tokens of the text.
+    """
+    ours = _measure_proa(proa, text, windows=windows, length=length)
+    say(f"perplexity of proa: {ours['perplexity']:.4f}")
+    _check_tokens(peer, text, ours)
+    theirs: dict[str, float] = {}
+    for name, model in peer.models.items():
+        theirs[name] = perplexity(
+            peer.tools, model, text, windows=windows, length=length, threads=threads
+        )
+        say(f"perplexity of llama.cpp, {name}: {theirs[name]:.4f}")
+    reference = theirs[SOURCE_FORMAT]
+    measured = Figure(
+        value=100 * abs(ours["perplexity"] / reference - 1),
+        detail=f"{ours['perplexity']:.4f} against {reference:.4f}, {windows} windows of {length}",
+    )
+    content = {"windows": windows, "length": length, "proa": ours["perplexity"]}
+    content |= {f"llama.cpp {name}": value for name, value in theirs.items()}
+    return {"perplexity": measured}, content
+
+
+def _measure_proa(proa: Proa, text: Path, *, windows: int, length: int) -> Mapping[str, Any]:
+    names = [name for name in OPTIONS if name in proa.given]
+    given = [("--" + name.replace("_", "-"), proa.given[name]) for name in names]
+    output = run_command(
+        [
+            *(sys.executable, "-m", "benchmarks.perplexity", "--model", proa.source),
+            *("--text", text, "--windows", str(windows), "--length", str(length)),
+            *("--second-half", *(word for pair in given for word in pair)),
+        ],
+        is_quiet=True,
+    )
+    figures: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return figures
+
+
+def _check_tokens(peer: Peer, text: Path, ours: Mapping[str, Any]) -> None:
+    token_ids = tokenize(peer.tools, peer.models[SOURCE_FORMAT], text)
+    if (
+        digest_windows(cut_windows(token_ids, ours["length"], ours["windows"]))
+        != (ours["tokens_sha256"])
+    ):
+        raise BenchmarkFailed(f"llama.cpp makes other tokens of {text} than Proa")
