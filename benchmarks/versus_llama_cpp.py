@@ -205,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def cache_folder() -> Path:
     """Give the folder in which `proa` keeps downloaded models."""
-    return build_model_options({}, environ=os.environ).cache_folder or DEFAULT_CACHE_DIR
+    chosen = build_model_options({}, environ=os.environ).cache_folder
+    return (chosen or DEFAULT_CACHE_DIR).expanduser()
 
 
 def parse_parts(text: str) -> tuple[str, ...]:
