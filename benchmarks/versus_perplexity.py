@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.llama_cpp import SOURCE_FORMAT, perplexity, tokenize
@@ -11,6 +12,7 @@ from benchmarks.report import BenchmarkFailed, run_command, say
 from benchmarks.versus_goals import Figure
 from benchmarks.versus_speed import Peer, Proa
 from benchmarks.windows import cut_windows, digest_windows
+from text.text_file import read_text
 
 # What of the server's options the script knows, too.
 OPTIONS = ("quantization", "head", "cache_dir")
@@ -29,13 +31,17 @@ def compare_perplexity(
     """
     ours = _measure_proa(proa, text, windows=windows, length=length)
     say(f"perplexity of proa: {ours['perplexity']:.4f}")
-    _check_tokens(peer, text, ours)
     theirs: dict[str, float] = {}
-    for name, model in peer.models.items():
-        theirs[name] = perplexity(
-            peer.tools, model, text, windows=windows, length=length, threads=threads
-        )
-        say(f"perplexity of llama.cpp, {name}: {theirs[name]:.4f}")
+    with TemporaryDirectory() as folder:
+        # With the line ends that Proa reads: other ones are other tokens.
+        read = Path(folder) / "text"
+        read.write_bytes(read_text(text).encode())
+        _check_tokens(peer, read, ours)
+        for name, model in peer.models.items():
+            theirs[name] = perplexity(
+                peer.tools, model, read, windows=windows, length=length, threads=threads
+            )
+            say(f"perplexity of llama.cpp, {name}: {theirs[name]:.4f}")
     reference = theirs[SOURCE_FORMAT]
     measured = Figure(
         value=100 * abs(ours["perplexity"] / reference - 1),
@@ -67,4 +73,4 @@ def _check_tokens(peer: Peer, text: Path, ours: Mapping[str, Any]) -> None:
         digest_windows(cut_windows(token_ids, ours["length"], ours["windows"]))
         != (ours["tokens_sha256"])
     ):
-        raise BenchmarkFailed(f"llama.cpp makes other tokens of {text} than Proa")
+        raise BenchmarkFailed("llama.cpp makes other tokens of the text than Proa")

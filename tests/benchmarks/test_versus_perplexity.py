@@ -23,6 +23,7 @@ def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Peer:
 
     def perplexity(_: Path, model: Path, text: Path, **read: int) -> float:
         assert read == READ
+        assert text.read_bytes() == b"two\nlines"
         return THEIRS[model.name]
 
     def run(command: list[object], *, is_quiet: bool) -> str:
@@ -38,20 +39,29 @@ def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Peer:
     return Peer(tools=tmp_path, models=models)
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_bytes(b"two\r\nlines")
+    return path
+
+
 PROA = Proa(source=Path("m.gguf"), given={"threads": "2", "quantization": "none"})
 
 
 def test_perplexity_is_compared_on_the_same_file(
-    peer: Peer, monkeypatch: pytest.MonkeyPatch
+    peer: Peer, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versus_perplexity, "tokenize", lambda *_: TOKENS)
-    measured, content = compare_perplexity(PROA, peer, Path("t"), **READ)
+    measured, content = compare_perplexity(PROA, peer, text, **READ)
     assert measured["perplexity"].value == pytest.approx(0.5)
     assert content["llama.cpp Q4_0"] == 21.0
     assert content["proa"] == 19.9
 
 
-def test_perplexity_of_other_tokens_is_refused(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perplexity_of_other_tokens_is_refused(
+    peer: Peer, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(versus_perplexity, "tokenize", lambda *_: [*TOKENS[:20], 7, *TOKENS[21:]])
-    with pytest.raises(BenchmarkFailed, match="makes other tokens of t than Proa"):
-        compare_perplexity(PROA, peer, Path("t"), **READ)
+    with pytest.raises(BenchmarkFailed, match="makes other tokens of the text than Proa"):
+        compare_perplexity(PROA, peer, text, **READ)
