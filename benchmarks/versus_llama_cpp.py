@@ -55,6 +55,7 @@ from benchmarks.versus_server import measure_first_start, measure_memory
 from benchmarks.versus_speed import (
     BUSY_STREAMS,
     PREFILL,
+    OpenVino,
     Peer,
     Proa,
     compare_busy,
@@ -133,11 +134,13 @@ class Comparison:
     def decode(self) -> tuple[dict[str, Figure], dict[str, Any]]:
         """Run the part `decode`."""
         loads = [*map(str, self.options.streams), PREFILL]
+        python = self.options.openvino_python
         return compare_decode(
             self.proa, self.peer, self.contenders(loads), self.load,
             repeats=self.options.repeats,
             reader=build_reader(self.options.cache_dir),
             weight_bytes=self.facts.weight_bytes_per_token,
+            openvino=None if python is None else OpenVino(python=python, source=self.source),
         )  # fmt: skip
 
     def sampler(self) -> tuple[dict[str, Figure], dict[str, Any]]:
@@ -269,6 +272,10 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{name}", choices=MODEL_OPTIONS[name].choices, help="of Proa [default: its own]"
         )
+    parser.add_argument(
+        "--openvino-python", type=Path, metavar="PYTHON",
+        help="an interpreter with openvino-genai, which the part decode then measures as well",
+    )  # fmt: skip
     parser.add_argument("--text", type=Path, help="UTF-8 text that the part perplexity reads")
     parser.add_argument("--windows", type=int, help=f"of the text {shown['windows']}")
     parser.add_argument("--length", type=int, help=f"tokens of a window {shown['length']}")

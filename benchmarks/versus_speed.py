@@ -1,5 +1,6 @@
 """Decode and prefill speed of Proa and of llama.cpp's variants, in turn, alone and in company."""
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from benchmarks.busy import busy_processes
 from benchmarks.engine_in_turn import decode_in_turn
 from benchmarks.llama_cpp import Load, Variant, batched_bench
 from benchmarks.read_bandwidth import measure_bandwidth
-from benchmarks.report import run_proa_bench, say
+from benchmarks.report import run_command, run_proa_bench, say
 from benchmarks.versus_goals import Figure
 from serve.bench.streams import Decoding
 from stats.summary import median_ratio
@@ -29,6 +30,7 @@ SAMPLER_STREAMS = 32
 SAMPLER_PROMPT_TOKENS = 32
 SAMPLED = Decoding(temperature=0.8, top_p=0.95)
 GREEDY = Decoding()
+OPENVINO_WORKER = Path(__file__).with_name("openvino_worker.py")
 
 Rates = dict[str, list[float]]
 
@@ -84,6 +86,29 @@ class Peer:
         return rates | {PREFILL: round(median(row["speed_pp"] for row in rows), 1)}
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenVino:
+    """OpenVINO GenAI, which is measured beside the two and held against nothing.
+
+    Attributes:
+        python: an interpreter that has `openvino-genai`.
+        source: the GGUF file.
+    """
+
+    python: Path
+    source: Path
+
+    def rates(self, load: Load) -> dict[str, float]:
+        """Measure a load once, in tokens per second; prefill is that of one prompt."""
+        numbers = (load.threads, load.prompt_tokens, load.new_tokens)
+        streams = ",".join(map(str, load.streams))
+        output = run_command(
+            [self.python, OPENVINO_WORKER, self.source, *numbers, streams], is_quiet=True
+        )
+        rates: dict[str, float] = json.loads(output.splitlines()[-1])
+        return rates
+
+
 def qualify(peer: Peer, variants: Sequence[Variant], load: Load) -> dict[Variant, Rates]:
     """Measure every variant once, on few tokens."""
     short = replace(load, new_tokens=min(QUALIFYING_TOKENS, load.new_tokens))
@@ -114,6 +139,7 @@ def compare_decode(
     repeats: int,
     reader: Path,
     weight_bytes: int,
+    openvino: OpenVino | None = None,
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
     """Compare decode and prefill, round by round, with the read bandwidth of the same rounds.
 
@@ -124,9 +150,11 @@ def compare_decode(
         repeats: rounds.
         reader: the program that measures the bandwidth.
         weight_bytes: that a step reads.
+        openvino: measured in every round, too.
     """
     ours: Rates = defaultdict(list)
     peers: dict[Variant, Rates] = {variant: defaultdict(list) for variant in contenders}
+    others: Rates = defaultdict(list)
     bandwidths = []
     told: dict[str, Any] = {}
     for number in range(1, repeats + 1):
@@ -134,6 +162,8 @@ def compare_decode(
             _note(rates, peer.rates(variant, load), f"round {number}: llama.cpp {variant}")
         figures, told = proa.rates(load)
         _note(ours, figures, f"round {number}: proa")
+        if openvino is not None:
+            _note(others, openvino.rates(load), f"round {number}: OpenVINO GenAI")
         bandwidths.append(measure_bandwidth(reader, threads=load.threads))
         say(f"round {number}: {bandwidths[-1] / 1e9:.1f} GB/s can be read")
     measured = {
@@ -157,7 +187,7 @@ def compare_decode(
         "kernels": told["kernels"],
         "weight_bytes_per_token": weight_bytes,
         "read_bandwidth_gb_per_s": [round(rate / 1e9, 2) for rate in bandwidths],
-        "tokens_per_s": _by_name(ours, peers),
+        "tokens_per_s": _by_name(ours, peers) | ({"OpenVINO GenAI": others} if others else {}),
     }
     return measured, content
 

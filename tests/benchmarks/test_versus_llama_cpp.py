@@ -11,7 +11,15 @@ from benchmarks.llama_cpp import PLAIN, REPACKED, SOURCE_FORMAT, TOOLS, Load, Va
 from benchmarks.report import BenchmarkFailed
 from benchmarks.versus_goals import Figure, bounds_for, make_targets, parse_goal
 from benchmarks.versus_llama_cpp import PARTS, main, parse_parts
-from benchmarks.versus_speed import PREFILL, Peer, Proa, against_best, pick_contenders, qualify
+from benchmarks.versus_speed import (
+    PREFILL,
+    OpenVino,
+    Peer,
+    Proa,
+    against_best,
+    pick_contenders,
+    qualify,
+)
 
 FAST = Variant(format="Q4_0", flash_attention="on")
 SLOW = Variant(format=SOURCE_FORMAT, flash_attention="off", layout=PLAIN)
@@ -54,6 +62,12 @@ def test_qualify_runs_every_variant_on_few_tokens(tmp_path: Path) -> None:
     assert "-ntg 16" in first
     assert f"--model {tmp_path}/q" in first
     assert f"--model {tmp_path}/s" in second
+
+
+def test_openvino_is_asked_by_its_own_interpreter(tmp_path: Path) -> None:
+    make_tool(tmp_path / "python", 'echo noise; echo "{\\"prefill\\": $3, \\"1\\": $4}"')
+    openvino = OpenVino(python=tmp_path / "python", source=Path("m.gguf"))
+    assert openvino.rates(LOAD) == {"prefill": 1, "1": 4}
 
 
 def test_proa_is_told_what_was_asked_for() -> None:
