@@ -51,7 +51,7 @@ GOALS = {
     "busy_1": Goal(title="beside busy processes, 1 stream", required=1.5),
     "busy_8": Goal(title="beside busy processes, 8 streams", required=1.5),
     "perplexity": Goal(
-        title="perplexity, off llama.cpp's by", required=0.1, is_ceiling=True, unit="%"
+        title="perplexity, above llama.cpp's by", required=0.1, is_ceiling=True, unit="%"
     ),
     "ready": Goal(title="ready, first start", required=15.0, is_ceiling=True, unit="s"),
     "memory": Goal(

@@ -44,7 +44,7 @@ def compare_perplexity(
             say(f"perplexity of llama.cpp, {name}: {theirs[name]:.4f}")
     reference = theirs[SOURCE_FORMAT]
     measured = Figure(
-        value=100 * abs(ours["perplexity"] / reference - 1),
+        value=100 * (ours["perplexity"] / reference - 1),
         detail=f"{ours['perplexity']:.4f} against {reference:.4f}, {windows} windows of {length}",
     )
     content = {"windows": windows, "length": length, "proa": ours["perplexity"]}

@@ -54,7 +54,7 @@ def test_perplexity_is_compared_on_the_same_file(
 ) -> None:
     monkeypatch.setattr(versus_perplexity, "tokenize", lambda *_: TOKENS)
     measured, content = compare_perplexity(PROA, peer, text, **READ)
-    assert measured["perplexity"].value == pytest.approx(0.5)
+    assert measured["perplexity"].value == pytest.approx(-0.5)
     assert content["llama.cpp Q4_0"] == 21.0
     assert content["proa"] == 19.9
 
