@@ -76,6 +76,9 @@ STREAMS = (1, 8, 32)
 PASSED_ON = ("quantization", "head", "kernels")
 # In place of the options' defaults.
 QUICK = {"formats": "Q4_0", "new_tokens": 16, "repeats": 1, "windows": 2, "length": 512}
+LEAST = {
+    "prompt_tokens": 1, "new_tokens": 2, "repeats": 1, "threads": 1, "windows": 1, "length": 4,
+}  # fmt: skip
 
 Part = Callable[["Comparison"], tuple[dict[str, Figure], dict[str, Any]]]
 
@@ -127,16 +130,12 @@ class Comparison:
         streams = tuple(sorted({*self.options.streams, *BUSY_STREAMS}))
         return qualify(self.peer, variants, replace(self.load, streams=streams))
 
-    def contenders(self, loads: Sequence[str]) -> list[Variant]:
-        """Give the peer's best variants at some loads."""
-        return pick_contenders(self.qualified, loads)
-
     def decode(self) -> tuple[dict[str, Figure], dict[str, Any]]:
         """Run the part `decode`."""
         loads = [*map(str, self.options.streams), PREFILL]
         python = self.options.openvino_python
         return compare_decode(
-            self.proa, self.peer, self.contenders(loads), self.load,
+            self.proa, self.peer, pick_contenders(self.qualified, loads), self.load,
             repeats=self.options.repeats,
             reader=build_reader(self.options.cache_dir),
             weight_bytes=self.facts.weight_bytes_per_token,
@@ -151,7 +150,8 @@ class Comparison:
 
     def busy(self) -> tuple[dict[str, Figure], dict[str, Any]]:
         """Run the part `busy`."""
-        contenders = self.contenders([str(n) for n in BUSY_STREAMS])
+        loads = [str(n) for n in BUSY_STREAMS]
+        contenders = pick_contenders(self.qualified, loads, per_load=1)
         return compare_busy(
             self.proa, self.peer, contenders, threads=self.options.threads,
             repeats=self.options.repeats,
@@ -199,6 +199,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             setattr(options, name, quick if options.quick else DEFAULTS[name])
     if "perplexity" in options.parts and options.text is None:
         parser.error("--text: the part perplexity reads one; leave it out with --parts")
+    for name, least in LEAST.items():
+        if getattr(options, name) < least:
+            parser.error(
+                f"--{name.replace('_', '-')}: {getattr(options, name)} is less than {least}"
+            )
+    for name in ("gguf", "text"):
+        path = getattr(options, name)
+        if path is not None and not path.is_file():
+            parser.error(f"--{name}: {path} is no file")
     try:
         return _compare(Comparison(options))
     except (BenchmarkFailed, CheckpointError) as error:

@@ -118,14 +118,14 @@ def qualify(peer: Peer, variants: Sequence[Variant], load: Load) -> dict[Variant
     return found
 
 
-def pick_contenders(qualified: Mapping[Variant, Rates], loads: Sequence[str]) -> list[Variant]:
+def pick_contenders(
+    qualified: Mapping[Variant, Rates], loads: Sequence[str], per_load: int = CONTENDERS_PER_LOAD
+) -> list[Variant]:
     """Choose the best variants of each load, by the medians of their rates."""
     best = {
         variant
         for load in loads
-        for variant in sorted(qualified, key=lambda v: -median(qualified[v][load]))[
-            :CONTENDERS_PER_LOAD
-        ]
+        for variant in sorted(qualified, key=lambda v: -median(qualified[v][load]))[:per_load]
     }
     return [variant for variant in qualified if variant in best]
 

@@ -33,7 +33,7 @@ def make_tool(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-def test_pick_contenders_keeps_the_two_best_of_each_load() -> None:
+def test_pick_contenders_keeps_the_best_of_each_load() -> None:
     worst = replace(OTHER, layout=PLAIN)
     peers = {
         FAST: {"1": [100.0], "8": [50.0]},
@@ -42,6 +42,7 @@ def test_pick_contenders_keeps_the_two_best_of_each_load() -> None:
         OTHER: {"1": [70.0], "8": [45.0]},
     }
     assert pick_contenders(peers, ["1", "8"]) == [FAST, SLOW, OTHER]
+    assert pick_contenders(peers, ["1", "8"], per_load=1) == [FAST, SLOW]
 
 
 def test_against_best_takes_the_best_median() -> None:
@@ -158,10 +159,23 @@ def test_main_keeps_what_was_measured(
     assert "97 against 100" in capsys.readouterr().out
 
 
-def test_main_wants_a_text_for_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--text: the part perplexity reads one"),
+        (["--parts", "start", "--repeats", "0"], "--repeats: 0 is less than 1"),
+        (["--parts", "start", "--new-tokens", "1"], "--new-tokens: 1 is less than 2"),
+        (["--parts", "start", "--gguf", "/none.gguf"], "--gguf: /none.gguf is no file"),
+        (["--text", "/none.txt"], "--text: /none.txt is no file"),
+    ],
+    ids=["no text", "repeats", "new tokens", "gguf", "text"],
+)
+def test_main_refuses(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        main([])
-    assert "--text: the part perplexity reads one" in capsys.readouterr().err
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_main_refuses_a_folder_without_tools(
