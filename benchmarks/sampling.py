@@ -23,6 +23,7 @@ let_threads_sleep(os.environ)  # before torch is imported
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.engine_in_turn import decode_in_turn  # noqa: E402
 from benchmarks.perplexity import add_model_arguments, model_options  # noqa: E402
 from benchmarks.report import (  # noqa: E402
     RESULTS,
@@ -36,14 +37,9 @@ from benchmarks.report import (  # noqa: E402
 from decoding import Sampler, SamplingParams, build_token_tables  # noqa: E402
 from decoding.strategies import Adapt, DynaTemp  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
-from serve.backends.native import NativeBackend  # noqa: E402
-from serve.base_model import load_base, load_tokenizer  # noqa: E402
-from serve.bench.engine import EngineStreams  # noqa: E402
-from serve.bench.streams import Decoding, random_prompts  # noqa: E402
-from serve.engine.limits import EngineLimits  # noqa: E402
-from serve.event_loop import run_on_loop  # noqa: E402
+from serve.base_model import load_base  # noqa: E402
+from serve.bench.streams import Decoding  # noqa: E402
 from stats.summary import median_ratio  # noqa: E402
-from stats.timings import decode_rate  # noqa: E402
 
 CASES = {
     "greedy": SamplingParams(temperature=0.0),
@@ -66,7 +62,6 @@ CASES = {
 SCALES = {"flat": 0.5, "peaked": 4.0}
 PROMPT_TOKENS, NEW_TOKENS = 256, 64
 MIN_SHARE = 0.95
-_BLOCK_TOKENS = 16
 
 
 def make_logits(kind: str, num_rows: int, vocab_size: int) -> Tensor:
@@ -99,33 +94,6 @@ def measure_sampler(
             rows = [sampler.start(params, prompt, seed=seed) for seed in range(num_rows)]
             times[name] = time_ms(lambda s=sampler, x=logits, r=rows: s.sample(x, r), repeats)  # type: ignore[misc]
     return found
-
-
-async def measure_engine(
-    decoder: Decoder, sampler: Sampler, num_streams: int, rounds: int
-) -> dict[str, list[float]]:
-    """Return the decode tokens/s of every round, greedy and sampled, in turn."""
-    blocks = num_streams * (-(-(PROMPT_TOKENS + NEW_TOKENS) // _BLOCK_TOKENS) + 1)
-    limits = EngineLimits(num_cache_blocks=blocks, max_running_sequences=num_streams)
-    backend = NativeBackend(decoder, sampler, limits, eos_token_ids=())
-    runners = {
-        "greedy": EngineStreams(backend, Decoding()),
-        "sampled": EngineStreams(backend, Decoding(temperature=0.8, top_p=0.95)),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in runners}
-    rng = random.Random(0)
-    for i in range(-1, rounds):  # the first warms up
-        names = list(runners) if i % 2 else list(runners)[::-1]
-        for name in names:
-            prompts = random_prompts(
-                range(decoder.spec.vocab_size), num_streams, PROMPT_TOKENS, rng
-            )
-            rate = decode_rate(await runners[name].run(prompts, NEW_TOKENS))
-            if i >= 0:
-                rates[name].append(rate)
-        say(f"engine: round {i + 1} of {rounds} done")
-    backend.close()
-    return rates
 
 
 def table(found: dict[int, dict[str, dict[str, float]]]) -> str:
@@ -168,9 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.inference_mode():
         found = {n: measure_sampler(samplers, vocab_size, n, options.repeats) for n in rows}
     print(table(found))
-    _, tables = load_tokenizer(checkpoint)
-    sampler = Sampler(tables, picker=decoder.make_picker())
-    rates = run_on_loop(measure_engine(decoder, sampler, options.streams, options.rounds))
+    given = {name: getattr(options, name) for name in ("model", "cache_dir")}
+    rates = decode_in_turn(
+        {name: str(value) for name, value in given.items() if value is not None},
+        {"greedy": Decoding(), "sampled": Decoding(temperature=0.8, top_p=0.95)},
+        num_streams=options.streams, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS,
+        rounds=options.rounds,
+    )  # fmt: skip
     target = Target(
         name=f"temperature 0.8, top_p 0.95 against greedy, {options.streams} streams",
         required=MIN_SHARE,
