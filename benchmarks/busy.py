@@ -1,5 +1,6 @@
 """Other processes that keep processors busy while something is measured."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,11 +8,11 @@ from contextlib import contextmanager
 
 from benchmarks.report import BenchmarkFailed
 
-# Ends by itself, so that none is left behind whatever becomes of the benchmark.
+# Ends by itself, and when its parent does, so that none is left behind.
 _LOOP = """
-import sys, time
-end = time.monotonic() + float(sys.argv[1])
-while time.monotonic() < end:
+import os, sys, time
+end, parent = time.monotonic() + float(sys.argv[1]), int(sys.argv[2])
+while time.monotonic() < end and os.getppid() == parent:
     pass
 """
 
@@ -28,7 +29,7 @@ def busy_processes(count: int, *, limit_s: float) -> Iterator[None]:
         BenchmarkFailed: one had ended before the block did, so that not all of it was measured
             beside them.
     """
-    command = [sys.executable, "-c", _LOOP, str(limit_s)]
+    command = [sys.executable, "-c", _LOOP, str(limit_s), str(os.getpid())]
     processes = [subprocess.Popen(command) for _ in range(count)]
     try:
         yield

@@ -1,5 +1,6 @@
 """Busy processes run while they are wanted, and no longer."""
 
+import os
 import subprocess
 import time
 
@@ -36,6 +37,14 @@ def test_busy_processes_end_with_the_block(started: list[subprocess.Popen[bytes]
     with busy_processes(2, limit_s=60):
         assert [process.poll() for process in started] == [None, None]
     assert [process.returncode for process in started] == [-9, -9]
+
+
+def test_busy_processes_end_with_their_parent(
+    started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with pytest.raises(BenchmarkFailed, match="had ended"):
+        run_until_they_end(started, 60)
 
 
 def test_busy_processes_that_ended_early_are_told(
