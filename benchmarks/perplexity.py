@@ -151,7 +151,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text")
     parser.add_argument("--variant", type=Path, help="folder of a pruned variant")
     parser.add_argument("--adapter", type=Path, help="folder of a side network trained on it")
-    parser.add_argument("--quantization", choices=MODEL_OPTIONS["quantization"].choices, default="nf4")
+    parser.add_argument(
+        "--quantization", choices=MODEL_OPTIONS["quantization"].choices, default="nf4"
+    )
     parser.add_argument("--head", choices=MODEL_OPTIONS["head"].choices, default="int8")
     parser.add_argument("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=None, help="the first N [default: all]")

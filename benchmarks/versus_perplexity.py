@@ -12,10 +12,11 @@ from benchmarks.report import BenchmarkFailed, run_command, say
 from benchmarks.versus_goals import Figure
 from benchmarks.versus_speed import Peer, Proa
 from benchmarks.windows import cut_windows, digest_windows
+from serve.model_options import ModelOptions
 from text.text_file import read_text
 
 # What of the server's options the script knows, too.
-OPTIONS = ("quantization", "head", "cache_dir")
+OPTIONS = ("quantization", "head")
 
 
 def compare_perplexity(
@@ -53,13 +54,14 @@ def compare_perplexity(
 
 
 def _measure_proa(proa: Proa, text: Path, *, windows: int, length: int) -> Mapping[str, Any]:
-    names = [name for name in OPTIONS if name in proa.given]
-    given = [("--" + name.replace("_", "-"), proa.given[name]) for name in names]
+    # The script's own defaults are other ones.
+    given = {name: proa.given.get(name, getattr(ModelOptions(), name)) for name in OPTIONS}
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
     output = run_command(
         [
             *(sys.executable, "-m", "benchmarks.perplexity", "--model", proa.source),
             *("--text", text, "--windows", str(windows), "--length", str(length)),
-            *("--second-half", *(word for pair in given for word in pair)),
+            *("--second-half", *words),
         ],
         is_quiet=True,
     )

@@ -80,7 +80,7 @@ def test_digest_tells_windows_apart() -> None:
 def test_loss_is_the_mean_over_predicted_tokens(base: Checkpoint, first_target: int) -> None:
     decoder, head = runnable(base)
     expected = pytest.approx(direct_loss(decoder, first_target), rel=1e-5)
-    assert mean_loss(decoder, head, WINDOWS, first_target) == expected
+    assert mean_loss(decoder, head, WINDOWS, first_target=first_target) == expected
 
 
 def test_variant_has_a_loss_of_its_own(

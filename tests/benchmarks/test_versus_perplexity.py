@@ -11,6 +11,7 @@ from benchmarks.report import BenchmarkFailed
 from benchmarks.versus_perplexity import compare_perplexity
 from benchmarks.versus_speed import Peer, Proa
 from benchmarks.windows import cut_windows, digest_windows
+from serve.model_options import ModelOptions
 
 TOKENS = list(range(40))
 THEIRS = {SOURCE_FORMAT: 20.0, "Q4_0": 21.0}
@@ -29,7 +30,7 @@ def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Peer:
     def run(command: list[object], *, is_quiet: bool) -> str:
         words = [str(word) for word in command]
         assert "--second-half" in words
-        assert words[-2:] == ["--quantization", "none"]
+        assert words[-4:] == ["--quantization", "none", "--head", ModelOptions().head]
         digest = digest_windows(cut_windows(TOKENS, 16, 2))
         figures = {"perplexity": 19.9, "tokens_sha256": digest, "length": 16, "windows": 2}
         return "noise\n" + json.dumps(figures)
