@@ -46,7 +46,7 @@ class ModelOptions:
         "auto",
         "How weights are held. keep: as they are stored, a GGUF file's in its own codes; nf4: "
         "quantised once, the result is kept in the cache folder; none: in 16 bits. bitsandbytes' "
-        "4-bit folders are kept in any case. auto: nf4.",
+        "4-bit folders are kept in any case. auto: keep what is quantised already, else nf4.",
         kind=TEXT,
         group=MODEL,
         choices=("auto", "keep", "nf4", "none"),

@@ -114,7 +114,7 @@ def default_quantization(stored: str) -> str:
     Args:
         stored: how they are stored: "nf4", "fp4", "gguf" or "none".
     """
-    return "keep" if stored in ("nf4", "fp4") else "nf4"
+    return "nf4" if stored == "none" else "keep"
 
 
 def _silent(_: str) -> None:

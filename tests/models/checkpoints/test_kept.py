@@ -163,9 +163,9 @@ def test_keep_leaves_a_dense_folder_dense(tiny_folder: Callable[..., Path]) -> N
 
 
 @pytest.mark.parametrize(
-    ("stored", "expected"), [("nf4", "keep"), ("fp4", "keep"), ("none", "nf4")]
+    ("stored", "expected"), [("gguf", "keep"), ("nf4", "keep"), ("fp4", "keep"), ("none", "nf4")]
 )
-def test_auto_keeps_4_bit_folders_and_rounds_dense_weights(stored: str, expected: str) -> None:
+def test_auto_keeps_what_is_quantised_and_rounds_dense_weights(stored: str, expected: str) -> None:
     assert default_quantization(stored) == expected
 
 
