@@ -82,7 +82,7 @@ def write_report(content: Mapping[str, Any], report: Report) -> str:
         "",
         "Made by `python -m benchmarks.disp_report` of "
         "[raw figures](../../benchmarks/results/disp.json); [pruning.md](../pruning.md) tells how "
-        f"to repeat them. {content['model']}, served as usual: NF4, 8-bit head. Ratios are "
+        f"to repeat them. {content['model']}, in NF4, 8-bit head. Ratios are "
         "medians of rounds run in turn, each against the base in the same round.",
         "",
         "## Goals",
