@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from decoding.rows import find_largest
+from decoding.spread import measure_spread
 
 # Rows at a time, so that a long prompt's log probabilities are never all in memory.
-_MAX_ROWS = 32
+MAX_ROWS = 32
 
 TopLogprobs = tuple[tuple[int, float], ...]
 
@@ -34,7 +35,7 @@ def token_logprobs(
         logits: (L, V) float32, unscaled.
         token_ids: L token ids, one for each row.
         num_top: how many alternatives, >= 0.
-        log_masses: (L,) float64, log of the sum of the exponentials of each row, if it is known.
+        log_masses: (L,) float64 on the CPU, see `Spread`; None: as `measure_spread` finds them.
 
     Returns:
         for each row, the natural log probability of its token, and `num_top` pairs of token id and
@@ -44,14 +45,10 @@ def token_logprobs(
         LogitsError: a row's logits are not numbers.
     """
     found: list[tuple[float, TopLogprobs]] = []
-    for start in range(0, len(token_ids), _MAX_ROWS):
-        end = start + _MAX_ROWS
+    for start in range(0, len(token_ids), MAX_ROWS):
+        end = start + MAX_ROWS
         part = logits[start:end].float()
-        if log_masses is None:
-            part = torch.log_softmax(part, dim=-1)
-            known = torch.zeros(len(part), dtype=torch.float64)
-        else:
-            known = log_masses[start:end]
+        known = measure_spread(part).log_masses if log_masses is None else log_masses[start:end]
         found += _shifted_logprobs(part, known.to(part.device), token_ids[start:end], num_top)
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decoding.logprobs import LogitsError, TopLogprobs, token_logprobs
+from decoding.logprobs import MAX_ROWS, LogitsError, TopLogprobs, token_logprobs
 from decoding.params import SamplingParams
 from decoding.picker import Picker
 from decoding.row import Row
@@ -138,6 +138,19 @@ class Sampler:
                 raise LogitsError
             token_ids.append(token_id)
         return self._report(logits, rows, token_ids, temperatures)
+
+    def score(
+        self, logits: Tensor, token_ids: Sequence[int], *, num_top: int
+    ) -> list[tuple[float, TopLogprobs]]:
+        """Return what `token_logprobs` does, with the bits that `sample` reports."""
+        found: list[tuple[float, TopLogprobs]] = []
+        for start in range(0, len(token_ids), MAX_ROWS):
+            rows = slice(start, start + MAX_ROWS)
+            spread = Spread(*self._picker.measure(logits[rows], None))
+            found += token_logprobs(
+                logits[rows], token_ids[rows], num_top=num_top, log_masses=spread.log_masses
+            )
+        return found
 
     def _temperatures(self, logits: Tensor, rows: Sequence[Row]) -> list[float]:
         """Return the temperature of each row; rows of the same strategy are handled together."""

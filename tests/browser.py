@@ -23,14 +23,12 @@ class Browser:
 
     Attributes:
         troubles: requests to other machines, uncaught errors and refusals by the page's policy.
-        streams: requests of pages that what an event of Gradio's does still comes through.
     """
 
     def __init__(self, path: str) -> None:
         from playwright.sync_api import sync_playwright  # only where a browser is installed
 
         self.troubles: list[str] = []
-        self.streams: set[Any] = set()
         self._playwright = sync_playwright().start()
         self._chromium = self._playwright.chromium.launch(
             executable_path=path, args=list(ARGUMENTS)
@@ -64,25 +62,15 @@ class Browser:
         context.set_default_timeout(TIMEOUT_MS)
         page = context.new_page()
         page.on("request", self._check_request)
-        page.on("requestfinished", lambda request: self.streams.discard(request))
-        page.on("requestfailed", lambda request: self.streams.discard(request))
         page.on("pageerror", lambda error: self.troubles.append(f"uncaught: {error}"))
         page.on("console", self._check_message)
         page.goto(url)
         page.wait_for_selector("#chat-text textarea")
         if is_filled:
             page.wait_for_function("document.querySelector('#chat-model input')?.value")
-            self.wait_until_idle(page)
         return page
 
-    def wait_until_idle(self, page: Any) -> None:
-        """Wait until nothing is under way: Gradio's page loads itself anew if that is cut off."""
-        while any(request.frame.page is page for request in self.streams):
-            page.wait_for_timeout(20)
-
     def _check_request(self, request: Any) -> None:
-        if "/queue/data" in request.url:
-            self.streams.add(request)
         if not request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):
             self.troubles.append(f"asks for {request.url}")
 

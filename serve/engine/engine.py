@@ -8,7 +8,6 @@ from collections.abc import Sequence as TokenIds
 import torch
 from torch import Tensor
 
-from decoding.logprobs import token_logprobs
 from decoding.row import Row
 from decoding.sampler import Sampled, Sampler
 from serve.engine.cache_blocks import CacheBlocks
@@ -253,7 +252,7 @@ class Engine:
         first = len(scored) + 1
         token_ids = asked.prompt_token_ids[first : first + len(logits)]
         try:
-            found = token_logprobs(logits, token_ids, num_top=asked.prompt_logprobs)
+            found = self._sampler.score(logits, token_ids, num_top=asked.prompt_logprobs)
             scored += [TokenLogprob(*one) for one in found]
         except Exception as error:
             self._fail(sequence, error)

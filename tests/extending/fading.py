@@ -9,6 +9,7 @@ from torch import Tensor
 
 from decoding.automaton import Automaton
 from decoding.options import check_options, option
+from decoding.spread import Spread
 from decoding.tables import TokenTables
 
 
@@ -37,7 +38,7 @@ class Fading:
 class FadingController:
     """See `Fading`; state 0 is the first token, 1 any later one."""
 
-    reads_logits = False
+    reads_spread = False
 
     def __init__(self, share: float, vocab_size: int) -> None:
         self.automaton = Automaton([bytes([1, 1])], [0] * vocab_size)
@@ -47,7 +48,7 @@ class FadingController:
         """Return the state for the first generated token, see `Controller`."""
         return 0
 
-    def temperatures(self, states: Tensor | None, base: Tensor, logits: Tensor | None) -> Tensor:
+    def temperatures(self, states: Tensor | None, base: Tensor, spread: Spread | None) -> Tensor:
         """Return the temperature for the next token of each row, see `Controller`."""
         assert states is not None
         return base * self._shares[states]

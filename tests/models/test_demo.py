@@ -125,9 +125,9 @@ def test_demo_model_is_the_default(source: str | None) -> None:
 @pytest.mark.model
 def test_demo_model_is_what_it_should_be() -> None:
     checkpoint = load_checkpoint(None, report=print)
-    assert (checkpoint.name, checkpoint.quantization) == ("smollm2", "nf4")
+    assert (checkpoint.name, checkpoint.quantization) == ("smollm2", "gguf")
     assert len(checkpoint.spec.layers) == 30
-    assert checkpoint.fingerprint.startswith("e393b7d2")
+    assert checkpoint.fingerprint.startswith("3c26af5d")
 
 
 @pytest.mark.model

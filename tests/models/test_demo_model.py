@@ -24,7 +24,7 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    return load_checkpoint(None, report=print)
+    return load_checkpoint(None, quantization="nf4", report=print)
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,11 @@ class LiveServer:
             self._loop, self._stopping = runner.get_loop(), asyncio.Event()
             runner.run(run())
 
+    def is_idle(self) -> bool:
+        """Tell whether no page reads what an event does; each has a heartbeat all the time."""
+        sessions = self.interface._sessions
+        return sessions is not None and all(s.num_open <= 1 for s in sessions._sessions.values())
+
     def stop(self) -> None:
         """Stop as a server does: open pages lose it."""
         self._loop.call_soon_threadsafe(self._stopping.set)

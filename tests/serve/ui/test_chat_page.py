@@ -194,13 +194,11 @@ def test_error_in_the_middle_keeps_what_had_come(page: Any, live: LiveServer) ->
     assert "hello" in page.locator("#chat-view .message.assistant").inner_text()
 
 
-def test_page_goes_on_after_the_server_has_restarted(
-    page: Any, live: LiveServer, browser: Browser
-) -> None:
+def test_page_goes_on_after_the_server_has_restarted(page: Any, live: LiveServer) -> None:
     ask(page, "before")
     answered(page, "hello fox")
     kept(page, "before")
-    browser.wait_until_idle(page)
+    wait_until(live.is_idle)  # the page would load itself anew, and with it what is asked then
     live.stop()
     live.start()
     live.say("the quick brown fox")
