@@ -93,8 +93,8 @@ def test_start_message_command_runs(start_server) -> None:
 
 def test_trace_of_adapt_is_hot_where_an_indented_line_begins(url: str) -> None:
     body: dict[str, Any] = {
-        "prompt": "def fib(n):\n    if n < 2:\n        return n\n    return fib(n - 1) + fib(n - 2)\n"
-        "\n\ndef mul(a, b):\n    total",
+        "prompt": "def fib(n):\n    if n < 2:\n        return n\n    return fib(n - 1)\n\n\n"
+        "def mul(a, b):\n    total",
         "decoding": {"strategy": "adapt", "a": 0.9, "b": 0.2},
         "return_decoding_trace": True,
         "max_tokens": 40,
