@@ -63,7 +63,12 @@ def test_closing_a_stream_closes_its_connection() -> None:
     client.close()
 
 
-def test_ctrl_c_ends_a_stream_and_the_client_goes_on() -> None:
+def test_ctrl_c_ends_a_stream_and_the_client_goes_on(
+    request: pytest.FixtureRequest,
+) -> None:
+    # What a shell starts in the background ignores it.
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, earlier))
     source = Stream()
     answers = iter([httpx.Response(200, stream=source), httpx.Response(200, json={"data": []})])
     transport = httpx.MockTransport(lambda _: next(answers))
