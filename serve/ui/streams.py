@@ -7,6 +7,7 @@ event when it has left the stream that ended.
 """
 
 import asyncio
+from contextlib import suppress
 
 from starlette.types import Message, Receive, Send
 
@@ -47,12 +48,11 @@ class EventStreams:
             self._leaving[session] = left
             try:
                 await send(message)
-                await asyncio.wait_for(left.wait(), _LEAVE_S)
-            except TimeoutError:
-                return
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(left.wait(), _LEAVE_S)
             finally:
                 left.set()
-                if self._leaving[session] is left:
+                if self._leaving.get(session) is left:
                     del self._leaving[session]
 
         return receive_until_end, send_and_wait

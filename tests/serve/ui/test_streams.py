@@ -61,12 +61,33 @@ def test_page_that_stays_is_waited_for_no_longer_than_a_while(
 ) -> None:
     monkeypatch.setattr(streams, "_LEAVE_S", 0.01)
 
-    async def run() -> None:
+    async def run() -> list[str]:
         open_streams = EventStreams()
-        await Connection(open_streams).send(END)
+        stream = Connection(open_streams)
+        await stream.send(END)
         await open_streams.wait_until_left("page")
+        return stream.log
 
-    asyncio.run(run())
+    assert asyncio.run(run()) == ["sent"]
+
+
+def test_two_streams_of_a_page_may_end_at_once() -> None:
+    async def run() -> list[str]:
+        open_streams = EventStreams()
+        first, second = Connection(open_streams), Connection(open_streams)
+        ending = [asyncio.create_task(stream.send(END)) for stream in (first, second)]
+        await asyncio.sleep(0)
+        listening = []
+        for stream in (second, first):
+            listening.append(asyncio.create_task(stream.receive()))
+            stream.gone.set()
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*ending)
+        for task in listening:
+            task.cancel()
+        return [*first.log, *second.log]
+
+    assert asyncio.run(run()) == ["sent", "sent"]
 
 
 def test_page_that_leaves_in_the_middle_is_told_of() -> None:
