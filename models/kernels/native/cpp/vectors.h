@@ -16,7 +16,7 @@ constexpr int kLanes = PROA_LANES;
 constexpr int kVectors = kPanel / kLanes;  // vectors in a panel
 constexpr int kMaxRows = PROA_ROWS;        // rows that a micro kernel keeps in registers
 constexpr int kTileBytes = 8 * 1024;       // expanded weights kept in the first-level cache
-constexpr int kAhead = 1536;               // bytes that weights read once are asked for ahead
+constexpr int kAhead = 3072;               // bytes that weights read once are asked for ahead
 
 typedef float Floats __attribute__((vector_size(kLanes * 4), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4), aligned(4)));
@@ -33,7 +33,7 @@ inline Floats splat(float v) { return (Floats)_mm256_set1_ps(v); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // The same for what is read once a step: weights pass by the second-level cache, which keeps the cache of keys and values and
 // what Python needs between two steps.
-inline void prefetch_once(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_NTA); }
+inline void prefetch_once(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 inline Floats load_half(const uint16_t* p) {
 #if PROA_LANES == 16
