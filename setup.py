@@ -1,7 +1,8 @@
 """Build the native kernels into `models/kernels/native/_native.so`, a shared library ctypes loads.
 
-The library needs neither torch nor Python headers. Files named `*_avx2.cpp`, `*_avxvnni.cpp`
-and `*_avx512.cpp` are compiled for their instruction set; which one runs is decided at run time.
+The library needs neither torch nor Python headers. Files named `*_avx2.cpp`, `*_avxvnni.cpp`,
+`*_avx512.cpp` and `*_amx.cpp` are compiled for their instruction set; which one runs is decided at
+run time.
 The digest of the sources is compiled in, so that a library of other ones is refused. Processors
 that are not x86-64 get no library and compute with torch.
 """
@@ -21,13 +22,15 @@ ROOT = Path(__file__).parent
 SOURCES = Path("models/kernels/native/cpp")
 BASE_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-pthread")
 digest_sources = runpy.run_path(str(ROOT / SOURCES.parent / "sources.py"))["digest_sources"]
+AVX512_FLAGS = (
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c",
+)  # fmt: skip
 ISA_FLAGS = {
     "_avx2": ("-mavx2", "-mfma", "-mf16c"),
     "_avxvnni": ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
-    "_avx512": (
-        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c",
-    ),
-}  # fmt: skip
+    "_avx512": AVX512_FLAGS,
+    "_amx": (*AVX512_FLAGS, "-mamx-tile", "-mamx-int8"),
+}
 
 
 def find_compiler() -> str:

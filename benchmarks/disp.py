@@ -2,10 +2,10 @@
 
     python -m benchmarks.disp --search-text train.txt --test-text wiki.test.raw --work ./disp
 
-Takes more than two hours on 2 cores. Figures are kept in `results/disp.json` after every item, so
-a run that was killed goes on where it was; what is in the file already is left out unless its
-variant has changed or `--again` names the stage. `benchmarks.disp_report` makes the report of the
-file.
+Takes more than two hours on 2 cores. Figures are kept in `results/disp.json`, and what searches
+find in `results/disp/`, after every item: a run that was killed goes on where it was, and no search
+is needed twice. What is in the file already is left out unless its variant has changed or `--again`
+names the stage. `benchmarks.disp_report` makes the report of the file.
 """
 
 import argparse
@@ -16,17 +16,19 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from adapters.format import AdapterError, digest, read_config
+from adapters.format import CONFIG_FILE, TENSOR_FILE, AdapterError, digest, read_config
 from benchmarks.report import PROA, RESULTS, describe_run, run_command, say, warn_if_busy
 
 KINDS = ("disp", "shared", "magnitude", "random")
 SEARCHES = {"disp": "search", "shared": "search-shared", "one": "one"}
-RATIOS = (20, 30, 50)
+RATIOS = (20, 30)
 ALL_RATIOS = (20, 30, 40, 50)  # of the search itself
+LOOK_EVERY_S = 10.0
 EXTRA_TOKENS = 8  # of a piece to heal on, cut off again: so that none ends with an end token
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 RESULTS_FILE = RESULTS / "disp.json"
@@ -81,12 +83,16 @@ class Figures:
     def keep(self, stage: str, item: str, variant: object, figures: dict[str, Any]) -> None:
         """Add an item and write the file."""
         self.items(stage)[item] = {"variant": variant, **figures}
-        self.content["stages"][stage]["run"] = describe_run()
+        self.note(stage, "run", describe_run())
+        say(f"{stage}: {item} is kept")
+
+    def note(self, stage: str, name: str, value: object) -> None:
+        """Add what holds for a whole stage and write the file."""
+        self.content["stages"][stage][name] = value
         self._path.parent.mkdir(parents=True, exist_ok=True)
         part = self._path.with_suffix(".part")
         part.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         part.replace(self._path)
-        say(f"{stage}: {item} is kept")
 
 
 class Bench:
@@ -99,6 +105,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.figures = Figures(options.results, options.model or DEMO_MODEL)
+        self.kept_folder: Path = options.results.with_suffix("")
         self._model = ["--model", options.model] if options.model else []
         self._cache = ["--cache-dir", options.cache_dir] if options.cache_dir else []
         self.stages: dict[str, Callable[[], None]] = {
@@ -118,8 +125,13 @@ class Bench:
         }
 
     def folder(self, kind: str, ratio: int) -> Path:
-        """Where a variant lies."""
-        whole = self.options.work / kind
+        """Where a variant lies: kept, or while it is new where it was made."""
+        kept = self.kept_folder / f"{kind}-{ratio}"
+        return kept if kept.is_dir() else self.made(kind, ratio)
+
+    def made(self, kind: str, ratio: int) -> Path:
+        """Where a variant is made."""
+        whole: Path = self.options.work / kind
         return whole if kind == "one" else whole / f"remove-{ratio}"
 
     def found(self, kinds: Sequence[str], ratios: Sequence[int]) -> Iterator[tuple[str, Path, str]]:
@@ -154,16 +166,36 @@ class Bench:
         there = {name: found for name, _, found in self.found([kind], ratios)}
         if all(self.figures.has(stage, name, there.get(name)) for name in names):
             return
-        seconds = None
-        if len(there) < len(names):
-            is_resumed, start_s = output.exists(), time.monotonic()
-            resume = ["--resume"] if is_resumed else []
-            run_command([*PROA, "prune", "disp", *self._model, *self._cache, *words, *resume])
-            seconds = None if is_resumed else time.monotonic() - start_s
-        for name, folder, variant in self.found([kind], ratios):
-            config = read_config(folder)
+        is_resumed, start_s = output.exists(), time.monotonic()
+        resume = ["--resume"] if is_resumed else []
+        command = [*PROA, "prune", "disp", *self._model, *self._cache, *words, *resume]
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(run_command, command)
+            while not wait([running], LOOK_EVERY_S).done:
+                self.keep_variants(stage, kind, ratios)
+            running.result()
+        self.keep_variants(stage, kind, ratios)
+        if not is_resumed:
+            self.figures.note(stage, "run_seconds", time.monotonic() - start_s)
+
+    def keep_variants(self, stage: str, kind: str, ratios: Sequence[int]) -> None:
+        """Copy what a search has found so far, and note what is told of it."""
+        for ratio in ratios:
+            made, name = self.made(kind, ratio), f"{kind}-{ratio}"
+            try:
+                variant = digest(made)
+            except AdapterError:
+                continue
+            if self.figures.has(stage, name, variant):
+                continue
+            config = read_config(made)
+            kept = self.kept_folder / name
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir(parents=True)
+            for file in (CONFIG_FILE, TENSOR_FILE):
+                shutil.copyfile(made / file, kept / file)
             facts = {"fields": dict(config.fields), "training": dict(config.training)}
-            self.figures.keep(stage, name, variant, {**facts, "run_seconds": seconds})
+            self.figures.keep(stage, name, variant, facts)
 
     def variants(self) -> None:
         """Choose baselines as wide as the variants of the search."""

@@ -234,7 +234,7 @@ def goals(report: Report) -> list[str]:
 
 def search_seconds(report: Report) -> tuple[str, float | None]:
     """Return what a search for one share took: by itself, or as the first of several."""
-    alone = report.stages.get("one", {}).get("items", {}).get("one-30", {})
+    alone = report.stages.get("one", {})
     if alone.get("run_seconds"):
         return "30 %, the whole command", alone["run_seconds"]
     return "20 %, the first of a run, steps only", report.variant("disp-20").get("seconds")
@@ -259,7 +259,7 @@ def paper_table(report: Report) -> list[str]:
         found, value = report.variant(f"disp-{ratio}"), report.perplexity(f"disp-{ratio}")
         growth = None if value is None or base is None else value / base
         rows.append(
-            ["ours, NF4", percent(found.get("remove_linears")), percent(found.get("remove_total")),
+            ["ours", percent(found.get("remove_linears")), percent(found.get("remove_total")),
              number(base), number(value), number(growth)]
         )  # fmt: skip
     return table(

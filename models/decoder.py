@@ -19,7 +19,10 @@ from models.spec import DecoderSpec, SpecError
 from models.weights import Matrix, QuantizedBlocks, Weight, dense, quantize_8bit
 
 HeadPrecision = Literal["int8", "nf4", "dense"]
-KernelChoice = Literal["auto", "native", "avx2", "avx512", "reference", "cuda"]
+KernelChoice = Literal["auto", "native", "avx2", "avxvnni", "avx512", "amx", "reference", "cuda"]
+_NEEDED = {
+    "avxvnni": "AVX2 and AVX-VNNI", "avx512": "AVX-512 VNNI", "amx": "AVX-512 VNNI and AMX int8",
+}  # fmt: skip
 
 
 class Executor(Protocol):
@@ -219,12 +222,12 @@ def resolve_kernels(kernels: KernelChoice, device: str) -> KernelChoice:
         return "cuda" if is_cuda else "native" if is_native_available("auto") else "reference"
     if (kernels == "cuda") != is_cuda and kernels != "reference":
         raise ValueError(f"kernels {kernels!r} do not run on device {device!r}")
-    if kernels in ("native", "avx2", "avx512"):
+    if kernels not in ("reference", "cuda"):
         wanted = "auto" if kernels == "native" else kernels
         if not is_native_available(wanted):
             raise ValueError(
                 f"kernels {kernels!r} need the native library and an x86-64 processor with "
-                f"{'AVX-512 VNNI' if kernels == 'avx512' else 'AVX2, FMA and F16C'}; "
+                f"{_NEEDED.get(kernels, 'AVX2, FMA and F16C')}; "
                 "use 'auto' or 'reference'"
             )
     return kernels

@@ -23,7 +23,7 @@ MODEL = "Model"
 ADAPTERS = "Adapters"
 COMPUTE = "Where and how it computes"
 
-_CPU_KERNELS = ("native", "avx2", "avx512")
+_CPU_KERNELS = ("native", "avx2", "avxvnni", "avx512", "amx")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,10 +81,10 @@ class ModelOptions:
     kernels: str = option(
         "auto",
         "auto takes cuda on a GPU, the native kernels on a processor that has AVX2, else reference "
-        "(plain torch). native takes the better of avx512 and avx2.",
+        "(plain torch). native measures which of the others are fastest here.",
         kind=TEXT,
         group=COMPUTE,
-        choices=("auto", "native", "avx2", "avx512", "reference", "cuda"),
+        choices=("auto", *_CPU_KERNELS, "reference", "cuda"),
     )
     threads: int | str = option(
         "auto",

@@ -1,5 +1,6 @@
 """The driver of the pruning benchmark: what it keeps, and what it does not measure twice."""
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,12 @@ def test_search_goes_on_in_the_folder_that_is_there(
     assert sorted(bench.figures.items("search")) == ["disp-20", "disp-30", "disp-40", "disp-50"]
     Bench(options).stages["search"]()
     assert len(commands) == 1
+    shutil.rmtree(options.work)  # what was found is kept beside the figures
+    again = Bench(options)
+    again.stages["search"]()
+    assert len(commands) == 1
+    kept = options.results.with_suffix("") / "disp-30"
+    assert ("disp-30", kept, digest(kept)) in list(again.found(["disp"], (20, 30)))
 
 
 def test_speed_is_measured_on_others_as_wide_where_only_figures_are_left(

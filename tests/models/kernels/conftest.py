@@ -7,8 +7,11 @@ import pytest
 
 from models.kernels.native.executor import is_native_available
 
+# "tiles" is what "amx" does, without its unit.
+INSTRUCTION_SETS = ("avx2", "avxvnni", "avx512", "amx", "tiles")
 
-@pytest.fixture(params=["avx2", "avxvnni", "avx512"])
+
+@pytest.fixture(params=INSTRUCTION_SETS)
 def native(request: pytest.FixtureRequest) -> str:
     """Each native instruction set that this processor has."""
     if not is_native_available(request.param):
@@ -16,7 +19,7 @@ def native(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["avx2", "avxvnni", "avx512", "reference"])
+@pytest.fixture(params=["avx2", "avxvnni", "avx512", "amx", "reference"])
 def kernels(request: pytest.FixtureRequest) -> str:
     """Every choice of kernels that runs on a CPU; skips those this processor cannot run."""
     if request.param != "reference" and not is_native_available(request.param):

@@ -10,6 +10,7 @@ from models.kernels.native.panels import pack
 from models.program import LOGITS, LinearOp, Piece, Program
 from models.quantization import quantize_4bit
 from models.weights import BLOCK_FORMATS, Matrix, QuantizedBlocks, dense
+from tests.models.kernels.conftest import INSTRUCTION_SETS
 from tests.models.kernels.random_decoders import run_linear
 
 # Where the float16 scales are in a block.
@@ -161,13 +162,13 @@ def test_a_row_has_the_same_bits_in_any_batch_and_at_any_number_of_threads(
 
 
 @precision
-@pytest.mark.parametrize("num_rows", [1, 3, 4, 17])
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 9, 17, 27])
 @pytest.mark.parametrize("kind", BLOCK_FORMATS)
 def test_every_instruction_set_gives_the_same_bits(
     kind: str, num_rows: int, is_precise: bool
 ) -> None:
     rows, weight = _random(num_rows, 768), random_blocks(kind, 40, 768)
-    sets = [name for name in ("avx2", "avxvnni", "avx512", "auto") if is_native_available(name)]
+    sets = [name for name in (*INSTRUCTION_SETS, "auto") if is_native_available(name)]
     first, *others = (_run(rows, weight, kernels=name, is_precise=is_precise) for name in sets)
     for other in others:
         assert torch.equal(first, other)
@@ -221,5 +222,5 @@ def test_fastest_kernels_are_chosen_once() -> None:
     assert library is not None
     name = library.proa_kernels_name(b"auto")
     assert name
-    assert set(name.decode().split("+")) <= {"avx2", "avxvnni", "avx512"}
+    assert set(name.decode().split("+")) <= set(INSTRUCTION_SETS) - {"tiles"}
     assert library.proa_kernels_name(b"auto") == name

@@ -12,6 +12,7 @@ from models.kernels.reference.executor import ReferenceExecutor
 from models.program import LOGITS, Activate, LinearOp, Norm, Piece
 from models.quantization import quantize_4bit
 from models.weights import Matrix, quantize_8bit
+from tests.models.kernels.conftest import INSTRUCTION_SETS
 from tests.models.kernels.random_decoders import run_linear
 
 FORMATS: dict[str, Callable[[Tensor], Matrix]] = {
@@ -80,7 +81,7 @@ def test_linear_gives_a_row_the_same_bits_in_any_batch(native: str, name: str, c
 @pytest.mark.parametrize("name", FORMATS)
 def test_linear_gives_the_same_bits_in_every_instruction_set(name: str, count: int) -> None:
     rows, op = _random(count, 192), _linear(FORMATS[name](_random(48, 192, seed=1)))
-    sets = [name for name in ("avx2", "avxvnni", "avx512", "auto") if is_native_available(name)]
+    sets = [name for name in (*INSTRUCTION_SETS, "auto") if is_native_available(name)]
     first, *others = (
         run_linear(lambda p, name=name: NativeExecutor(p, kernels=name), rows, op)  # type: ignore[misc]
         for name in sets

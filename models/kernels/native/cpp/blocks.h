@@ -286,6 +286,20 @@ PROA_INLINE void load_scales(const uint8_t* panel, int g, Floats* scales, Floats
   }
 }
 
+// All quads of group g; its scales, then its minima or second scales.
+template <int FORMAT>
+PROA_INLINE void expand_group(const uint8_t* panel, int g, uint8_t* quads, float* group_scales) {
+  for_quads(std::make_index_sequence<8>(), [&](auto q) PROA_INLINED {
+    Vector weights[2];
+    expand_quad<FORMAT, decltype(q)::value>(panel + block_format(FORMAT).codes_at(g), weights);
+    std::memcpy(quads + q * kQuad, weights, kQuad);
+  });
+  Floats scales[2] = {}, seconds[2] = {};
+  load_scales<FORMAT>(panel, g, scales, seconds);
+  std::memcpy(group_scales, scales, kPanel * 4);
+  std::memcpy(group_scales + kPanel, seconds, kPanel * 4);
+}
+
 template <Kind KIND, bool TWO, size_t... R>
 void multiply_tile(std::index_sequence<R...> rows, const uint8_t* tile, const float* tile_scales, int groups, const int8_t* x,
                    const RowGroup* row_groups, const Activations& act, const uint8_t* next, int next_step, float* out) {
@@ -325,8 +339,8 @@ void panel_blocks(const Piece& piece, int index, const Activations& act, int row
   constexpr BlockFormat kFormat = block_format(FORMAT);
   constexpr int kChunk = kTileBytes / (8 * kQuad);
   const uint8_t* panel = static_cast<const uint8_t*>(piece.data) + index * kFormat.panel_bytes(act.stride);
-  if (rows <= kFewRows) {
-    for_row_blocks<kFewRows>(rows, [&](auto block, int) {
+  if (rows <= kDirectRows) {
+    for_row_blocks<kDirectRows>(rows, [&](auto block, int) {
       multiply_panel<FORMAT, TWO>(std::make_index_sequence<decltype(block)::value>(), panel, act, out);
     });
     return;
@@ -334,17 +348,7 @@ void panel_blocks(const Piece& piece, int index, const Activations& act, int row
   float* tile_scales = reinterpret_cast<float*>(tile + kTileBytes);
   for (int first = 0; first < act.groups; first += kChunk) {
     const int count = std::min(kChunk, act.groups - first);
-    for (int g = 0; g < count; ++g) {
-      for_quads(std::make_index_sequence<8>(), [&](auto q) PROA_INLINED {
-        Vector weights[2];
-        expand_quad<FORMAT, decltype(q)::value>(panel + kFormat.codes_at(first + g), weights);
-        std::memcpy(tile + (g * 8 + q) * kQuad, weights, kQuad);
-      });
-      Floats scales[2] = {}, seconds[2] = {};
-      load_scales<FORMAT>(panel, first + g, scales, seconds);
-      std::memcpy(tile_scales + g * 2 * kPanel, scales, kPanel * 4);
-      std::memcpy(tile_scales + (g * 2 + 1) * kPanel, seconds, kPanel * 4);
-    }
+    for (int g = 0; g < count; ++g) expand_group<FORMAT>(panel, first + g, tile + g * 8 * kQuad, tile_scales + g * 2 * kPanel);
     const uint8_t* next = panel + kFormat.super_at(first + count);
     for_row_blocks<kMaxRows>(rows, [&](auto block, int row) {
       multiply_tile<kind_of(FORMAT), TWO>(std::make_index_sequence<decltype(block)::value>(), tile, tile_scales, count,

@@ -96,6 +96,9 @@ constexpr int kTileFloats = 16 * 1024;  // 64 KiB
 const Kernels* kernels_avx2();
 const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx512();
+const Kernels* kernels_amx();
+// What kernels_amx does, with tiles in plain C++ and AVX2: slow, to test that code on every processor.
+const Kernels* kernels_tiles();
 
 // The kernels of a name, or null if this processor does not run them. "auto": what proved fastest here, for few rows and for many.
 const Kernels* find_kernels(const char* name);

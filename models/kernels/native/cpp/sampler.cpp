@@ -63,7 +63,8 @@ void apply_edits(const Penalties& penalties, const RowEdits& edits, float* logit
 }
 
 const SamplerKernels* find_sampler(const char* name) {
-  return std::string(name) == "avx512" ? sampler_avx512() : sampler_avx2();
+  const std::string kernels = name;
+  return kernels == "avx512" || kernels == "amx" ? sampler_avx512() : sampler_avx2();
 }
 
 // Give each row of logits, after its edits if there are any, to job(row, logits, scratch); without a pool on this thread.

@@ -15,6 +15,7 @@ namespace {
 constexpr int kLanes = PROA_LANES;
 constexpr int kVectors = kPanel / kLanes;  // vectors in a panel
 constexpr int kMaxRows = PROA_ROWS;        // rows that a micro kernel keeps in registers
+constexpr int kDirectRows = kLanes == 16 ? 8 : kFewRows;  // rows for which codes of blocks are expanded in registers
 constexpr int kTileBytes = 8 * 1024;       // expanded weights kept in the first-level cache
 constexpr int kAhead = 3072;               // bytes that weights read once are asked for ahead
 
