@@ -56,15 +56,16 @@ inline Floats load_factors(const uint8_t* p, bool is_signed) {
 template <bool TWO>
 void quantize_row8(const float* x, const Activations& act, int row) {
   constexpr int kLargest = TWO ? kMaxCode * 128 + 63 : kMaxCode;
-  int8_t* codes = act.bytes + ptrdiff_t(row) * act.stride * (1 + TWO);
-  RowGroup* groups = act.row_groups + ptrdiff_t(row) * act.groups;
+  int8_t* codes = act.bytes + row * kGroup * (1 + TWO);
+  RowGroup* group = act.row_groups + row;
   const __m256 sign = _mm256_set1_ps(-0.f);
   const auto write = [&](const __m256i* words) {
     const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(words[0], words[1]), 0xd8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), bytes);
     codes += kGroup;
   };
-  for (int g = 0; g < act.groups; ++g, x += kGroup) {
+  const ptrdiff_t to_next = ptrdiff_t(act.rows - 1) * kGroup * (1 + TWO);
+  for (int g = 0; g < act.groups; ++g, x += kGroup, codes += to_next, group += act.rows) {
     __m256 values[4], largest = _mm256_setzero_ps();
     for (int i = 0; i < 4; ++i) {
       values[i] = _mm256_loadu_ps(x + 8 * i);
@@ -94,7 +95,7 @@ void quantize_row8(const float* x, const Activations& act, int row) {
     }
     write(words);
     const float scale = max / kLargest;
-    groups[g] = {scale, scale * float(sums[0] + sums[1]), {-sums[0], -sums[1], -sums[0] - sums[1]}};
+    *group = {scale, scale * float(sums[0] + sums[1]), {-sums[0], -sums[1], -sums[0] - sums[1]}};
   }
 }
 
@@ -220,8 +221,8 @@ PROA_INLINE void add_min(Floats* total, const Floats* mins, float offset) {
 }
 
 // sums += quads FIRST .. FIRST + COUNT - 1 of a group times the codes of some rows at x.
-template <Kind KIND, int FIRST, int COUNT, typename W, size_t... R>
-PROA_INLINE void multiply_quads(std::index_sequence<R...>, W weights, const int8_t* x, ptrdiff_t stride, Vector (*sums)[kVectors]) {
+template <Kind KIND, int FIRST, int COUNT, int STRIDE, typename W, size_t... R>
+PROA_INLINE void multiply_quads(std::index_sequence<R...>, W weights, const int8_t* x, Vector (*sums)[kVectors]) {
   constexpr int kStep = std::min(COUNT, quads_in_words(KIND));
   for_quads(std::make_index_sequence<COUNT / kStep>(), [&](auto step) PROA_INLINED {
     constexpr int kStart = FIRST + decltype(step)::value * kStep;
@@ -229,18 +230,18 @@ PROA_INLINE void multiply_quads(std::index_sequence<R...>, W weights, const int8
 #if PROA_DOT
     for_quads(std::make_index_sequence<kStep>(), [&](auto q) PROA_INLINED {
       weights(std::integral_constant<int, kStart + decltype(q)::value>(), quad);
-      (multiply_quad(sums[R], quad, x + R * stride + (kStart + q) * 4), ...);
+      (multiply_quad(sums[R], quad, x + R * STRIDE + (kStart + q) * 4), ...);
     });
 #else
     if constexpr (kStep == 1) {
       weights(std::integral_constant<int, kStart>(), quad);
-      (multiply_signed(sums[R], quad, x + R * stride + kStart * 4), ...);
+      (multiply_signed(sums[R], quad, x + R * STRIDE + kStart * 4), ...);
     } else {
       Vector words[sizeof...(R)][kVectors];
       ((words[R][0] = words[R][kVectors - 1] = Vector{}), ...);
       for_quads(std::make_index_sequence<kStep>(), [&](auto q) PROA_INLINED {
         weights(std::integral_constant<int, kStart + decltype(q)::value>(), quad);
-        (multiply_quad(words[R], quad, x + R * stride + (kStart + q) * 4), ...);
+        (multiply_quad(words[R], quad, x + R * STRIDE + (kStart + q) * 4), ...);
       });
       (widen(sums[R], words[R]), ...);
     }
@@ -252,18 +253,18 @@ PROA_INLINE void multiply_quads(std::index_sequence<R...>, W weights, const int8
 // (minima, or scales of the second half) are 16 floats each.
 template <Kind KIND, bool TWO, typename W, size_t... R>
 PROA_INLINE void multiply_group(std::index_sequence<R...> indices, W weights, const Floats* scales, const Floats* seconds, const int8_t* x,
-                                ptrdiff_t stride, const RowGroup* rows, ptrdiff_t rows_stride, Floats (*totals)[kVectors]) {
-  constexpr int kQuads = 8 / num_parts(KIND);
+                                const RowGroup* rows, Floats (*totals)[kVectors]) {
+  constexpr int kQuads = 8 / num_parts(KIND), kStride = kGroup * (1 + TWO);
   for_quads(std::make_index_sequence<num_parts(KIND)>(), [&](auto part) PROA_INLINED {
     constexpr int kFirst = decltype(part)::value * kQuads;
     Vector sums[sizeof...(R)][kVectors];
     ((sums[R][0] = sums[R][kVectors - 1] = Vector{}), ...);
-    if constexpr (TWO) multiply_quads<KIND, kFirst, kQuads>(indices, weights, x, stride, sums);
-    (start_sum<KIND>(sums[R], rows[R * rows_stride].minus[num_parts(KIND) == 2 ? part : 2]), ...);
-    multiply_quads<KIND, kFirst, kQuads>(indices, weights, TWO ? x + kGroup : x, stride, sums);
-    (add_sum(totals[R], sums[R], part == 0 ? scales : seconds, rows[R * rows_stride].scale), ...);
+    if constexpr (TWO) multiply_quads<KIND, kFirst, kQuads, kStride>(indices, weights, x, sums);
+    (start_sum<KIND>(sums[R], rows[R].minus[num_parts(KIND) == 2 ? part : 2]), ...);
+    multiply_quads<KIND, kFirst, kQuads, kStride>(indices, weights, TWO ? x + kGroup : x, sums);
+    (add_sum(totals[R], sums[R], part == 0 ? scales : seconds, rows[R].scale), ...);
   });
-  if constexpr (has_min(KIND)) (add_min(totals[R], seconds, rows[R * rows_stride].offset), ...);
+  if constexpr (has_min(KIND)) (add_min(totals[R], seconds, rows[R].offset), ...);
 }
 
 // Scales of group g and its minima or second scales, exact in float32.
@@ -305,14 +306,16 @@ void multiply_tile(std::index_sequence<R...> rows, const uint8_t* tile, const fl
                    const RowGroup* row_groups, const Activations& act, const uint8_t* next, int next_step, float* out) {
   Floats totals[sizeof...(R)][kVectors];
   ((totals[R][0] = load(out + R * kPanel), totals[R][kVectors - 1] = load(out + R * kPanel + (kVectors - 1) * kLanes)), ...);
-  for (int g = 0; g < groups; ++g, tile += 8 * kQuad, tile_scales += 2 * kPanel, x += kGroup * (1 + TWO), ++row_groups, next += next_step) {
+  for (int g = 0; g < groups; ++g, tile += 8 * kQuad, tile_scales += 2 * kPanel, next += next_step) {
     for (int i = 0; i < next_step; i += 64) prefetch(next + i);
+    (prefetch(x + (ptrdiff_t(act.rows) + R) * kGroup * (1 + TWO)), ...);
     Floats scales[2], seconds[2];
     for (int v = 0; v < kVectors; ++v) scales[v] = load(tile_scales + v * kLanes), seconds[v] = load(tile_scales + kPanel + v * kLanes);
     multiply_group<KIND, TWO>(rows, [&](auto q, Vector* weights) PROA_INLINED {
       weights[0] = load_bytes(tile + q * kQuad);
       weights[kVectors - 1] = load_bytes(tile + q * kQuad + (kVectors - 1) * sizeof(Vector));
-    }, scales, seconds, x, ptrdiff_t(act.stride) * (1 + TWO), row_groups, act.groups, totals);
+    }, scales, seconds, x, row_groups, totals);
+    x += ptrdiff_t(act.rows) * kGroup * (1 + TWO), row_groups += act.rows;
   }
   ((store(out + R * kPanel, totals[R][0]), store(out + R * kPanel + (kVectors - 1) * kLanes, totals[R][kVectors - 1])), ...);
 }
@@ -329,7 +332,7 @@ void multiply_panel(std::index_sequence<R...> rows, const uint8_t* panel, const 
     load_scales<FORMAT>(panel, g, scales, seconds);
     multiply_group<kind_of(FORMAT), TWO>(rows, [&](auto q, Vector* weights) PROA_INLINED {
       expand_quad<FORMAT, decltype(q)::value>(panel + kFormat.codes_at(g), weights);
-    }, scales, seconds, act.bytes + g * kGroup * (1 + TWO), ptrdiff_t(act.stride) * (1 + TWO), act.row_groups + g, act.groups, totals);
+    }, scales, seconds, act.bytes + ptrdiff_t(g) * act.rows * kGroup * (1 + TWO), act.row_groups + ptrdiff_t(g) * act.rows, totals);
   }
   ((store(out + R * kPanel, totals[R][0]), store(out + R * kPanel + (kVectors - 1) * kLanes, totals[R][kVectors - 1])), ...);
 }
@@ -352,8 +355,8 @@ void panel_blocks(const Piece& piece, int index, const Activations& act, int row
     const uint8_t* next = panel + kFormat.super_at(first + count);
     for_row_blocks<kMaxRows>(rows, [&](auto block, int row) {
       multiply_tile<kind_of(FORMAT), TWO>(std::make_index_sequence<decltype(block)::value>(), tile, tile_scales, count,
-                                     act.bytes + (row * ptrdiff_t(act.stride) + first * kGroup) * (1 + TWO),
-                                     act.row_groups + ptrdiff_t(row) * act.groups + first, act, next,
+                                     act.bytes + (ptrdiff_t(first) * act.rows + row) * kGroup * (1 + TWO),
+                                     act.row_groups + ptrdiff_t(first) * act.rows + row, act, next,
                                      row ? 0 : kFormat.unit_bytes() / kFormat.unit(), out + row * kPanel);
     });
   }

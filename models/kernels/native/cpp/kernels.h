@@ -18,8 +18,9 @@ struct Activations {
   float* scales;         // (rows, groups)
   int stride;            // inputs rounded up to whole groups
   int groups;            // 0: dense
-  int8_t* bytes;         // (rows, stride), or (rows, stride / 32, 2, 32): first codes of a group, then second ones
-  RowGroup* row_groups;  // (rows, groups)
+  int rows;
+  int8_t* bytes;         // (groups, rows, 32), or (groups, rows, 2, 32): first codes of a group, then second ones
+  RowGroup* row_groups;  // (groups, rows)
   int32_t kind;          // InputKind
 };
 
@@ -71,6 +72,8 @@ struct Kernels {
              float* tile) const {
     (rows <= kFewRows ? few : many)(piece, index, group, inputs, act, rows, out, tile);
   }
+  // Put (or add) rows of a panel, each plus its bias, where they belong, `stride` floats apart.
+  void (*write_rows)(const float* out, int rows, const float* bias, bool accumulate, float* target, ptrdiff_t stride);
   // Run an op's prologue on one row of `src` and store it as row `row` of `act`. `scratch` holds norm_width floats.
   void (*prepare_row)(const Op& op, const float* src, int row, const Activations& act, float* scratch);
   void (*attend)(const AttentionItem& item);

@@ -46,7 +46,7 @@ void embed(const void* table, int format, int64_t row, int width, float* out, bo
   }
 }
 
-constexpr Kernels kTable = {PROA_NAME, panel, panel, prepare_row, attend, attend_span, merge_spans, rotate, write_kv, pool, mix, blend, embed};
+constexpr Kernels kTable = {PROA_NAME, panel, panel, write_rows, prepare_row, attend, attend_span, merge_spans, rotate, write_kv, pool, mix, blend, embed};
 
 }  // namespace
 }  // namespace proa

@@ -294,6 +294,14 @@ void panel_dense(const Piece& piece, int panel, int inputs, const Activations& a
   }
 }
 
+void write_rows(const float* out, int rows, const float* bias, bool accumulate, float* target, ptrdiff_t stride) {
+  for (int r = 0; r < rows; ++r, out += kPanel, target += stride)
+    for (int v = 0; v < kPanel; v += kLanes) {
+      const Floats sums = load(out + v) + load(bias + v);
+      store(target + v, accumulate ? load(target + v) + sums : sums);
+    }
+}
+
 void panel(const Piece& piece, int index, int group, int inputs, const Activations& act, int rows, float* out, float* tile) {
   std::memset(out, 0, size_t(rows) * kPanel * 4);
   if (is_blocks(piece.format))

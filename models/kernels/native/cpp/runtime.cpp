@@ -143,6 +143,7 @@ class Program {
     act.codes = rows == 1 ? scratch.codes.data() : codes_.data();
     act.scales = rows == 1 ? scratch.scales.data() : scales_.data();
     act.kind = op.input_kind;
+    act.rows = rows;
     act.bytes = reinterpret_cast<int8_t*>(act.codes);
     act.row_groups = rows == 1 ? scratch.row_groups.data() : row_groups_.data();
     const auto prepare_row = [&](int r) {
@@ -193,17 +194,13 @@ class Program {
     const int column = piece.dst_offset + first;
     const size_t stride = op.dst < 0 ? size_t(piece.outputs) : size_t(widths_[op.dst]);
     float* target = op.dst < 0 ? step.logits : buffers_[op.dst].data();
+    if (count == kPanel && !op.scatter) return kernels_->write_rows(out, rows, bias, op.accumulate, target + column, stride);
     for (int r = 0; r < rows; ++r, out += kPanel, target += stride) {
       float* cells = target + column;
-      if (op.scatter) {
+      if (op.scatter)
         for (int i = 0; i < count; ++i) target[op.scatter[column + i]] += out[i] + bias[i];
-      } else if (count < kPanel) {
+      else
         for (int i = 0; i < count; ++i) cells[i] = (op.accumulate ? cells[i] : 0.f) + (out[i] + bias[i]);
-      } else if (op.accumulate) {
-        for (int i = 0; i < kPanel; ++i) cells[i] += out[i] + bias[i];
-      } else {
-        for (int i = 0; i < kPanel; ++i) cells[i] = out[i] + bias[i];
-      }
     }
   }
 

@@ -63,7 +63,7 @@ class Trial {
   const std::vector<float>& out() const { return out_; }
   double time(const Kernels& kernels, int rows) {
     const Piece piece = {panels_.data(), nullptr, nullptr, kQ41, kPanels * kPanel, 0, 0};
-    const Activations act = {nullptr, nullptr, nullptr, kInputs, kInputs / kGroup, codes_.data(), row_groups_.data(), kByte};
+    const Activations act = {nullptr, nullptr, nullptr, kInputs, kInputs / kGroup, rows, codes_.data(), row_groups_.data(), kByte};
     float* tile = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(tile_.data()) + 63) / 64 * 64);
     double best = 1e30;
     for (int i = 0; i < kRuns; ++i) {

@@ -38,7 +38,7 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 200;  // some 5 us
+  static constexpr int kSpins = 700;  // 15 to 30 us
 
   const int count_;
   alignas(64) std::atomic<int> arrived_{0};

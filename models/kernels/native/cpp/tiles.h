@@ -83,25 +83,26 @@ template <Kind KIND, bool TWO>
 void multiply_groups(TileUnit& unit, const uint8_t* quads, const float* scales, int groups, const int8_t* x, const RowGroup* row_groups,
                      const Activations& act, int rows, float* out, int32_t* sums) {
   constexpr int kParts = num_parts(KIND), kInputs = kGroup / kParts, kSumBytes = kPanel * 4;
-  const ptrdiff_t stride = ptrdiff_t(act.stride) * (1 + TWO);
+  constexpr ptrdiff_t stride = kGroup * (1 + TWO);
   int32_t* first_sums = sums + kTileRows * kPanel;
-  for (int g = 0; g < groups; ++g, scales += 2 * kPanel, ++row_groups) {
+  for (int g = 0; g < groups; ++g, scales += 2 * kPanel, row_groups += act.rows, x += act.rows * stride) {
     Floats factors[2][2];
     for (int v = 0; v < kVectors; ++v) factors[0][v] = load(scales + v * kLanes), factors[1][v] = load(scales + kPanel + v * kLanes);
-    for (int part = 0; part < kParts; ++part, quads += kQuad * kInputs / 4, x += kInputs) {
+    for (int part = 0; part < kParts; ++part, quads += kQuad * kInputs / 4) {
+      const int8_t* codes = x + part * kInputs;
       unit.load<kWeights>(quads, kQuad);
       unit.zero<kSums>();
-      unit.load<kRows>(TWO ? x + kGroup : x, stride);
+      unit.load<kRows>(TWO ? codes + kGroup : codes, stride);
       unit.multiply<kSums, kRows, kWeights>();
       unit.store<kSums>(sums, kSumBytes);
       if constexpr (TWO) {
         unit.zero<kFirstSums>();
-        unit.load<kFirstRows>(x, stride);
+        unit.load<kFirstRows>(codes, stride);
         unit.multiply<kFirstSums, kFirstRows, kWeights>();
         unit.store<kFirstSums>(first_sums, kSumBytes);
       }
       for (int r = 0; r < rows; ++r) {
-        const RowGroup& row = row_groups[ptrdiff_t(r) * act.groups];
+        const RowGroup& row = row_groups[r];
         Vector total[2] = {};
         Floats totals[2];
         for (int v = 0; v < kVectors; ++v) {
@@ -116,7 +117,6 @@ void multiply_groups(TileUnit& unit, const uint8_t* quads, const float* scales, 
         for (int v = 0; v < kVectors; ++v) store(out + r * kPanel + v * kLanes, totals[v]);
       }
     }
-    if constexpr (TWO) x += kGroup;
   }
 }
 
@@ -136,8 +136,8 @@ void panel_tiles(const Piece& piece, int index, const Activations& act, int rows
     for (int row = 0; row < rows; row += kTileRows) {
       const int tile_rows = std::min(kTileRows, rows - row);
       if (configured != tile_rows) configure(unit, configured = tile_rows, kGroup / num_parts(kKind));
-      multiply_groups<kKind, TWO>(unit, room, scales, count, act.bytes + (row * ptrdiff_t(act.stride) + first * kGroup) * (1 + TWO),
-                                  act.row_groups + ptrdiff_t(row) * act.groups + first, act, tile_rows, out + row * kPanel, sums);
+      multiply_groups<kKind, TWO>(unit, room, scales, count, act.bytes + (ptrdiff_t(first) * act.rows + row) * kGroup * (1 + TWO),
+                                  act.row_groups + ptrdiff_t(first) * act.rows + row, act, tile_rows, out + row * kPanel, sums);
     }
   }
   unit.release();
@@ -156,8 +156,8 @@ void panel_on_tiles(PanelFunction* vectors, const Piece& piece, int index, int g
   });
   if (!rest) return;
   Activations others = act;
-  others.bytes += on_tiles * ptrdiff_t(act.stride) * (1 + is_two);
-  others.row_groups += on_tiles * ptrdiff_t(act.groups);
+  others.bytes += on_tiles * kGroup * (1 + is_two);
+  others.row_groups += on_tiles;
   vectors(piece, index, group, inputs, others, rest, out + on_tiles * kPanel, tile);
 }
 
