@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from client.api import ApiClient
 from serve.ui.sessions import SessionError, Sessions
-from serve.ui.streams import EventStreams
+from serve.ui.streams import END_STREAM, EventStreams
 
 if TYPE_CHECKING:
     from gradio.routes import App
@@ -71,7 +71,7 @@ class UserInterface:
         if not _is_needed(scope["method"], path):
             await PlainTextResponse("Not found\n", status_code=404)(scope, receive, send)
             return
-        app = await self._load()
+        app: ASGIApp = await self._load()
         assert self._sessions is not None
         is_whole = False
         name: str | None = None
@@ -107,6 +107,9 @@ class UserInterface:
             return
         if path == _STREAM:
             receive, send = self._streams.wrap(name, receive, send)
+            if self._sessions.has_nothing_to_tell(name):
+                # Another stream told it. Gradio would keep this one until the page's next event.
+                app = END_STREAM
         with self._sessions.opened(name):
             await app(inner, receive, send_guarded)
         if is_whole and not path.startswith(_HEARTBEAT) and path != _RUNS[0]:

@@ -83,6 +83,13 @@ class Sessions:
         blocks = self._gradio.get_blocks() if state is None else state.blocks_config
         return type(index) is int and index in blocks.fns
 
+    def has_nothing_to_tell(self, name: str) -> bool:
+        """Return whether all that the page of a session ran is over and was told to it."""
+        queue = self._gradio.get_blocks()._queue
+        messages = queue.pending_messages_per_session.get(name)
+        is_told = messages is not None and messages.empty()
+        return is_told and not queue.pending_event_ids_session.get(name)
+
     @contextmanager
     def opened(self, name: str) -> Iterator[None]:
         """Keep a session while a stream to its page is open; one that sent nothing ends with it."""

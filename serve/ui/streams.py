@@ -9,9 +9,12 @@ event when it has left the stream that ended.
 import asyncio
 from contextlib import suppress
 
+from starlette.responses import Response
 from starlette.types import Message, Receive, Send
 
 _END = b'data: {"msg":"close_stream"'
+END_STREAM = Response(_END + b',"event_id":null}\n\n', media_type="text/event-stream")
+"""What ends a stream, as an application."""
 _LEAVE_S = 5.0
 
 

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.types import Message
 
 from serve.api import ApiSettings, create_app
-from serve.ui import sessions
+from serve.ui import sessions, streams
 from serve.ui.app import page_settings
 from serve.ui.mount import PATH, UserInterface
 from tests.serve.api.conftest import FakeBackend, make_client
@@ -172,6 +172,26 @@ def test_what_no_page_sends_is_refused(tokenizer: Tokenizer, path: str) -> None:
     statuses = {name: status for name, (_, status) in BAD_RUNS.items()}
     assert {name: response.status_code for name, response in responses.items()} == statuses
     assert all(list(response.json()) == ["detail"] for response in responses.values())
+
+
+def test_stream_of_a_page_that_was_told_everything_ends(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradio kept it, and after a restart the page waited for its next answer on it."""
+    monkeypatch.setattr(streams, "_LEAVE_S", 0.1)
+    address = f"{PATH}/gradio_api/queue/data?session_hash=page"
+    app = make_app(tokenizer)
+
+    async def read() -> list[str]:
+        async with make_client(app) as client:
+            joined = await client.post(JOIN, json=make_run(session_hash="page"))
+            assert joined.status_code == 200
+            return [(await asyncio.wait_for(client.get(address), 20)).text for _ in range(2)]
+
+    first, second = asyncio.run(read())
+    assert "process_completed" in first
+    assert first.endswith(second)
+    assert json.loads(second.removeprefix("data: ")) == {"msg": "close_stream", "event_id": None}
 
 
 def test_gradio_forgets_the_sessions_that_are_too_many(
