@@ -267,20 +267,13 @@ class Bench:
         return time.monotonic() - start_s
 
     def speed(self, stage: str, *, rounds: int) -> None:
-        """Measure sizes, or with rounds speeds, of the base and the variants of the search.
-
-        Where these are not at hand, others as wide are measured.
-        """
+        """Measure sizes, or with rounds speeds, of the base and the variants of the search."""
         self.figures.begin(stage, {"rounds": rounds})
         found = list(self.found(["disp"], ALL_RATIOS))
         words: list[object] = [
             w for name, folder, _ in found for w in ("--variant", f"{name}={folder}")
         ]
         digests = {name: variant for name, _, variant in found}
-        searched = self.figures.items("search")
-        if searched and not found:  # elsewhere
-            words = ["--as-wide-as", self.options.results]
-            digests = {name: item["variant"] for name, item in searched.items()}
         if self.figures.has(stage, "models", digests):
             return
         figures = self.module("disp_speed", "--rounds", rounds, *words)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.disp import ALL_RATIOS, DEMO_MODEL, KINDS, RESULTS_FILE
+from benchmarks.disp import ALL_RATIOS, KINDS, RESULTS_FILE
 from benchmarks.disp_tables import (
     NOT_MEASURED,
     TITLES,
@@ -31,13 +31,12 @@ from benchmarks.disp_tables import (
 from benchmarks.report import ROOT
 
 OUTPUT = ROOT / "docs" / "results"
-TWICE_ROUNDED = (
-    " The weights at hand were in 4 bits once, so NF4 rounds them a second time, pruned or not."
-)
-BY_LOT = (
-    " They were measured later, on models as wide in every layer, channels chosen by lot: the "
-    "variants were not at hand any more, and speed does not depend on which channels are kept."
-)
+BASES = {
+    "gguf": "computed from its file's own codes; of a variant, matrices whose inputs are cut are "
+    "rounded once more, to Q4_1",
+    "nf4": "in NF4, variants too",
+    "none": "without quantisation",
+}
 
 
 class MissingFigures(ValueError):
@@ -76,14 +75,15 @@ def write_report(content: Mapping[str, Any], report: Report) -> str:
     test = report.stages.get("perplexity", {}).get("settings", {})
     windows = report.item("perplexity", "base").get("windows")
     dense = report.perplexity("base-dense")
+    base = report.item("perplexity", "base").get("quantization", "")
     speeds = report.item("decode", "models")
     lines = [
         "# Pruning with DISP-LLM",
         "",
         "Made by `python -m benchmarks.disp_report` of "
         "[raw figures](../../benchmarks/results/disp.json); [pruning.md](../pruning.md) tells how "
-        f"to repeat them. {content['model']}, in NF4, 8-bit head. Ratios are "
-        "medians of rounds run in turn, each against the base in the same round.",
+        f"to repeat them. {content['model']}, {BASES.get(base, NOT_MEASURED)}. Ratios are medians "
+        "of rounds run in turn, each against the base in the same round.",
         "",
         "## Goals",
         "",
@@ -103,8 +103,8 @@ def write_report(content: Mapping[str, Any], report: Report) -> str:
         f"WikiText-2, raw test text: {windows or NOT_MEASURED} windows of "
         f"{test.get('length', NOT_MEASURED)} tokens, each by itself. Searches and healing saw "
         "another text, a slice of the training part. The base has "
-        f"{number(report.perplexity('base'))}; without quantisation {number(dense)}."
-        + (TWICE_ROUNDED if content["model"] == DEMO_MODEL else ""),
+        f"{number(report.perplexity('base'))}; unpacked and without rounding of activations "
+        f"{number(dense)}.",
         "",
         "*Magnitude* and *random* keep as many channels as DISP-LLM in every selection of every "
         "layer, so all are of equal size. *One shared set of residual channels* is the same search "
@@ -131,8 +131,7 @@ def write_report(content: Mapping[str, Any], report: Report) -> str:
         "Weights of its own: those that are not the base's own tensors, in 4 bits; for the base, "
         "its layers. Embeddings, norms and output layer are shared, "
         f"{number(shared_mb(report), 1)} MB as stored. Speeds are of the kernels "
-        f"`{speeds.get('kernels', NOT_MEASURED)}`."
-        + (BY_LOT if speeds.get("by_lot") else ""),
+        f"`{speeds.get('kernels', NOT_MEASURED)}`.",
         "",
         *speed_table(report),
         "",

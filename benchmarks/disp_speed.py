@@ -1,16 +1,12 @@
 """Size and speed of pruned variants beside their base, all in one process, in turn.
 
     python -m benchmarks.disp_speed --variant small=./small --variant smaller=./smaller
-    python -m benchmarks.disp_speed --as-wide-as results/disp.json
 
 Each model runs in an engine as the server does, one stream at a time; variants share what they have
-in common with the base, as they do when they are served. Speed depends on how many channels a layer
-keeps, not on which: variants of which only the figures are left can be measured by others that are
-as wide. Prints one JSON object.
+in common with the base, as they do when they are served. Prints one JSON object.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -26,14 +22,13 @@ import torch  # noqa: E402
 
 from adapters.format import digest  # noqa: E402
 from adapters.qst.memory import weight_bytes  # noqa: E402
-from benchmarks.disp_baselines import random_selections  # noqa: E402
 from benchmarks.perplexity import add_model_arguments, model_options  # noqa: E402
 from benchmarks.report import say  # noqa: E402
 from decoding import Sampler  # noqa: E402
-from models.checkpoints import Checkpoint, prune  # noqa: E402
+from models.checkpoints import Checkpoint  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
 from serve.backends.native import NativeBackend  # noqa: E402
-from serve.base_model import find_lineage, load_base, load_tokenizer, load_variant  # noqa: E402
+from serve.base_model import load_base, load_tokenizer, load_variant  # noqa: E402
 from serve.bench.engine import EngineStreams  # noqa: E402
 from serve.bench.streams import Decoding, random_prompts  # noqa: E402
 from serve.engine.limits import EngineLimits  # noqa: E402
@@ -90,26 +85,6 @@ def ratios(raw: dict[str, dict[str, list[float]]], name: str, what: str) -> dict
     }
 
 
-def load_as_wide(
-    path: Path, base: Checkpoint, options: argparse.Namespace
-) -> dict[str, Checkpoint]:
-    """Prune a base to the widths of the variants that a file of `benchmarks.disp` tells of.
-
-    Which channels is decided by lot. One is sliced in some seconds and kept in the cache.
-    """
-    items = json.loads(path.read_text(encoding="utf-8"))["stages"]["search"]["items"]
-    found = {}
-    for name, item in items.items():
-        widths = item["fields"]["widths"]
-        step = prune(
-            base.spec, random_selections(base.spec, widths, seed=0),
-            digest=hashlib.sha256(f"by lot {widths}".encode()).hexdigest(),
-        )  # fmt: skip
-        lineage = find_lineage(model_options(options), base)
-        found[name] = lineage.derive(step, report=say).checkpoint
-    return found
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Load base and variants, and measure what the command line asks for."""
     parts = [text.partition("=") for text in options.variant]
@@ -132,8 +107,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "variant": digest(folder),
             "folder_bytes": sum(path.stat().st_size for path in folder.glob("adapter_*")),
         }
-    if options.as_wide_as is not None:
-        variants |= load_as_wide(options.as_wide_as, base, options)
     decoders = {BASE: Decoder(base.spec, base.weights)} if options.rounds else {}
     for name, pruned in variants.items():
         found.setdefault(name, {})["own_bytes"] = own_bytes(pruned, base)
@@ -147,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             found[name] |= {what: ratios(raw, name, what) for what in ("decode", "prefill")}
             found[name]["raw"] = raw[name]
     kernels = decoders[BASE].kernels if decoders else None
-    return {"kernels": kernels, "by_lot": options.as_wide_as is not None, "models": found}
+    return {"kernels": kernels, "models": found}
 
 
 def main() -> None:
@@ -155,10 +128,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument("--variant", metavar="NAME=DIR", action="append", default=[])
-    parser.add_argument(
-        "--as-wide-as", metavar="FILE", type=Path,
-        help="figures of a search; measures others as wide as its variants, chosen by lot",
-    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=9, help="0: sizes only")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=64)

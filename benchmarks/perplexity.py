@@ -113,7 +113,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", type=Path, default=None)
 
 
-def model_options(options: argparse.Namespace, quantization: str = "nf4") -> ModelOptions:
+def model_options(options: argparse.Namespace, quantization: str = "auto") -> ModelOptions:
     """Return what the command line says of the base."""
     cache_dir = None if options.cache_dir is None else str(options.cache_dir)
     return ModelOptions(model=options.model, quantization=quantization, cache_dir=cache_dir)
@@ -131,7 +131,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     decoder = Decoder(checkpoint.spec, checkpoint.weights, head=options.head)
     head = FrozenHead(decoder, head_weight(checkpoint), torch.device("cpu"))
     figures: dict[str, Any] = {
-        "windows": len(windows), "length": options.length, "tokens_sha256": digest_windows(windows),
+        "quantization": checkpoint.quantization, "windows": len(windows),
+        "length": options.length, "tokens_sha256": digest_windows(windows),
     }  # fmt: skip
     if options.adapter is None:
         first_target = options.length // 2 + 1 if options.second_half else 1
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--variant", type=Path, help="folder of a pruned variant")
     parser.add_argument("--adapter", type=Path, help="folder of a side network trained on it")
     parser.add_argument(
-        "--quantization", choices=MODEL_OPTIONS["quantization"].choices, default="nf4"
+        "--quantization", choices=MODEL_OPTIONS["quantization"].choices, default="auto"
     )
     parser.add_argument("--head", choices=MODEL_OPTIONS["head"].choices, default="int8")
     parser.add_argument("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a window")

@@ -110,21 +110,13 @@ def test_search_goes_on_in_the_folder_that_is_there(
     assert ("disp-30", kept, digest(kept)) in list(again.found(["disp"], (20, 30)))
 
 
-def test_speed_is_measured_on_others_as_wide_where_only_figures_are_left(
-    options: Namespace,
-) -> None:
+def test_speed_is_measured_of_the_variants_that_there_are(options: Namespace) -> None:
     bench = ScriptedBench(options)
     bench.speed("size", rounds=0)
     assert bench.calls.pop() == ("disp_speed", ("--rounds", 0))
-    bench.figures.begin("search", {})
-    bench.figures.keep("search", "disp-20", "abc", {"fields": {}})
-    bench.speed("decode", rounds=3)
-    assert bench.calls == [
-        ("disp_speed", ("--rounds", 3, "--as-wide-as", options.results)),
-    ]
-    assert bench.figures.items("decode")["models"]["variant"] == {"disp-20": "abc"}
     folder = options.work / "disp" / "remove-20"
     found = write_variant(folder)
     bench.speed("decode", rounds=3)
-    assert bench.calls[-1][1][-2:] == ("--variant", f"disp-20={folder}")
+    words = ("--rounds", 3, "--variant", f"disp-20={folder}")
+    assert bench.calls == [("disp_speed", words)]
     assert bench.figures.items("decode")["models"]["variant"] == {"disp-20": found}

@@ -52,7 +52,8 @@ def figures() -> dict[str, Any]:
         "search-shared": searched("shared", RATIOS),
         "one": {"one-30": {}},
         "perplexity": {
-            "base": {"perplexity": BASE, "windows": 16}, "base-dense": {"perplexity": 18.5},
+            "base": {"perplexity": BASE, "windows": 16, "quantization": "gguf"},
+            "base-dense": {"perplexity": 18.5},
             "disp-40": {"perplexity": 161.0}, "disp-50": {"perplexity": 261.0},
             **perplexities(BEFORE),
         },
@@ -131,12 +132,3 @@ def test_missing_figures_are_named(tmp_path: Path) -> None:
         in text
     )
     assert "at 30 % not measured" in text
-
-
-def test_speeds_of_others_as_wide_are_told(tmp_path: Path) -> None:
-    content = figures()
-    make_report(content, tmp_path)
-    assert "by lot" not in (tmp_path / "disp.md").read_text(encoding="utf-8")
-    content["stages"]["decode"]["items"]["models"]["by_lot"] = True
-    make_report(content, tmp_path)
-    assert "channels chosen by lot" in (tmp_path / "disp.md").read_text(encoding="utf-8")

@@ -1,27 +1,30 @@
 """Sizes and speeds of pruned variants."""
 
-import json
 from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.disp_speed import load_as_wide, measure
+from adapters.disp.variant import save_disp
+from benchmarks.disp_baselines import random_selections
+from benchmarks.disp_speed import measure
 from models.checkpoints import load_checkpoint
-from models.pruning import widths_of
 
 WIDTHS = [[16, 8, 32, 48, 16], [32, 16, 8, 24, 1]]
 
 
-def test_others_are_as_wide_as_the_figures_say(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    figures = tmp_path / "disp.json"
-    items = {"disp-20": {"fields": {"widths": WIDTHS}}}
-    figures.write_text(json.dumps({"stages": {"search": {"items": items}}}), encoding="utf-8")
-    base = load_checkpoint(str(tiny_llama_folder), quantization="none")
-    options = Namespace(model=str(tiny_llama_folder), cache_dir=tmp_path / "cache")
-    (pruned,) = load_as_wide(figures, base, options).values()
-    assert [list(widths) for widths in widths_of(pruned.spec)] == WIDTHS
+def test_sizes_are_of_the_base_and_its_variants(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    folder, variant = str(tiny_llama_folder), tmp_path / "small"
+    dense = load_checkpoint(folder, quantization="none")
+    base = load_checkpoint(folder, cache_dir=tmp_path / "cache")
+    save_disp(
+        variant, random_selections(dense.spec, WIDTHS, seed=0), dense.spec, base_id=base.name,
+        base_fingerprint=base.fingerprint, base_quantization=base.quantization,
+        dense_fingerprint=dense.fingerprint, align=1, residual="independent",
+    )  # fmt: skip
     options = Namespace(
-        **vars(options), quantization="none", head="dense", variant=[], as_wide_as=figures, rounds=0
+        model=folder, cache_dir=tmp_path / "cache", variant=[f"small={variant}"], rounds=0
     )
-    found = measure(options)
-    assert found["by_lot"]
-    assert found["models"]["disp-20"]["own_bytes"] < found["models"]["base"]["layer_bytes"]
+    models = measure(options)["models"]
+    assert set(models) == {"base", "small"}
+    assert models["small"]["own_bytes"] < models["base"]["layer_bytes"]
+    assert models["base"]["layer_bytes"] < models["base"]["weight_bytes"]
+    assert models["small"]["folder_bytes"] > 0
