@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1000)
     parser.add_argument("--cache-dir", type=Path, default=None)
     arguments = parser.parse_args()
-    checkpoint = load_checkpoint(None, cache_dir=arguments.cache_dir)
+    checkpoint = load_checkpoint(None, quantization="nf4", cache_dir=arguments.cache_dir)
     model, adapter_bytes = build_model(checkpoint.folder, arguments.rank, arguments.adapters)
     generator = torch.Generator().manual_seed(1)
     short = torch.randint(1000, 40_000, (8, 256), generator=generator)

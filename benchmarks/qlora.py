@@ -2,9 +2,10 @@
 
     python -m benchmarks.qlora --data FILE --eval-data FILE --steps 200
 
-Prints one JSON object: losses, seconds a step, and memory. The base is the same NF4 checkpoint,
-the examples, their order and the batches are those of `proa train qst`, padded as PEFT needs it.
-PEFT is no requirement of Proa: `pip install peft`.
+Prints one JSON object: losses, seconds a step, and memory. The base is in NF4, as QLoRA has it, or
+with `--quantization none` the very weights that `proa train qst` trains on, unpacked: bitsandbytes
+reads no block formats. The examples, their order and the batches are the same, padded as PEFT needs
+it. PEFT is no requirement of Proa: `pip install peft`.
 """
 
 import argparse
@@ -34,7 +35,11 @@ def build_model(folder: Path, rank: int, *, dtype: torch.dtype, checkpointing: b
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    elif checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=ALL_LINEARS,
         task_type="CAUSAL_LM",
@@ -122,6 +127,7 @@ def main() -> None:
     """Train as the command line says and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_data_arguments(parser)
+    parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
     parser.add_argument("--rank", type=int, default=2)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -130,7 +136,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     arguments = parser.parse_args()
-    checkpoint = load_checkpoint(None, cache_dir=arguments.cache_dir)
+    checkpoint = load_checkpoint(
+        None, quantization=arguments.quantization, cache_dir=arguments.cache_dir
+    )
     examples, eval_examples = load_examples(arguments, checkpoint)
     model = build_model(
         checkpoint.folder, arguments.rank, dtype=getattr(torch, arguments.dtype),

@@ -3,7 +3,8 @@
     python -m benchmarks.qst_training
 
 Both train on the same random sequences, each in a process of its own, in turn. QLoRA is PEFT with
-bitsandbytes (`pip install peft`), in float32, with and without gradient checkpointing.
+bitsandbytes (`pip install peft`), in float32, with and without gradient checkpointing, and on the
+base unpacked to float32. Side networks train on the base as it is served.
 """
 
 import argparse
@@ -27,6 +28,7 @@ CONTENDERS: dict[str, list[str]] = {
     "qst": ["benchmarks.qst_worker"],
     "qlora": ["benchmarks.qlora"],
     "qlora_checkpointing": ["benchmarks.qlora", "--gradient-checkpointing"],
+    "lora_unpacked": ["benchmarks.qlora", "--quantization", "none"],
 }
 
 

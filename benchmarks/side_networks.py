@@ -3,7 +3,7 @@
     python -m benchmarks.side_networks
 
 Runs the engine in this process, as the server does, on the demo model; then PEFT with as many LoRA
-adapters on the same base, if it is installed.
+adapters on that model in NF4, if it is installed.
 """
 
 import argparse
