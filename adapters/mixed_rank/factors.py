@@ -1,0 +1,125 @@
+"""Two factors of a matrix that lose least on the inputs that it reads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.mixed_rank.moments import Moments
+
+DAMPING = 1e-6
+"""Of the mean of a covariance's diagonal, added to the diagonal where a fit inverts it."""
+LEAST_VALUE = 1e-12
+"""Of a covariance's largest eigenvalue: lesser ones are raised to it where its root is inverted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factors:
+    """The best factors of a matrix at every rank: the first columns and rows of two.
+
+    Attributes:
+        left: (m, K) float64, K the lesser of m and n.
+        right: (K, n) float64.
+        energies: (K,) float64, descending: how much of the outputs' squares each rank has.
+        energy: of all outputs; what the ranks together have, and what none can have.
+    """
+
+    left: Tensor
+    right: Tensor
+    energies: Tensor
+    energy: float
+
+    def at(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return (m, rank) and (rank, n) factors."""
+        return self.left[:, :rank], self.right[:rank]
+
+    @property
+    def errors(self) -> Tensor:
+        """(K + 1,) share of the outputs' squares lost at ranks 0 .. K, never rising."""
+        kept = torch.cat([self.energies.new_zeros(1), self.energies.cumsum(0)])
+        return ((self.energy - kept) / self.energy).clamp_min(0)
+
+
+def factor(weight: Tensor, covariance: Tensor, energy: float | None = None) -> Factors:
+    """Factor a matrix so that the error E|x (W - L R)^T|^2 is least at every rank.
+
+    The smaller side is decomposed. Where outputs are not more than inputs these are the principal
+    components of the outputs, which needs no inverse and so takes any covariance; where they are
+    more, the covariance's root is inverted.
+
+    Args:
+        weight: (m, n).
+        covariance: (n, n) float64, E[x^T x] up to a factor; the identity gives the plain SVD.
+        energy: of the outputs that are to be met; None: that of this matrix on these inputs.
+    """
+    weight = weight.double()
+    outputs, inputs = weight.shape
+    if outputs <= inputs:
+        energies, vectors = _principal(weight @ covariance @ weight.T)
+        left, right = vectors, vectors.T @ weight
+    else:
+        root, inverse = _root(covariance)
+        rooted = weight @ root
+        energies, vectors = _principal(rooted.T @ rooted)
+        left, right = rooted @ vectors, vectors.T @ inverse
+    total = float(energies.sum()) if energy is None else energy
+    return Factors(left=left, right=right, energies=energies, energy=total)
+
+
+def refit(weight: Tensor, moments: Moments) -> Tensor:
+    """Return the matrix that maps drifted inputs best to the outputs of the others.
+
+    Args:
+        weight: (m, n), of the network as it was.
+        moments: of both inputs.
+
+    Returns:
+        (m, n) float64: W plus what least squares adds to it, damped; W itself without a drift.
+    """
+    weight = weight.double()
+    missing = (moments.cross - moments.covariance) @ weight.T
+    return weight + torch.linalg.solve(_damp(moments.covariance), missing).T
+
+
+def compensate(weight: Tensor, moments: Moments) -> Factors:
+    """Factor a matrix so that what it makes of drifted inputs is near what it made of the others.
+
+    This is reduced-rank regression: the best full matrix for those inputs, factored on them.
+
+    Args:
+        weight: (m, n), of the network as it was.
+        moments: of both inputs.
+    """
+    return factor(refit(weight, moments), moments.covariance, moments.energy)
+
+
+def refit_left(weight: Tensor, right: Tensor, moments: Moments) -> Tensor:
+    """Return the (m, R) left factor that fits best to a given right one, quantised for instance.
+
+    Args:
+        weight: (m, n), of the network as it was.
+        right: (R, n).
+        moments: of the inputs.
+    """
+    right = right.double()
+    inner = right @ moments.covariance @ right.T
+    return torch.linalg.solve(_damp(inner), right @ moments.cross @ weight.double().T).T
+
+
+def _damp(covariance: Tensor) -> Tensor:
+    mean = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return covariance + DAMPING * mean * torch.eye(len(covariance), dtype=torch.float64)
+
+
+def _root(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the symmetric square root of a covariance, and its inverse."""
+    values, vectors = torch.linalg.eigh(covariance)
+    least = max(LEAST_VALUE * float(values[-1]), torch.finfo(torch.float64).tiny)
+    roots = values.clamp_min(least).sqrt()
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+def _principal(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues in descending order and their vectors as columns."""
+    values, vectors = torch.linalg.eigh((square + square.T) / 2)
+    return values.flip(0).clamp_min(0), vectors.flip(1)

@@ -1,0 +1,48 @@
+"""Factors as they are stored and computed: in 16 bits, in 8, or 4 bits and 8."""
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from adapters.mixed_rank.factors import refit_left
+from adapters.mixed_rank.moments import Moments
+from models.q4_1 import quantize_q4_1
+from models.weights import BLOCK_FORMATS, Matrix, QuantizedBlocks, dense
+
+Form: TypeAlias = Literal["float16", "int8", "int4"]
+FORMS: tuple[Form, ...] = ("float16", "int8", "int4")
+GROUP = BLOCK_FORMATS["Q8_0"][0]
+"""Inputs that share a scale: ranks and widths of quantised factors are multiples of it."""
+
+
+def quantize_q8_0(matrix: Tensor) -> QuantizedBlocks:
+    """Round a (rows, columns) matrix, columns a multiple of `GROUP`, to GGUF's Q8_0."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    data = quantize(matrix.float().contiguous().numpy(), GGMLQuantizationType.Q8_0)
+    return QuantizedBlocks(data=torch.from_numpy(data), kind="Q8_0")
+
+
+def quantize_factors(
+    left: Tensor, right: Tensor, form: Form, weight: Tensor, moments: Moments
+) -> tuple[Matrix, Matrix]:
+    """Round two factors so that little of what they make of their inputs is lost.
+
+    The right one is rounded first; the left one is then fitted to it, and rounded. In "int4" the
+    right one has 4 bits and the left one, which can still make up for that, has 8.
+
+    Args:
+        left, right: (m, R) and (R, n).
+        form: what to round them to.
+        weight: (m, n) that they stand for.
+        moments: of its inputs.
+
+    Returns:
+        The same two as they will be computed with.
+    """
+    if form == "float16":
+        return left.half(), right.half()
+    rounded = quantize_q8_0(right) if form == "int8" else quantize_q4_1(right.float())
+    return quantize_q8_0(refit_left(weight, dense(rounded), moments)), rounded
