@@ -18,6 +18,7 @@ from adapters.format import (
     describe_chain,
 )
 from adapters.kinds import Kind
+from adapters.mixed_rank import variant as mixed_rank
 from adapters.qst import adapter as qst
 from models.checkpoints import Checkpoint, Derivation
 from models.side import SideNetwork
@@ -90,6 +91,10 @@ METHODS: dict[str, Method] = {
     ),
     disp.METHOD: VariantMethod(
         title="pruned variant", describe=disp.describe_disp, derive=disp.derive_disp
+    ),
+    mixed_rank.METHOD: VariantMethod(
+        title="mixed-rank variant", describe=mixed_rank.describe_mixed_rank,
+        derive=mixed_rank.derive_mixed_rank,
     ),
 }  # fmt: skip
 """By the name that an adapter's config has. A new method is one more line here."""

@@ -73,7 +73,8 @@ class LinearOp:
         scatter: (outputs,) int32: which column of dst each output is added to.
         selects_rows: compute the batch's output rows only; dst is the logits.
         names: canonical, of the matrices, such as "layers.3.q"; factors of a low-rank one are
-            "layers.3.q.right" and "layers.3.q.left". Nothing is computed by them.
+            "layers.3.q.right" and "layers.3.q.left", and a right factor that several share has the
+            first one's name. Nothing is computed by them.
     """
 
     src: str
@@ -222,14 +223,16 @@ class _Builder:
         accumulate: bool = False,
         selects_rows: bool = False,
     ) -> None:
-        """Emit one operation for the full matrices and two for each low-rank one."""
+        """Emit one operation for the full matrices and two for those that share a right factor."""
         scatter = None if kept is None else torch.tensor(kept, dtype=torch.int32)
-        pieces, products, full, offset = [], [], [], 0
+        pieces, full, offset = [], [], 0
+        products: dict[int, list[tuple[str, LowRank, Piece]]] = {}
         for name in names:
             weight = self.weights[f"{name}.weight"]
             bias = self.vector(f"{name}.bias")
             if isinstance(weight, LowRank):
-                products.append((name, weight, bias, offset))
+                left = Piece(weight=weight.left, bias=bias, offset=offset)
+                products.setdefault(id(weight.right), []).append((name, weight, left))
             else:
                 full.append(name)
                 pieces.append(Piece(weight=weight, bias=bias, offset=offset))
@@ -241,17 +244,18 @@ class _Builder:
                 selects_rows=selects_rows, names=tuple(full),
             )  # fmt: skip
             self.ops.append(op)
-        for name, weight, bias, start in products:
-            rank = weight.right.shape[0]
+        for sharing in products.values():
+            first, product, _ = sharing[0]
+            rank = product.right.shape[0]
             thin = self.buffer("rank", rank)
-            right = Piece(weight=weight.right, bias=None, offset=0)
-            left = Piece(weight=weight.left, bias=bias, offset=start)
+            right = Piece(weight=product.right, bias=None, offset=0)
             self.ops += [
                 LinearOp(src=src, dst=thin, prologue=prologue,
-                         in_features=weight.right.shape[1], pieces=(right,),
-                         names=(f"{name}.right",)),
-                LinearOp(src=thin, dst=dst, prologue=None, in_features=rank, pieces=(left,),
-                         accumulate=accumulate, scatter=scatter, names=(f"{name}.left",)),
+                         in_features=product.right.shape[1], pieces=(right,),
+                         names=(f"{first}.right",)),
+                LinearOp(src=thin, dst=dst, prologue=None, in_features=rank,
+                         pieces=tuple(left for _, _, left in sharing), accumulate=accumulate,
+                         scatter=scatter, names=tuple(f"{name}.left" for name, _, _ in sharing)),
             ]  # fmt: skip
 
     def layer(self, i: int, layer: LayerSpec) -> None:

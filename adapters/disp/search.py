@@ -16,11 +16,11 @@ from adapters.disp.search_config import SearchConfig
 from adapters.disp.search_plots import plot_widths
 from adapters.disp.searcher import Searcher, mean_loss
 from adapters.disp.variant import save_disp
-from adapters.disp.windows import Windows, step_generator
 from adapters.frozen_head import perplexity
 from adapters.precision import resolve_dtype
 from adapters.run_log import RunLog
 from adapters.run_loop import Run, StepRecord
+from adapters.windows import Windows, step_generator
 from models.checkpoints import Checkpoint
 from models.pruning import count_fixed, count_linears
 

@@ -42,13 +42,16 @@ def list_options(
     """List the ways to keep a matrix, cheapest first.
 
     Args:
-        errors: at ranks 0 .. K, never rising.
+        errors: at ranks 0, step, 2 * step, ..., never rising.
         outputs, inputs: its shape.
         step: ranks are multiples of it.
     """
     ranks = range(step, break_even(outputs, inputs), step)
     return (
-        *(Option(cost=r * (outputs + inputs), error=float(errors[r]), rank=r) for r in ranks),
+        *(
+            Option(cost=rank * (outputs + inputs), error=float(errors[rank // step]), rank=rank)
+            for rank in ranks
+        ),
         Option(cost=outputs * inputs, error=0.0, rank=None),
     )
 

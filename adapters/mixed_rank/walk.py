@@ -20,6 +20,41 @@ from models.program import AttentionOp, LinearOp, Op, Program
 from models.weights import Matrix, dense
 
 
+def layer_matrices(program: Program, layer: int) -> dict[int, Tensor]:
+    """Return the dense matrices of a layer's linears, by the id of the weights they are of."""
+    return {
+        id(piece.weight): dense(piece.weight)
+        for op in program.layers[layer]
+        if isinstance(op, LinearOp)
+        for piece in op.pieces
+    }
+
+
+def run_layer(
+    program: Program, layer: int, stream: Tensor, matrices: Mapping[int, Tensor]
+) -> Tensor:
+    """Compute a layer of one text; differentiable in stream and matrices.
+
+    Args:
+        program: of the decoder.
+        layer: its number.
+        stream: (S, D) residual stream before it.
+        matrices: as from `layer_matrices`.
+
+    Returns:
+        (S, D), after it.
+    """
+    buffers = {"x": stream}
+    positions = torch.arange(len(stream), device=stream.device)
+    run_ops(
+        program.layers[layer], buffers, program.widths,
+        rotary_angles(program.inv_freq, program.rotary_scale, positions),
+        attend=PackedAttention(torch.tensor([0, len(stream)]), stream.device),
+        linear=lambda x, weight: x @ matrices[id(weight)].T,
+    )  # fmt: skip
+    return buffers["x"]
+
+
 class _Decoder:
     """One of the two: its rows, text by text, and what is still to be computed of them."""
 

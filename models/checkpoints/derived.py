@@ -1,7 +1,7 @@
 """Load a variant of a checkpoint: weights derived from the original ones, then quantised, once."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -51,6 +51,7 @@ class Derivation:
         derive: gives one of those; is told its name, and what reads weights of the host.
         take: gives one of those in the codes of the host's, which it is told, or None where that
             cannot be.
+        brought: weights in place of the host's that are ready to compute with, such as factors.
     """
 
     digest: str
@@ -58,6 +59,15 @@ class Derivation:
     changed: frozenset[str]
     derive: Callable[[str, Read], Tensor]
     take: Callable[[str, QuantizedBlocks], QuantizedBlocks | None] = lambda _, __: None
+    brought: Mapping[str, Weight] = field(default_factory=dict)
+
+    @staticmethod
+    def of_weights(digest: str, spec: DecoderSpec, brought: Mapping[str, Weight]) -> "Derivation":
+        """Describe a variant that brings its weights along; `spec` is its host's."""
+        return Derivation(
+            digest=digest, spec=spec, changed=frozenset(), derive=lambda name, read: read(name),
+            brought=brought,
+        )  # fmt: skip
 
 
 class Originals:
@@ -174,9 +184,15 @@ class Lineage:
             The variant, with the base's name and fingerprint.
 
         Raises:
-            CheckpointError: see `Originals.cached`.
+            CheckpointError: see `Originals.cached`; or the step cuts channels of a checkpoint whose
+                matrices are factored.
         """
         host, steps = self.checkpoint, (*self.steps, step)
+        if step.changed and any(earlier.brought for earlier in self.steps):
+            raise CheckpointError(
+                f"{host.name}: nothing can be cut out of factored matrices; prune the model first, "
+                "then compress the pruned variant"
+            )
         changed = [name for name in host.weights if name in step.changed]
         matrices = [name for name in changed if len(host.weights[name].shape) == 2]
         weights = dict(host.weights)
@@ -199,6 +215,7 @@ class Lineage:
             chain = [taken.digest for taken in steps]
             folder = self.originals.cached(chain, report, write)
             weights |= _mapped(folder, step.spec, matrices)
+        weights |= step.brought
         checkpoint = replace(
             host, spec=step.spec, weights=weights,
             known_fingerprint=self.originals.base.fingerprint, chain=(*host.chain, step.digest),

@@ -14,7 +14,7 @@ from models.pruning import prune_spec, slice_weight, widths_of
 from models.q4_1 import quantize_q4_1
 from models.spec import DecoderSpec
 from models.weights import Weight, dense
-from tests.adapters.disp.fitted_base import make_random
+from tests.adapters.fitted_base import make_random
 from tests.models.kernels.random_decoders import KINDS, pack_batch
 from tests.models.random_selections import random_selections
 

@@ -16,7 +16,6 @@ from adapters.disp.search_config import SearchConfig
 from adapters.disp.search_plots import PLOT_FILE
 from adapters.disp.searcher import mean_loss, selection_masks
 from adapters.disp.variant import load_disp
-from adapters.disp.windows import Windows
 from adapters.format import CONFIG_FILE, TENSOR_FILE
 from adapters.run_log import METRICS_FILE, read_metrics
 from adapters.training_state import (
@@ -26,6 +25,7 @@ from adapters.training_state import (
     TrainingInterrupted,
     load_progress,
 )
+from adapters.windows import Windows
 from models.checkpoints import Checkpoint
 from models.pruning import (
     MODULES,
@@ -35,7 +35,7 @@ from models.pruning import (
     count_linears,
     widths_of,
 )
-from tests.adapters.disp.fitted_base import LENGTH, fitted_checkpoint, make_text
+from tests.adapters.fitted_base import LENGTH, fitted_checkpoint, make_text
 
 CPU = torch.device("cpu")
 SERVED = "5" * 64

@@ -9,10 +9,10 @@ from adapters.disp import searcher as module
 from adapters.disp.masked import MaskedDecoder
 from adapters.disp.search_config import SearchConfig
 from adapters.disp.searcher import Searcher
-from adapters.disp.windows import Windows, step_generator
 from adapters.training_state import TrainingError
+from adapters.windows import Windows, step_generator
 from models.weights import Weight
-from tests.adapters.disp.fitted_base import LENGTH, fitted_checkpoint, make_text
+from tests.adapters.fitted_base import LENGTH, fitted_checkpoint, make_text
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The text of a search: windows to search on, drawn at random, and windows held out."""
+"""A text as methods read it: windows drawn at random, and windows held out."""
 
 import hashlib
 

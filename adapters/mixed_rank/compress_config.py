@@ -1,0 +1,78 @@
+"""How a model is compressed: every option, with its default and its limits."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from adapters.mixed_rank.quantize import FORMS, Form
+from adapters.mixed_rank.variant import Calibration, Ranks
+from adapters.options import Limits, check_options
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "form": FORMS, "plan": ("mixed", "uniform"), "calibration": ("exact", "representative", "none"),
+}  # fmt: skip
+_COUNT = "a whole number of at least 1"
+_LIMITS: Limits = {
+    "remove": ("a share between 0 and 1", lambda x: 0 < x < 1),
+    "rank_step": (_COUNT, lambda x: x >= 1),
+    "sequences": (_COUNT, lambda x: x >= 1),
+    "length": ("a whole number of at least 2", lambda x: x >= 2),
+    "eval_sequences": ("a whole number of at least 0", lambda x: x >= 0),
+    "steps": ("a whole number of at least 0", lambda x: x >= 0),
+    "learning_rate": ("a number above 0", lambda x: x > 0),
+    "checkpoint_every": (_COUNT, lambda x: x >= 1),
+    "seed": ("a whole number from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63),
+}
+_FLOATS = {"remove", "learning_rate"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressConfig:
+    """Options of one compression.
+
+    Attributes:
+        remove: share of the parameters of the decoder's linears to remove.
+        form: what the factors are rounded to; "int4" is the right one in 4 bits and the left one,
+            fitted to it, in 8.
+        plan: "mixed": a rank for each matrix, for the least summed error; "uniform": as large a
+            share of every matrix.
+        calibration: what the factors are fitted to: the exact covariance of the inputs, the mean
+            of the calibration sequences in its place, as the authors do, or nothing: plain SVD.
+        compensate: fit to what a matrix reads in the compressed model.
+        steps: of Adam, for each layer, that bring its output near that of the model as it was.
+        learning_rate: Adam's, relative to the size of the factors.
+        rank_step: ranks are multiples of it.
+        sequences: texts to calibrate on.
+        length: tokens of each.
+        eval_sequences: most texts held out, from the end of the data.
+        checkpoint_every: layers between checkpoints.
+        seed: of the order of texts in those steps.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    remove: float = 0.2
+    form: Form = "int8"
+    plan: Ranks = "mixed"
+    calibration: Calibration = "exact"
+    compensate: bool = True
+    steps: int = 40
+    learning_rate: float = 1e-3
+    rank_step: int = 32
+    sequences: int = 128
+    length: int = 512
+    eval_sequences: int = 16
+    checkpoint_every: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(self, _LIMITS, _FLOATS, CHOICES)
+        if self.compensate and self.calibration != "exact":
+            raise ValueError(
+                f"compensate must be off with calibration {self.calibration!r}: drifted inputs are "
+                "known by their exact covariance only"
+            )
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self)
