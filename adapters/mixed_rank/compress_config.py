@@ -1,14 +1,17 @@
 """How a model is compressed: every option, with its default and its limits."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from adapters.mixed_rank.quantize import FORMS, Form
-from adapters.mixed_rank.variant import Calibration, Ranks
 from adapters.options import Limits, check_options
 
+Form: TypeAlias = Literal["float16", "int8", "int4"]
+Plan: TypeAlias = Literal["mixed", "uniform"]
+Calibration: TypeAlias = Literal["exact", "representative", "none"]
+
 CHOICES: dict[str, tuple[str, ...]] = {
-    "form": FORMS, "plan": ("mixed", "uniform"), "calibration": ("exact", "representative", "none"),
+    "form": ("float16", "int8", "int4"), "plan": ("mixed", "uniform"),
+    "calibration": ("exact", "representative", "none"),
 }  # fmt: skip
 _COUNT = "a whole number of at least 1"
 _LIMITS: Limits = {
@@ -53,7 +56,7 @@ class CompressConfig:
 
     remove: float = 0.2
     form: Form = "int8"
-    plan: Ranks = "mixed"
+    plan: Plan = "mixed"
     calibration: Calibration = "exact"
     compensate: bool = True
     steps: int = 40

@@ -1,28 +1,16 @@
 """Factors as they are stored and computed: in 16 bits, in 8, or 4 bits and 8."""
 
-from typing import Literal, TypeAlias
-
-import torch
 from torch import Tensor
 
+from adapters.mixed_rank.compress_config import Form
 from adapters.mixed_rank.factors import refit_left
 from adapters.mixed_rank.moments import Moments
 from models.q4_1 import quantize_q4_1
-from models.weights import BLOCK_FORMATS, Matrix, QuantizedBlocks, dense
+from models.q8_0 import quantize_q8_0
+from models.weights import BLOCK_FORMATS, Matrix, dense
 
-Form: TypeAlias = Literal["float16", "int8", "int4"]
-FORMS: tuple[Form, ...] = ("float16", "int8", "int4")
 GROUP = BLOCK_FORMATS["Q8_0"][0]
 """Inputs that share a scale: ranks and widths of quantised factors are multiples of it."""
-
-
-def quantize_q8_0(matrix: Tensor) -> QuantizedBlocks:
-    """Round a (rows, columns) matrix, columns a multiple of `GROUP`, to GGUF's Q8_0."""
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import quantize
-
-    data = quantize(matrix.float().contiguous().numpy(), GGMLQuantizationType.Q8_0)
-    return QuantizedBlocks(data=torch.from_numpy(data), kind="Q8_0")
 
 
 def quantize_factors(

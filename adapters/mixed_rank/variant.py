@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +17,14 @@ from adapters.format import (
     collect_problems,
     write_adapter,
 )
-from adapters.mixed_rank.quantize import FORMS, GROUP, Form
+from adapters.mixed_rank.compress_config import CHOICES, Calibration, Form, Plan
+from adapters.mixed_rank.quantize import GROUP
 from adapters.mixed_rank.ranks import break_even
 from models.checkpoints.derived import Derivation
 from models.spec import DecoderSpec, canonical_weights
 from models.weights import BLOCK_FORMATS, LowRank, Matrix, QuantizedBlocks, Weight
 
 METHOD = "mixed_rank"
-Calibration: TypeAlias = Literal["exact", "representative", "none"]
-Ranks: TypeAlias = Literal["mixed", "uniform"]
 KINDS: Mapping[Form, tuple[str | None, str | None]] = {
     "float16": (None, None), "int8": ("Q8_0", "Q8_0"), "int4": ("Q8_0", "Q4_1"),
 }  # fmt: skip
@@ -50,7 +49,7 @@ class MixedRankConfig:
 
     ranks: Mapping[str, int | None]
     form: Form
-    plan: Ranks
+    plan: Plan
     calibration: Calibration
     is_compensated: bool
     remove_linears: float
@@ -190,10 +189,7 @@ def _find_problems(config: MixedRankConfig) -> Iterator[str]:
                     f"ranks: {_shortened(name)} must be an integer of at least 1 or null, got "
                     f"{_shortened(rank)}"
                 )
-    choices: Mapping[str, Sequence[object]] = {
-        "form": FORMS, "plan": get_args(Ranks), "calibration": get_args(Calibration),
-        "is_compensated": (False, True),
-    }  # fmt: skip
+    choices: Mapping[str, Sequence[object]] = {**CHOICES, "is_compensated": (False, True)}
     for name, allowed in choices.items():
         value = getattr(config, name)
         if not any(value is each or (type(value) is str and value == each) for each in allowed):

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "continue a prompt in this process, without a server",
     "train": "train a side network on the frozen 4-bit base",
     "prune": "search for a pruned variant of the model",
+    "compress": "make a mixed-rank variant of the model",
     "adapters": "list, inspect and verify adapters",
     "quantize": "write a 4-bit checkpoint that transformers loads too",
     "bench": "measure decode and prefill speed",
@@ -40,6 +41,7 @@ examples:
   proa serve --adapter mine=./my-adapter  the model ids are then smollm2 and smollm2:mine
   proa prune disp --data text.txt --remove 0.3 --output ./small
   proa serve --variant small=./small      the model ids are then smollm2 and smollm2:small
+  proa compress --data text.txt --remove 0.2 --output ./thin
   proa adapters inspect ./my-adapter
   proa quantize ./Llama-3.2-1B ./Llama-3.2-1B-nf4
   proa bench --streams 1,8,32

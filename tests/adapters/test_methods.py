@@ -27,7 +27,10 @@ def test_methods_say_what_their_adapters_are() -> None:
 
 def test_unknown_method_is_refused_and_known_ones_are_named() -> None:
     config = make_stored("x", method="lora" + "!" * 200).config
-    message = r"must be one of qst \(QST side network\), disp \(pruned variant\); got 'lora!*'$"
+    message = (
+        r"must be one of qst \(QST side network\), disp \(pruned variant\), "
+        r"mixed_rank \(mixed-rank variant\); got 'lora!*'$"
+    )
     with pytest.raises(AdapterError, match=message) as error:
         method_of(config)
     assert len(str(error.value)) < 200
