@@ -27,7 +27,6 @@ from benchmarks.report import PROA, RESULTS, describe_run, run_command, say, war
 KINDS = ("disp", "shared", "magnitude", "random")
 SEARCHES = {"disp": "search", "shared": "search-shared", "one": "one"}
 RATIOS = (20, 30)
-ALL_RATIOS = (20, 30, 40, 50)  # of the search itself
 LOOK_EVERY_S = 10.0
 EXTRA_TOKENS = 8  # of a piece to heal on, cut off again: so that none ends with an end token
 DEMO_MODEL = "SmolLM2-135M-Instruct"
@@ -109,7 +108,7 @@ class Bench:
         self._model = ["--model", options.model] if options.model else []
         self._cache = ["--cache-dir", options.cache_dir] if options.cache_dir else []
         self.stages: dict[str, Callable[[], None]] = {
-            "search": lambda: self.search("disp", ALL_RATIOS),
+            "search": lambda: self.search("disp", RATIOS),
             "search-shared": lambda: self.search("shared", RATIOS),
             "one": lambda: self.search("one", (30,)),
             "variants": self.variants,
@@ -221,8 +220,7 @@ class Bench:
         for item, words in (("base", []), ("base-dense", dense)):
             if not self.figures.has("perplexity", item, None):
                 self.figures.keep("perplexity", item, None, self.test(*words))
-        models = [*self.found(["disp"], ALL_RATIOS), *self.found(KINDS[1:], RATIOS)]
-        for item, folder, variant in models:
+        for item, folder, variant in self.found(KINDS, RATIOS):
             if not self.figures.has("perplexity", item, variant):
                 self.figures.keep("perplexity", item, variant, self.test("--variant", folder))
 
@@ -269,7 +267,7 @@ class Bench:
     def speed(self, stage: str, *, rounds: int) -> None:
         """Measure sizes, or with rounds speeds, of the base and the variants of the search."""
         self.figures.begin(stage, {"rounds": rounds})
-        found = list(self.found(["disp"], ALL_RATIOS))
+        found = list(self.found(["disp"], RATIOS))
         words: list[object] = [
             w for name, folder, _ in found for w in ("--variant", f"{name}={folder}")
         ]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.disp import ALL_RATIOS, KINDS, RESULTS_FILE
+from benchmarks.disp import KINDS, RATIOS, RESULTS_FILE
 from benchmarks.disp_tables import (
     NOT_MEASURED,
     TITLES,
@@ -161,7 +161,7 @@ def draw(report: Report, path: Path) -> None:
         for stage, style in (("perplexity", "o-"), ("heal", "s--")):
             found = {
                 ratio: report.stages.get(stage, {}).get("items", {}).get(name, {}).get("perplexity")
-                for ratio, name in [(0, "base"), *((r, f"{kind}-{r}") for r in ALL_RATIOS)]
+                for ratio, name in [(0, "base"), *((r, f"{kind}-{r}") for r in RATIOS)]
             }
             known = {ratio: value for ratio, value in found.items() if value is not None}
             label = TITLES[kind] + (", healed" if stage == "heal" else "")
