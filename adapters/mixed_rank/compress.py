@@ -11,11 +11,12 @@ from torch import Tensor
 
 from adapters.format import Host
 from adapters.mixed_rank.compress_config import CompressConfig
-from adapters.mixed_rank.factors import compensate, factor
+from adapters.mixed_rank.factors import compensate_at, factor
 from adapters.mixed_rank.moments import (
     Moments,
     MomentsError,
     MomentSum,
+    SplitMoments,
     drop_drift,
     output_error,
     representative,
@@ -238,13 +239,13 @@ class _CompressJob:
             if rank is None:
                 continue
             weight = _stacked(op)
-            moments = self._moments(op, weight, walk)
-            factors = (
-                compensate(weight, moments)
-                if config.compensate
-                else factor(weight, self._covariance(moments))
-            )
-            left, right = factors.at(rank)
+            if config.compensate:
+                parts = self._split_moments(op, weight, walk)
+                left, right = compensate_at(weight, *parts, rank)
+                moments = parts[0] + parts[1]
+            else:
+                moments = self._moments(op, weight, walk)
+                left, right = factor(weight, self._covariance(moments)).at(rank)
             fitted[name] = op, weight, moments, left.float(), right.float()
             walk.replace(op, _pieces(op, left.float() @ right.float()))
         facts: dict[str, dict[str, Any]] = {
@@ -314,6 +315,12 @@ class _CompressJob:
         for plain, drifted in walk.inputs(op):
             total.add(plain, drifted)
         return total.total()
+
+    def _split_moments(self, op: LinearOp, weight: Tensor, walk: Walk) -> tuple[Moments, Moments]:
+        total = SplitMoments(group_name(op.names), weight)
+        for plain, drifted in walk.inputs(op):
+            total.add(plain, drifted)
+        return total.totals()
 
     def _covariance(self, moments: Moments) -> Tensor:
         """Return what factors are fitted to; of plain SVD, to nothing."""

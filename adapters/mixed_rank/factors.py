@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.mixed_rank.moments import Moments
+from adapters.mixed_rank.moments import Moments, output_error
 
 DAMPING = 1e-6
 """Of the mean of a covariance's diagonal, added to the diagonal where a fit inverts it."""
+RIDGES = (1e-4, 1e-2)
+"""The same where a matrix is fitted to drifted inputs; what errs least on others is taken."""
 LEAST_VALUE = 1e-12
 """Of a covariance's largest eigenvalue: lesser ones are raised to it where its root is inverted."""
 
@@ -30,8 +32,13 @@ class Factors:
     energy: float
 
     def at(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return (m, rank) and (rank, n) factors."""
-        return self.left[:, :rank], self.right[:rank]
+        """Return (m, rank) and (rank, n) factors; one of them is orthonormal."""
+        left, right = self.left[:, :rank], self.right[:rank]
+        if len(left) <= right.shape[1]:
+            return left, right
+        # The inverse of a root has large values that cancel; what is trained or rounded needs none.
+        basis, mixed = torch.linalg.qr(right.T)
+        return left @ mixed.T, basis.T
 
     @property
     def errors(self) -> Tensor:
@@ -66,22 +73,23 @@ def factor(weight: Tensor, covariance: Tensor, energy: float | None = None) -> F
     return Factors(left=left, right=right, energies=energies, energy=total)
 
 
-def refit(weight: Tensor, moments: Moments) -> Tensor:
+def refit(weight: Tensor, moments: Moments, ridge: float = DAMPING) -> Tensor:
     """Return the matrix that maps drifted inputs best to the outputs of the others.
 
     Args:
         weight: (m, n), of the network as it was.
         moments: of both inputs.
+        ridge: holds it back from leaving `weight`, see `RIDGES`.
 
     Returns:
-        (m, n) float64: W plus what least squares adds to it, damped; W itself without a drift.
+        (m, n) float64: W plus what least squares adds to it; W itself without a drift.
     """
     weight = weight.double()
     missing = (moments.cross - moments.covariance) @ weight.T
-    return weight + torch.linalg.solve(_damp(moments.covariance), missing).T
+    return weight + torch.linalg.solve(_damp(moments.covariance, ridge), missing).T
 
 
-def compensate(weight: Tensor, moments: Moments) -> Factors:
+def compensate(weight: Tensor, moments: Moments, ridge: float = DAMPING) -> Factors:
     """Factor a matrix so that what it makes of drifted inputs is near what it made of the others.
 
     This is reduced-rank regression: the best full matrix for those inputs, factored on them.
@@ -89,8 +97,34 @@ def compensate(weight: Tensor, moments: Moments) -> Factors:
     Args:
         weight: (m, n), of the network as it was.
         moments: of both inputs.
+        ridge: see `refit`.
     """
-    return factor(refit(weight, moments), moments.covariance, moments.energy)
+    return factor(refit(weight, moments, ridge), moments.covariance, moments.energy)
+
+
+def compensate_at(
+    weight: Tensor, moments: Moments, held_out: Moments, rank: int
+) -> tuple[Tensor, Tensor]:
+    """Return factors of a rank for drifted inputs, bound to the matrix as much as proves good.
+
+    Few inputs and small drifts make for wild fits. So each of `RIDGES` and no compensation at all
+    are tried on observations that were not fitted to; what errs least is fitted to all of them.
+
+    Args:
+        weight: (m, n), of the network as it was.
+        moments, held_out: of inputs to fit to, and of others.
+        rank: of the factors.
+    """
+
+    def fit(moments: Moments, ridge: float | None) -> tuple[Tensor, Tensor]:
+        if ridge is None:
+            return factor(weight, moments.covariance).at(rank)
+        return compensate(weight, moments, ridge).at(rank)
+
+    def error(ridge: float | None) -> float:
+        return output_error(torch.matmul(*fit(moments, ridge)), weight, held_out)
+
+    return fit(moments + held_out, min((*RIDGES, None), key=error))
 
 
 def refit_left(weight: Tensor, right: Tensor, moments: Moments) -> Tensor:
@@ -106,9 +140,9 @@ def refit_left(weight: Tensor, right: Tensor, moments: Moments) -> Tensor:
     return torch.linalg.solve(_damp(inner), right @ moments.cross @ weight.double().T).T
 
 
-def _damp(covariance: Tensor) -> Tensor:
+def _damp(covariance: Tensor, share: float = DAMPING) -> Tensor:
     mean = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    return covariance + DAMPING * mean * torch.eye(len(covariance), dtype=torch.float64)
+    return covariance + share * mean * torch.eye(len(covariance), dtype=torch.float64)
 
 
 def _root(covariance: Tensor) -> tuple[Tensor, Tensor]:

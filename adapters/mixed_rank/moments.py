@@ -104,6 +104,32 @@ class MomentSum:
         )  # fmt: skip
 
 
+HELD_OUT_EVERY = 8
+"""One of so many observations is not fitted to, but fits are judged by it."""
+
+
+class SplitMoments:
+    """Adds up the moments to fit to and, apart, those that fits are judged by.
+
+    Args:
+        name, weight: as for `MomentSum`.
+    """
+
+    def __init__(self, name: str, weight: Tensor) -> None:
+        self._parts = MomentSum(name, weight), MomentSum(name, weight)
+        self._count = 0
+
+    def add(self, rows: Tensor, drifted: Tensor | None = None) -> None:
+        """Add an observation; see `MomentSum.add`."""
+        self._count += 1
+        self._parts[self._count % HELD_OUT_EVERY == 0].add(rows, drifted)
+
+    def totals(self) -> tuple[Moments, Moments]:
+        """Return both; see `MomentSum.total`. Of few observations the two are one."""
+        fitted = self._parts[0].total()
+        return fitted, self._parts[1].total() if self._count >= HELD_OUT_EVERY else fitted
+
+
 def representative(name: str, weight: Tensor, observations: Tensor) -> Moments:
     """Return the moments of a single input that stands for all: the mean of the observations.
 
