@@ -104,7 +104,7 @@ def test_markup_of_a_model_is_shown_as_text(page: Any, live: LiveServer) -> None
 
 def test_stop_ends_the_work_on_the_server(page: Any, live: LiveServer) -> None:
     live.say("hello fox " * 2000)
-    live.backend.gate = Pace(0.02)  # type: ignore[assignment]
+    live.backend.gate = Pace(0.2)  # type: ignore[assignment]
     page.click("#inside-run")
     page.locator("#inside-tokens .token").nth(3).wait_for()
     page.click("#inside-stop")
