@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapters.format import Host
 from adapters.mixed_rank.compress_config import CompressConfig
-from adapters.mixed_rank.factors import compensate_at, factor
+from adapters.mixed_rank.factors import compensate_at, fit
 from adapters.mixed_rank.moments import (
     Moments,
     MomentsError,
@@ -22,7 +22,7 @@ from adapters.mixed_rank.moments import (
     representative,
 )
 from adapters.mixed_rank.quantize import quantize_factors
-from adapters.mixed_rank.ranks import BudgetError, list_options, plan_ranks, plan_uniform
+from adapters.mixed_rank.ranks import plan_groups
 from adapters.mixed_rank.recovery import recover
 from adapters.mixed_rank.report import write_report
 from adapters.mixed_rank.variant import (
@@ -197,8 +197,7 @@ class _CompressJob:
         for op in walk.linears(layer):
             weight = _stacked(op)
             moments = self._moments(op, weight, walk)
-            covariance = self._covariance(moments)
-            factors = factor(weight, covariance)
+            factors = fit(weight, moments, self._config.calibration)
             found[group_name(op.names)] = {
                 "outputs": weight.shape[0], "inputs": weight.shape[1],
                 "errors": [round(float(e), 9) for e in factors.errors[:: self._config.rank_step]],
@@ -208,22 +207,9 @@ class _CompressJob:
 
     def _plan(self) -> None:
         groups, config = self._run.progress.state["groups"], self._config
-        layers = [
-            list_options(facts["errors"], facts["outputs"], facts["inputs"], step=config.rank_step)
-            for facts in groups.values()
-        ]
-        total = sum(options[-1].cost for options in layers)
-        budget = int(total * (1 - config.remove))
-        chosen = (
-            plan_ranks(layers, budget) if config.plan == "mixed" else plan_uniform(layers, budget)
+        plan = plan_groups(
+            groups, step=config.rank_step, remove=config.remove, is_uniform=config.plan == "uniform"
         )
-        if chosen is None:
-            least = sum(options[0].cost for options in layers)
-            raise BudgetError(f"the least that can be kept is {least} of {total} parameters")
-        plan = {
-            name: {"rank": option.rank, "error": option.error}
-            for name, option in zip(groups, chosen, strict=True)
-        }
         self._run.keep(plan=plan)
 
     def _factor(self, layer: int, step: int) -> dict[str, dict[str, Any]]:
@@ -245,7 +231,7 @@ class _CompressJob:
                 moments = parts[0] + parts[1]
             else:
                 moments = self._moments(op, weight, walk)
-                left, right = factor(weight, self._covariance(moments)).at(rank)
+                left, right = fit(weight, moments, config.calibration).at(rank)
             fitted[name] = op, weight, moments, left.float(), right.float()
             walk.replace(op, _pieces(op, left.float() @ right.float()))
         facts: dict[str, dict[str, Any]] = {
@@ -321,12 +307,6 @@ class _CompressJob:
         for plain, drifted in walk.inputs(op):
             total.add(plain, drifted)
         return total.totals()
-
-    def _covariance(self, moments: Moments) -> Tensor:
-        """Return what factors are fitted to; of plain SVD, to nothing."""
-        if self._config.calibration == "none":
-            return torch.eye(len(moments.covariance), dtype=torch.float64)
-        return moments.covariance
 
     def _keep(self, op: LinearOp, left: Matrix, right: Matrix) -> None:
         for name, part in zip(op.names, _split(op, left), strict=True):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapters.mixed_rank.compress_config import Calibration
 from adapters.mixed_rank.moments import Moments, output_error
 
 DAMPING = 1e-6
@@ -73,6 +74,19 @@ def factor(weight: Tensor, covariance: Tensor, energy: float | None = None) -> F
     return Factors(left=left, right=right, energies=energies, energy=total)
 
 
+def fit(weight: Tensor, moments: Moments, calibration: Calibration) -> Factors:
+    """Factor a matrix for inputs that have not drifted; with calibration "none" for any: plain SVD.
+
+    Args:
+        weight: (m, n).
+        moments: of its inputs.
+        calibration: what it is fitted to.
+    """
+    if calibration == "none":
+        return factor(weight, torch.eye(weight.shape[1], dtype=torch.float64))
+    return factor(weight, moments.covariance)
+
+
 def refit(weight: Tensor, moments: Moments, ridge: float = DAMPING) -> Tensor:
     """Return the matrix that maps drifted inputs best to the outputs of the others.
 
@@ -116,15 +130,15 @@ def compensate_at(
         rank: of the factors.
     """
 
-    def fit(moments: Moments, ridge: float | None) -> tuple[Tensor, Tensor]:
+    def fitted(moments: Moments, ridge: float | None) -> tuple[Tensor, Tensor]:
         if ridge is None:
             return factor(weight, moments.covariance).at(rank)
         return compensate(weight, moments, ridge).at(rank)
 
     def error(ridge: float | None) -> float:
-        return output_error(torch.matmul(*fit(moments, ridge)), weight, held_out)
+        return output_error(torch.matmul(*fitted(moments, ridge)), weight, held_out)
 
-    return fit(moments + held_out, min((*RIDGES, None), key=error))
+    return fitted(moments + held_out, min((*RIDGES, None), key=error))
 
 
 def refit_left(weight: Tensor, right: Tensor, moments: Moments) -> Tensor:

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapters.mixed_rank.quantize import GROUP
 from models.q8_0 import quantize_q8_0
 from models.weights import BLOCK_FORMATS, QuantizedBlocks
-
-GROUP = BLOCK_FORMATS["Q8_0"][0]
 
 
 class Factor(nn.Module):

@@ -31,11 +31,11 @@ class Moments:
     num_rows: int
 
     def __add__(self, other: "Moments") -> "Moments":
+        covariance = self.covariance + other.covariance
+        is_still = self.cross is self.covariance and other.cross is other.covariance
         return Moments(
-            covariance=self.covariance + other.covariance,
-            cross=self.covariance + other.covariance
-            if self.cross is self.covariance and other.cross is other.covariance
-            else self.cross + other.cross,
+            covariance=covariance,
+            cross=covariance if is_still else self.cross + other.cross,
             energy=self.energy + other.energy,
             num_rows=self.num_rows + other.num_rows,
         )

@@ -7,9 +7,10 @@ exchanges between matrices as long as one lowers the sum.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 
 class BudgetError(ValueError):
@@ -93,6 +94,39 @@ def plan_ranks(layers: Sequence[Sequence[Option]], budget: int) -> list[Option]:
     if (uniform := plan_uniform(layers, budget)) is not None:
         plans.append(_improve(layers, uniform, budget))
     return min(plans, key=lambda plan: (sum(o.error for o in plan), sum(o.cost for o in plan)))
+
+
+def plan_groups(
+    groups: Mapping[str, Mapping[str, Any]], *, step: int, remove: float, is_uniform: bool
+) -> dict[str, dict[str, Any]]:
+    """Choose a rank for each of some named matrices.
+
+    Args:
+        groups: by name: `outputs`, `inputs`, and `errors` at ranks 0, step, 2 * step, ...
+        step: ranks are multiples of it.
+        remove: share of all parameters to remove.
+        is_uniform: the same share of each.
+
+    Returns:
+        By name: the `rank`, None where the matrix stays whole, and the `error` there.
+
+    Raises:
+        BudgetError: so much cannot be removed.
+    """
+    layers = [
+        list_options(facts["errors"], facts["outputs"], facts["inputs"], step=step)
+        for facts in groups.values()
+    ]
+    total = sum(options[-1].cost for options in layers)
+    budget = int(total * (1 - remove))
+    chosen = plan_uniform(layers, budget) if is_uniform else plan_ranks(layers, budget)
+    if chosen is None:
+        least = sum(options[0].cost for options in layers)
+        raise BudgetError(f"the least that can be kept is {least} of {total} parameters")
+    return {
+        name: {"rank": option.rank, "error": option.error}
+        for name, option in zip(groups, chosen, strict=True)
+    }
 
 
 def plan_uniform(layers: Sequence[Sequence[Option]], budget: int) -> list[Option] | None:

@@ -5,7 +5,7 @@ blocks, a plan of ranks, then factors block by block on what the compressed mode
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.mixed_rank.compress_config import CompressConfig
-from adapters.mixed_rank.factors import compensate_at, factor, refit_left
+from adapters.mixed_rank.factors import compensate_at, fit, refit_left
 from adapters.mixed_rank.modules import LowRankLinear, SharedFactor, set_module
 from adapters.mixed_rank.moments import (
     Moments,
@@ -24,9 +24,11 @@ from adapters.mixed_rank.moments import (
     output_error,
     representative,
 )
-from adapters.mixed_rank.ranks import BudgetError, list_options, plan_ranks, plan_uniform
+from adapters.mixed_rank.ranks import plan_groups
 from adapters.mixed_rank.recovery import recover
 from adapters.windows import step_generator
+from models.q8_0 import quantize_q8_0
+from models.weights import dense
 
 _HELD_OUT_BATCHES = 4
 
@@ -105,31 +107,22 @@ def find_groups(model: nn.Module, pixels: Tensor) -> list[Group]:
 
 
 @torch.no_grad()
-def inputs_of(
-    model: nn.Module, batches: Sequence[Tensor], names: Sequence[str]
-) -> Iterator[dict[str, Tensor]]:
-    """Yield what some modules read of each batch, by name; no pass goes on after the last one."""
-    last = len(names)
-    found: dict[str, Tensor] = {}
+def inputs_of(model: nn.Module, batches: Sequence[Tensor], name: str) -> Iterator[Tensor]:
+    """Yield what a module reads of each batch; no pass goes on after it."""
+    found: list[Tensor] = []
 
-    def look(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = inputs[0]
-            if len(found) == last:
-                raise _Stop
+    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0])
+        raise _Stop
 
-        return note
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    hook = model.get_submodule(name).register_forward_pre_hook(note)
     try:
         for batch in batches:
-            found.clear()
             with suppress(_Stop):
                 model(batch)
-            yield dict(found)
+            yield found.pop()
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
 
 
 @torch.no_grad()
@@ -180,13 +173,16 @@ def compress_modules(
     for number, group in enumerate(groups):
         weight = _stacked(model, group)
         moments = _moments(group, weight, model, batches, config)
-        factors = factor(weight, _covariance(moments, config))
+        factors = fit(weight, moments, config.calibration)
         facts[group.title] = {
             "outputs": weight.shape[0], "inputs": weight.shape[1],
             "errors": [float(e) for e in factors.errors[:: config.rank_step]],
         }  # fmt: skip
         report(f"{number + 1} of {len(groups)} measured: {group.title}")
-    for title, plan in _plan(facts, config).items():
+    plans = plan_groups(
+        facts, step=config.rank_step, remove=config.remove, is_uniform=config.plan == "uniform"
+    )
+    for title, plan in plans.items():
         facts[title] |= plan
     blocks = list(dict.fromkeys(group.block for group in groups))
     for number, block in enumerate(blocks):
@@ -218,7 +214,7 @@ def _compress_block(
             moments = parts[0] + parts[1]
         else:
             moments = _moments(group, weight, model, batches, config)
-            left, right = factor(weight, _covariance(moments, config)).at(rank)
+            left, right = fit(weight, moments, config.calibration).at(rank)
         facts[group.title]["error_fitted"] = output_error(left @ right, weight, moments)
         _put(model, group, left, right, is_int8=False)
         fitted.append((group, weight, moments))
@@ -229,9 +225,7 @@ def _compress_block(
     for group, weight, moments in fitted:
         left, right = _taken(model, group)
         if config.form == "int8":
-            shared = SharedFactor(*right.shape, is_int8=True)
-            shared.put(right)
-            rounded = shared.matrix().double()
+            rounded = dense(quantize_q8_0(right))
             left = refit_left(left @ right, rounded, drop_drift(moments))
             _put(model, group, left, right, is_int8=True)
         product = torch.matmul(*_taken(model, group))
@@ -279,11 +273,11 @@ def _moments(
 ) -> Moments:  # fmt: skip
     name = group.names[0]
     if config.calibration == "representative":
-        rows = torch.cat([found[name] for found in inputs_of(model, batches, [name])])
+        rows = torch.cat(list(inputs_of(model, batches, name)))
         return representative(group.title, weight, rows.flatten(1, -2))
     total = MomentSum(group.title, weight)
-    for found in inputs_of(model, batches, [name]):
-        for image in found[name]:
+    for found in inputs_of(model, batches, name):
+        for image in found:
             total.add(image.flatten(0, -2))
     return total.total()
 
@@ -292,35 +286,11 @@ def _split_moments(
     group: Group, weight: Tensor, plain: nn.Module, drifted: nn.Module, batches: Sequence[Tensor]
 ) -> tuple[Moments, Moments]:
     name, total = group.names[0], SplitMoments(group.title, weight)
-    pairs = zip(inputs_of(plain, batches, [name]), inputs_of(drifted, batches, [name]), strict=True)
+    pairs = zip(inputs_of(plain, batches, name), inputs_of(drifted, batches, name), strict=True)
     for found, other in pairs:
-        for image, seen in zip(found[name], other[name], strict=True):
+        for image, seen in zip(found, other, strict=True):
             total.add(image.flatten(0, -2), seen.flatten(0, -2))
     return total.totals()
-
-
-def _covariance(moments: Moments, config: CompressConfig) -> Tensor:
-    if config.calibration == "none":
-        return torch.eye(len(moments.covariance), dtype=torch.float64)
-    return moments.covariance
-
-
-def _plan(facts: Mapping[str, dict[str, Any]], config: CompressConfig) -> dict[str, dict[str, Any]]:
-    step = config.rank_step
-    layers = [
-        list_options(found["errors"], found["outputs"], found["inputs"], step=step)
-        for found in facts.values()
-    ]
-    total = sum(options[-1].cost for options in layers)
-    budget = int(total * (1 - config.remove))
-    chosen = plan_ranks(layers, budget) if config.plan == "mixed" else plan_uniform(layers, budget)
-    if chosen is None:
-        least = sum(options[0].cost for options in layers)
-        raise BudgetError(f"the least that can be kept is {least} of {total} parameters")
-    return {
-        title: {"rank": option.rank, "error": option.error}
-        for title, option in zip(facts, chosen, strict=True)
-    }
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear | LowRankLinear:
