@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -268,6 +268,24 @@ def _read_file(path: Path, folder: int) -> bytes:
             message = f"{path}: is a link; an adapter is a folder of two plain files"
             raise AdapterError(message) from error
         raise AdapterError(f"{path}: cannot be read ({error})") from error
+
+
+def check_field_names(values: Mapping[str, Any], known: Collection[str], method: str) -> None:
+    """Hold the names of a method's fields against those that it has.
+
+    Raises:
+        AdapterError: names every field that is unknown or missing.
+    """
+    problems = [f"{name}: unknown {method} field" for name in sorted(set(values) - set(known))]
+    problems += [f"{name}: missing {method} field" for name in sorted(set(known) - set(values))]
+    if problems:
+        raise AdapterError("; ".join(problems) + f"; known: {', '.join(sorted(known))}")
+
+
+def shortened(value: object) -> str:
+    """Show a value that may be as large as a file."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def collect_problems(*checks: Callable[[], object]) -> list[str]:

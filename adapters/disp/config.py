@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from adapters.disp.search_config import Residual
-from adapters.format import AdapterError
+from adapters.format import AdapterError, check_field_names, shortened
 from models.pruning import MODULES, count_fixed, count_linears, widths_of
 from models.spec import DecoderSpec
 
@@ -86,10 +86,7 @@ def from_fields(values: Mapping[str, Any]) -> DispConfig:
         AdapterError: names every field that is unknown, missing or has a value it may not have.
     """
     known = {item.name for item in fields(DispConfig)}
-    problems = [f"{name}: unknown disp field" for name in sorted(set(values) - known)]
-    problems += [f"{name}: missing disp field" for name in sorted(known - set(values))]
-    if problems:
-        raise AdapterError("; ".join(problems) + f"; known: {', '.join(sorted(known))}")
+    check_field_names(values, known, "disp")
     widths = values["widths"]
     if isinstance(widths, list):
         widths = tuple(tuple(layer) if isinstance(layer, list) else layer for layer in widths)
@@ -119,31 +116,25 @@ def _find_problems(config: DispConfig) -> Iterator[str]:
         return isinstance(value, tuple) and len(value) == len(MODULES) and all(map(is_count, value))
 
     if not isinstance(config.widths, tuple) or not config.widths:
-        yield f"widths must be a list of one list for each layer, got {_shortened(config.widths)}"
+        yield f"widths must be a list of one list for each layer, got {shortened(config.widths)}"
     else:
         wrong = next((i for i, layer in enumerate(config.widths) if not is_layer(layer)), None)
         if wrong is not None:
             yield (
                 f"widths: layer {wrong} must have {len(MODULES)} integers of at least 1 "
-                f"({', '.join(MODULES)}), got {_shortened(config.widths[wrong])}"
+                f"({', '.join(MODULES)}), got {shortened(config.widths[wrong])}"
             )
     for name in ("remove_linears", "remove_total"):
         share = getattr(config, name)
         if type(share) not in (int, float) or not 0 <= share < 1:
-            yield f"{name} must be a number from 0 to below 1, got {_shortened(share)}"
+            yield f"{name} must be a number from 0 to below 1, got {shortened(share)}"
     if not is_count(config.align):
-        yield f"align must be an integer of at least 1, got {_shortened(config.align)}"
+        yield f"align must be an integer of at least 1, got {shortened(config.align)}"
     choices = get_args(Residual)
     if config.residual not in choices:
-        yield f"residual must be one of {', '.join(choices)}, got {_shortened(config.residual)}"
+        yield f"residual must be one of {', '.join(choices)}, got {shortened(config.residual)}"
     found = config.dense_fingerprint
     if not isinstance(found, str) or not re.fullmatch("([0-9a-f]{64})?", found):
-        yield f"dense_fingerprint must be 64 hexadecimal digits or empty, got {_shortened(found)}"
+        yield f"dense_fingerprint must be 64 hexadecimal digits or empty, got {shortened(found)}"
     if config.stat != "full":
-        yield f"stat must be 'full', got {_shortened(config.stat)}"
-
-
-def _shortened(value: object) -> str:
-    """Show a value that may be as large as a file."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        yield f"stat must be 'full', got {shortened(config.stat)}"

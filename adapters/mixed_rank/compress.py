@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.format import Host
 from adapters.mixed_rank.compress_config import CompressConfig
 from adapters.mixed_rank.factors import compensate_at, fit
+from adapters.mixed_rank.loss import mean_loss
 from adapters.mixed_rank.moments import (
     Moments,
     MomentsError,
@@ -33,13 +33,11 @@ from adapters.mixed_rank.variant import (
     save_mixed_rank,
 )
 from adapters.mixed_rank.walk import Walk, layer_matrices, run_layer
-from adapters.packed_attention import PackedAttention
 from adapters.run_log import RunLog
 from adapters.run_loop import Run, StepRecord
 from adapters.training_state import TrainingError
 from adapters.windows import Windows, step_generator
 from models.checkpoints import Checkpoint
-from models.kernels.reference.operations import apply_head, apply_prologue, walk_layers
 from models.program import LinearOp, Program, build_program
 from models.pruning import count_fixed
 from models.weights import LowRank, Matrix, QuantizedBlocks, Weight, dense
@@ -383,25 +381,6 @@ class _CompressJob:
         head = self._program.head.pieces[0].weight
         compressed = build_program(checkpoint.spec, weights, head)
         return mean_loss(compressed, windows), mean_loss(self._program, windows)
-
-
-@torch.no_grad()
-def mean_loss(program: Program, windows: Tensor) -> float:
-    """Return the mean cross entropy, in nats, of (N, length + 1) tokens, each window by itself."""
-    positions = torch.arange(windows.shape[1] - 1)
-    count, length = windows.shape[0], len(positions)
-    attend = PackedAttention(torch.arange(count + 1) * length, torch.device("cpu"))
-    *_, stream = walk_layers(
-        program, windows[:, :-1].flatten(), positions.repeat(count), attend=attend
-    )
-    weight = dense(program.head.pieces[0].weight)
-    total = 0.0
-    for rows, targets in zip(stream.split(length), windows[:, 1:], strict=True):
-        logits = apply_head(
-            program, apply_prologue(program.head, rows), linear=lambda x, _: x @ weight.T
-        )
-        total += float(F.cross_entropy(logits, targets, reduction="sum"))
-    return total / (count * length)
 
 
 def _stacked(op: LinearOp) -> Tensor:

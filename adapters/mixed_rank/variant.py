@@ -14,7 +14,9 @@ from adapters.format import (
     Host,
     StoredAdapter,
     check_base,
+    check_field_names,
     collect_problems,
+    shortened,
     write_adapter,
 )
 from adapters.mixed_rank.compress_config import CHOICES, Calibration, Form, Plan
@@ -71,10 +73,7 @@ def from_fields(values: Mapping[str, Any]) -> MixedRankConfig:
         AdapterError: names every field that is unknown, missing or has a value it may not have.
     """
     known = {item.name for item in fields(MixedRankConfig)}
-    problems = [f"{name}: unknown {METHOD} field" for name in sorted(set(values) - known)]
-    problems += [f"{name}: missing {METHOD} field" for name in sorted(known - set(values))]
-    if problems:
-        raise AdapterError("; ".join(problems) + f"; known: {', '.join(sorted(known))}")
+    check_field_names(values, known, METHOD)
     return MixedRankConfig(**values)
 
 
@@ -181,28 +180,23 @@ def _find_problems(config: MixedRankConfig) -> Iterator[str]:
         return value is None or (type(value) is int and value >= 1)
 
     if not isinstance(config.ranks, Mapping) or not config.ranks:
-        yield f"ranks must be an object of ranks by linears, got {_shortened(config.ranks)}"
+        yield f"ranks must be an object of ranks by linears, got {shortened(config.ranks)}"
     else:
         for name, rank in config.ranks.items():
             if not isinstance(name, str) or not is_rank(rank):
                 yield (
-                    f"ranks: {_shortened(name)} must be an integer of at least 1 or null, got "
-                    f"{_shortened(rank)}"
+                    f"ranks: {shortened(name)} must be an integer of at least 1 or null, got "
+                    f"{shortened(rank)}"
                 )
     choices: Mapping[str, Sequence[object]] = {**CHOICES, "is_compensated": (False, True)}
     for name, allowed in choices.items():
         value = getattr(config, name)
         if not any(value is each or (type(value) is str and value == each) for each in allowed):
-            yield (f"{name} must be one of {', '.join(map(str, allowed))}, got {_shortened(value)}")
+            yield (f"{name} must be one of {', '.join(map(str, allowed))}, got {shortened(value)}")
     for name in ("remove_linears", "remove_total"):
         share = getattr(config, name)
         if type(share) not in (int, float) or not 0 <= share < 1:
-            yield f"{name} must be a number from 0 to below 1, got {_shortened(share)}"
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+            yield f"{name} must be a number from 0 to below 1, got {shortened(share)}"
 
 
 def _read_factors(
@@ -229,7 +223,7 @@ def _read_factors(
         widths = {shapes[name][1] for name in members if name in shapes}
         if missing or len(widths) != 1:
             problems.append(
-                f"ranks: {_shortened(group)} names no linears of this decoder that share an input"
+                f"ranks: {shortened(group)} names no linears of this decoder that share an input"
             )
             continue
         if rank is None:

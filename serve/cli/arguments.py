@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from client.errors import RequestError
@@ -45,6 +46,23 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"proa: error: {message} (see {self.prog} --help)\n")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """Declare what every run that leaves something in a folder is told.
+
+    Args:
+        parser: of the command.
+        what: it makes, for people.
+    """
+    group = parser.add_argument_group("Run")
+    group.add_argument(
+        "--output", metavar="DIR", type=Path, required=True, help="folder for everything written"
+    )
+    group.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    group.add_argument(
+        "--description", metavar="TEXT", default="", help=f"a line about the {what}, kept in it"
+    )
 
 
 def add_options(parser: argparse.ArgumentParser, options: Mapping[str, Option]) -> None:

@@ -16,6 +16,7 @@ from serve.base_model import load_base, load_variant, settle_memory
 from serve.cli.arguments import UserError, say
 from serve.cli.long_run import run_to_end
 from serve.cli.stop_signals import INTERRUPTED
+from serve.cli.variant_result import describe_variant, say_what_next
 from serve.machine import count_processors
 from serve.model_options import ModelOptions, resolve_model_options
 from text.chat_template import ChatTemplateError
@@ -70,10 +71,8 @@ def run_compression(
         raise UserError(f"--remove: {error}") from None
     if result is None:
         return INTERRUPTED
-    say(describe_result(result))
-    folder = result.folder
-    say(f"serve it with: proa serve --variant {folder.resolve().name}={folder}")
-    say(f"heal it with: proa train qst --on {folder} --data FILE --output DIR")
+    say(describe_variant(result))
+    say_what_next(result.folder)
     return 0
 
 
@@ -95,14 +94,3 @@ def load_both(
     if served.quantization in ("gguf", "none"):
         return served, served
     return served, load_base(replace(options, quantization="none"), report=say)
-
-
-def describe_result(result: CompressResult) -> str:
-    """Return the line about a variant."""
-    losses = ""
-    if result.loss is not None and result.dense_loss is not None:
-        losses = f"; held-out loss {result.loss:.4f}, of the whole model {result.dense_loss:.4f}"
-    return (
-        f"{result.folder}: {result.remove_linears:.1%} of the linears' parameters removed, "
-        f"{result.remove_total:.1%} of the whole model{losses}"
-    )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapters.disp.search_config import CHOICES, SearchConfig
-from serve.cli.arguments import UserError, add_options, given_options
+from serve.cli.arguments import UserError, add_options, add_run_arguments, given_options
 from serve.cli.config_flags import add_config_flag, read_config
 from serve.environment import let_threads_sleep
 from serve.model_options import MODEL, MODEL_OPTIONS, build_model_options
@@ -98,14 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search = parser.add_argument_group("Search")
     for name, metavar, text in SEARCH_FLAGS:
         add_config_flag(search, SearchConfig(), CHOICES, name, metavar, text)
-    run_group = parser.add_argument_group("Run")
-    run_group.add_argument(
-        "--output", metavar="DIR", type=Path, required=True, help="folder for everything written"
-    )
-    run_group.add_argument("--resume", action="store_true", help="go on with the run in DIR")
-    run_group.add_argument(
-        "--description", metavar="TEXT", default="", help="a line about the variant, kept in it"
-    )
+    add_run_arguments(parser, "variant")
     add_options(parser, MODEL_FLAGS)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from adapters.disp.budget import BudgetError, check_shares, linears_share
-from adapters.disp.search import SearchResult, search
+from adapters.disp.search import search
 from adapters.disp.search_config import SearchConfig
 from models.checkpoints import Checkpoint, CheckpointError
 from models.spec import DecoderSpec
@@ -15,6 +15,7 @@ from serve.base_model import load_base, settle_memory
 from serve.cli.arguments import UserError, say
 from serve.cli.long_run import run_to_end
 from serve.cli.stop_signals import INTERRUPTED
+from serve.cli.variant_result import describe_variant, say_what_next
 from serve.machine import count_processors
 from serve.model_options import ModelOptions, resolve_model_options
 from text.chat_template import ChatTemplateError
@@ -70,10 +71,8 @@ def run_search(arguments: argparse.Namespace, config: SearchConfig, options: Mod
     if results is None:
         return INTERRUPTED
     for result in results:
-        say(describe_result(result))
-    folder = results[0].folder
-    say(f"serve it with: proa serve --variant {folder.resolve().name}={folder}")
-    say(f"heal it with: proa train qst --on {folder} --data FILE --output DIR")
+        say(describe_variant(result))
+    say_what_next(results[0].folder)
     return 0
 
 
@@ -135,14 +134,3 @@ def resolve_shares(config: SearchConfig, spec: DecoderSpec, *, is_total: bool) -
     except BudgetError as error:
         raise UserError("--" + str(error).replace("remove_total", "remove-total", 1)) from None
     return config
-
-
-def describe_result(result: SearchResult) -> str:
-    """Return the line about one variant."""
-    losses = ""
-    if result.loss is not None and result.dense_loss is not None:
-        losses = f"; held-out loss {result.loss:.4f}, of the whole model {result.dense_loss:.4f}"
-    return (
-        f"{result.folder}: {result.remove_linears:.1%} of the linears' parameters removed, "
-        f"{result.remove_total:.1%} of the whole model{losses}"
-    )

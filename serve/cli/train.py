@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.qst.training_config import CHOICES, TrainingConfig
-from serve.cli.arguments import UserError, add_options, given_options
+from serve.cli.arguments import UserError, add_options, add_run_arguments, given_options
 from serve.cli.config_flags import add_config_flag, read_config
 from serve.environment import let_threads_sleep
 from serve.model_options import MODEL_OPTIONS, build_model_options
@@ -124,14 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_training(length, "steps", "N", "optimiser steps, instead of epochs")
     for name, metavar, text in TRAINING_FLAGS:
         _add_training(training, name, metavar, text)
-    run_group = parser.add_argument_group("Run")
-    run_group.add_argument(
-        "--output", metavar="DIR", type=Path, required=True, help="folder for everything written"
-    )
-    run_group.add_argument("--resume", action="store_true", help="go on with the run in DIR")
-    run_group.add_argument(
-        "--description", metavar="TEXT", default="", help="a line about the adapter, kept in it"
-    )
+    add_run_arguments(parser, "adapter")
     add_options(parser, MODEL_FLAGS)
 
 

@@ -9,8 +9,9 @@ import torch
 
 from adapters.format import AdapterError, read_adapter
 from adapters.methods import host_of
-from adapters.mixed_rank.compress import CompressResult, compress, mean_loss
+from adapters.mixed_rank.compress import CompressResult, compress
 from adapters.mixed_rank.compress_config import CompressConfig
+from adapters.mixed_rank.loss import mean_loss
 from adapters.mixed_rank.ranks import BudgetError
 from adapters.mixed_rank.variant import derive_mixed_rank, describe_mixed_rank
 from adapters.training_state import TrainingError, TrainingInterrupted
