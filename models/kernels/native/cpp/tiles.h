@@ -143,22 +143,34 @@ void panel_tiles(const Piece& piece, int index, const Activations& act, int rows
   unit.release();
 }
 
-// As `PanelFunction`; what tiles are not for is left to `vectors`.
-void panel_on_tiles(PanelFunction* vectors, const Piece& piece, int index, int group, int inputs, const Activations& act, int rows,
+// As `PanelFunction`; what tiles are not for is left to the vectors of BASE.
+template <const Kernels* BASE()>
+void panel_on_tiles(const Piece& piece, int index, int group, int inputs, const Activations& act, int rows,
                     float* out, float* tile) {
-  const int rest = rows % kTileRows < kLeastTileRows ? rows % kTileRows : 0, on_tiles = rows - rest;
-  if (!is_blocks(piece.format) || !on_tiles) return vectors(piece, index, group, inputs, act, rows, out, tile);
-  std::memset(out, 0, size_t(on_tiles) * kPanel * 4);
+  const int rest = rows % kTileRows < kLeastTileRows ? rows % kTileRows : 0, tiled = rows - rest;
+  if (!is_blocks(piece.format) || !tiled) return BASE()->many(piece, index, group, inputs, act, rows, out, tile);
+  std::memset(out, 0, size_t(tiled) * kPanel * 4);
   const bool is_two = act.kind == kTwoBytes;
   with_format(piece.format, [&](auto format) {
     const auto blocks = is_two ? panel_tiles<decltype(format)::value, true> : panel_tiles<decltype(format)::value, false>;
-    blocks(piece, index, act, on_tiles, out, reinterpret_cast<uint8_t*>(tile));
+    blocks(piece, index, act, tiled, out, reinterpret_cast<uint8_t*>(tile));
   });
   if (!rest) return;
   Activations others = act;
-  others.bytes += on_tiles * kGroup * (1 + is_two);
-  others.row_groups += on_tiles;
-  vectors(piece, index, group, inputs, others, rest, out + on_tiles * kPanel, tile);
+  others.bytes += tiled * kGroup * (1 + is_two);
+  others.row_groups += tiled;
+  BASE()->many(piece, index, group, inputs, others, rest, out + tiled * kPanel, tile);
+}
+
+// The kernels of BASE, with tiles for many rows.
+template <const Kernels* BASE()>
+const Kernels* on_tiles(const char* name) {
+  static const Kernels table = [name] {
+    Kernels kernels = *BASE();
+    kernels.name = name, kernels.many = panel_on_tiles<BASE>;
+    return kernels;
+  }();
+  return &table;
 }
 
 }  // namespace
