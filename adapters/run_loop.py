@@ -39,7 +39,7 @@ class Job(Protocol):
     """What a run computes.
 
     Attributes:
-        rates: the options to lower where a loss is not finite.
+        rates: the options to lower where a step fails; empty: there are none.
     """
 
     rates: str
@@ -161,9 +161,9 @@ class Run:
         try:
             return job.step(step)
         except TrainingError as error:
+            hint = f"; a lower {job.rates} may help" if job.rates else ""
             raise TrainingError(
-                f"step {step}: {error}; the last checkpoint is kept in {self.checkpoints}; "
-                f"a lower {job.rates} may help"
+                f"step {step}: {error}; the last checkpoint is kept in {self.checkpoints}{hint}"
             ) from error
 
     def _save(self, job: Job, log: RunLog) -> None:

@@ -107,7 +107,7 @@ THIRD_PARTY = {
     "client": {"httpx"},
     "stats": set(),
     "decoding": {"torch"},
-    "adapters": {"torch", "safetensors", "tqdm", "matplotlib"},
+    "adapters": {"torch", "safetensors", "tqdm", "matplotlib", "transformers", "PIL"},
     "models": {
         "torch", "safetensors", "bitsandbytes", "transformers", "tokenizers", "gguf",
         "huggingface_hub", "numpy", "triton",
@@ -126,7 +126,7 @@ SLOW_OR_OPTIONAL = {
     "models.checkpoints", "models.checkpoints.conversion", "models.kernels.cuda.executor",
     "serve.server", "serve.bench.engine", "serve.cli.adapter_folders", "serve.cli.train_run",
     "serve.cli.compress_run", "serve.cli.prune_run", "matplotlib", "gradio", "gradio.routes",
-    "serve.ui.app", "serve.cli.quantize_run", "serve.cli.ui_run",
+    "serve.ui.app", "serve.cli.quantize_run", "serve.cli.ui_run", "serve.cli.vision_run", "PIL",
 }  # fmt: skip
 
 # Requirements that nothing imports by name.
@@ -134,6 +134,7 @@ IMPLIED_REQUIREMENTS = {"numpy", "uvloop", "httptools", "sentencepiece", "protob
 IMPORT_NAMES = {
     "markdown-it-py": "markdown_it",
     "pyyaml": "yaml",
+    "pillow": "PIL",
     "prometheus-client": "prometheus_client",
 }
 
@@ -311,8 +312,14 @@ def test_environment_is_read_in_one_module() -> None:
 
 
 def test_methods_are_known_by_name_to_themselves_and_their_commands_only() -> None:
-    names = {"qst", "disp"}
-    own = ("adapters/qst/", "adapters/disp/", "serve/cli/train.py", "serve/cli/prune.py")
+    names = {"qst", "disp", "mixed_rank"}
+    own = (
+        "adapters/qst/",
+        "adapters/disp/",
+        "adapters/mixed_rank/",
+        "serve/cli/train.py",
+        "serve/cli/prune.py",
+    )
     breaches = [
         f"{path}:{node.lineno} names {node.value!r}"
         for path, tree in TREES.items()

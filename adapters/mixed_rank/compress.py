@@ -1,48 +1,41 @@
 """Compress a decoder: spectra of all linears, a plan of ranks, then factors, layer by layer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapters.format import Host
 from adapters.mixed_rank.compress_config import CompressConfig
-from adapters.mixed_rank.factors import compensate_at, fit
+from adapters.mixed_rank.layers import CompressJob, Linear, Pair
 from adapters.mixed_rank.loss import mean_loss
-from adapters.mixed_rank.moments import (
-    Moments,
-    MomentsError,
-    MomentSum,
-    SplitMoments,
-    drop_drift,
-    output_error,
-    representative,
-)
-from adapters.mixed_rank.quantize import quantize_factors
-from adapters.mixed_rank.ranks import plan_groups
-from adapters.mixed_rank.recovery import recover
 from adapters.mixed_rank.report import write_report
 from adapters.mixed_rank.variant import (
-    KINDS,
     MixedRankConfig,
     group_members,
     group_name,
     save_mixed_rank,
 )
-from adapters.mixed_rank.walk import Walk, layer_matrices, run_layer
-from adapters.run_log import RunLog
-from adapters.run_loop import Run, StepRecord
-from adapters.training_state import TrainingError
+from adapters.mixed_rank.walk import (
+    Product,
+    Walk,
+    layer_matrices,
+    products_of,
+    run_layer,
+)
+from adapters.run_loop import Run
 from adapters.windows import Windows, step_generator
 from models.checkpoints import Checkpoint
 from models.program import LinearOp, Program, build_program
 from models.pruning import count_fixed
 from models.weights import LowRank, Matrix, QuantizedBlocks, Weight, dense
 
-_HELD_OUT_TEXTS = 8  # of the calibration's own, at most a quarter, to stop a layer's training by
+_PLANNED_ON = 32
+"""Texts that ranks are planned on, or a quarter of all if that is more: shares of lost outputs need
+fewer than factors do, and each costs a walk through the decoder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,32 +112,29 @@ def compress(
         state={"groups": {}, "plan": None},
     )  # fmt: skip
     tensors = run.prepare(resume)
-    job = _CompressJob(run, checkpoint, program, windows, config)
+    job = _DecoderJob(run, checkpoint, program, windows, config)
     if tensors is not None:
         job.load_state_tensors(tensors)
     run.take_steps(job, should_stop)
     return job.finish(host, description)
 
 
-class _CompressJob:
-    """Two passes over the layers: what each would lose at every rank, then its factors."""
-
-    rates = "learning_rate"
+class _DecoderJob(CompressJob):
+    """The layers of a decoder over texts."""
 
     def __init__(
         self, run: Run, checkpoint: Checkpoint, program: Program, windows: Windows,
         config: CompressConfig,
     ) -> None:  # fmt: skip
-        self._run, self._checkpoint, self._program = run, checkpoint, program
-        self._windows, self._config = windows, config
+        super().__init__(run, config, program.num_layers, config.sequences * config.length)
+        self._checkpoint, self._program, self._windows = checkpoint, program, windows
         drawn = windows.draw(config.sequences, step_generator(config.seed, 0))
         self._texts = list(drawn[:, :-1])
         self._streams: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
-        self._factors: dict[str, Tensor] = {}
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the factors so far, and the streams of both decoders."""
-        tensors = {f"factors.{name}": tensor for name, tensor in self._factors.items()}
+        tensors = super().state_tensors()
         if self._streams is not None:
             for name, streams in zip(("plain", "compressed"), self._streams, strict=True):
                 tensors[f"streams.{name}"] = torch.stack(list(streams))
@@ -152,183 +142,72 @@ class _CompressJob:
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state_tensors` returned."""
-        self._factors = {
-            name.removeprefix("factors."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("factors.")
-        }
+        super().load_state_tensors(tensors)
         if "streams.plain" in tensors:
             plain, compressed = (list(tensors[f"streams.{n}"]) for n in ("plain", "compressed"))
             # Until something is compressed the two are one.
             is_one = all(map(torch.equal, plain, compressed))
             self._streams = plain, plain if is_one else compressed
 
-    def step(self, step: int) -> StepRecord:
-        """Measure a layer, or factor it."""
-        layer, is_second = (step - 1) % self._program.num_layers, step > self._program.num_layers
-        if layer == 0:
-            self._streams = None
-        try:
-            found = self._factor(layer, step) if is_second else self._measure(layer)
-        except MomentsError as error:
-            raise TrainingError(str(error)) from error
-        groups = dict(self._run.progress.state["groups"])
-        for name, facts in found.items():
-            groups[name] = {**groups.get(name, {}), **facts}
-        self._run.keep(groups=groups)
-        if step == self._program.num_layers:
-            self._plan()
-        what = "factored" if is_second else "measured"
-        num_tokens = len(self._texts) * self._config.length
-        fields = {"layer": layer, "what": what, "groups": found}
-        return StepRecord(fields=fields, status=f"layer {layer + 1} {what}", num_tokens=num_tokens)
+    def begin(self, *, is_second: bool) -> None:
+        """Go back to the embeddings."""
+        self._streams = None
 
-    def end_step(self, step: int, elapsed_s: float, log: RunLog) -> bool:
-        """Ask for a checkpoint between the passes."""
-        return step == self._program.num_layers
+    def measured(self, layer: int) -> Iterator[Linear]:
+        """Walk a layer of the decoder as it was."""
+        texts = self._texts[: max(_PLANNED_ON, len(self._texts) // 4)]
+        self._walk = Walk(self._program, texts, has_drift=False, streams=self._streams)
+        yield from self._linears(layer)
+        self._streams = self._walk.streams, self._walk.streams
 
-    def _walk(self, *, has_drift: bool) -> Walk:
-        return Walk(self._program, self._texts, has_drift=has_drift, streams=self._streams)
-
-    def _measure(self, layer: int) -> dict[str, dict[str, Any]]:
-        walk, found = self._walk(has_drift=False), {}
-        for op in walk.linears(layer):
-            weight = _stacked(op)
-            moments = self._moments(op, weight, walk)
-            factors = fit(weight, moments, self._config.calibration)
-            found[group_name(op.names)] = {
-                "outputs": weight.shape[0], "inputs": weight.shape[1],
-                "errors": [round(float(e), 9) for e in factors.errors[:: self._config.rank_step]],
-            }  # fmt: skip
-        self._streams = walk.streams
-        return found
-
-    def _plan(self) -> None:
-        groups, config = self._run.progress.state["groups"], self._config
-        plan = plan_groups(
-            groups, step=config.rank_step, remove=config.remove, is_uniform=config.plan == "uniform"
+    def factored(self, layer: int) -> Iterator[Linear]:
+        """Walk a layer of both."""
+        self._walk = Walk(
+            self._program, self._texts, has_drift=self.config.compensate, streams=self._streams
         )
-        self._run.keep(plan=plan)
+        self._before = self._walk.streams if self._streams is None else self._streams[1]
+        self._is_drifted = self._streams is not None and self._streams[0] is not self._before
+        yield from self._linears(layer)
 
-    def _factor(self, layer: int, step: int) -> dict[str, dict[str, Any]]:
-        config, program = self._config, self._program
-        plan = self._run.progress.state["plan"]
-        walk = self._walk(has_drift=config.compensate)
-        before = walk.streams[1]
-        matrices = layer_matrices(program, layer)
-        fitted: dict[str, tuple[LinearOp, Tensor, Moments, Tensor, Tensor]] = {}
-        for op in walk.linears(layer):
+    def _linears(self, layer: int) -> Iterator[Linear]:
+        self._products = layer_matrices(self._program, layer)
+        self._ops: dict[str, LinearOp] = {}
+        for op in self._walk.linears(layer, self._products):
             name = group_name(op.names)
-            rank = plan[name]["rank"]
-            if rank is None:
-                continue
-            weight = _stacked(op)
-            if config.compensate:
-                parts = self._split_moments(op, weight, walk)
-                left, right = compensate_at(weight, *parts, rank)
-                moments = parts[0] + parts[1]
-            else:
-                moments = self._moments(op, weight, walk)
-                left, right = fit(weight, moments, config.calibration).at(rank)
-            fitted[name] = op, weight, moments, left.float(), right.float()
-            walk.replace(op, _pieces(op, left.float() @ right.float()))
-        facts: dict[str, dict[str, Any]] = {
-            name: {"error_fitted": output_error(left @ right, weight, moments)}
-            for name, (_, weight, moments, left, right) in fitted.items()
-        }
-        trained = None
-        if fitted and config.compensate and config.steps:
-            trained = self._recover(layer, step, before, walk.streams[0], matrices, fitted, facts)
-        for number, (name, (op, weight, moments, left, right)) in enumerate(fitted.items()):
-            if trained is not None:
-                left, right = trained[2 * number], trained[2 * number + 1]
-                wanted, known = left @ right, drop_drift(moments)
-            else:
-                wanted, known = weight, moments
-            rounded = quantize_factors(left, right, config.form, wanted, known)
-            product = dense(rounded[0]) @ dense(rounded[1])
-            facts[name]["error_stored"] = output_error(product, weight, moments)
-            for piece, matrix in zip(op.pieces, _pieces(op, product), strict=True):
-                matrices[id(piece.weight)] = matrix
-            self._keep(op, *rounded)
-        plain, compressed = walk.streams
-        if config.compensate and (fitted or before is not plain):
-            with torch.no_grad():
-                compressed = [run_layer(program, layer, x, matrices) for x in before]
+            self._ops[name] = op
+            yield Linear(
+                name, name.rpartition(".")[2], torch.cat([dense(p.weight) for p in op.pieces]),
+                partial(self._walk.inputs, op), partial(self._put, op),
+            )  # fmt: skip
+
+    def _put(self, op: LinearOp, pair: Pair) -> None:
+        self._walk.replace(op, _pieces(op, *pair))
+
+    def targets(self, layer: int) -> Sequence[Tensor]:
+        """Return the residual streams after it."""
+        return self._walk.streams
+
+    def forward(self, layer: int, number: int, pairs: Mapping[str, Pair]) -> Tensor:
+        """Return the residual stream of a text."""
+        products = dict(self._products)
+        for name, pair in pairs.items():
+            op = self._ops[name]
+            products |= products_of(op, _pieces(op, *pair))
+        return run_layer(self._program, layer, self._before[number], products)
+
+    def end_layer(self, layer: int, pairs: Mapping[str, Pair]) -> None:
+        """Compute the streams of the compressed decoder."""
+        plain = self._walk.streams
+        compressed: Sequence[Tensor] = plain
+        if self.config.compensate and (pairs or self._is_drifted):
+            compressed = [self.forward(layer, i, pairs) for i in range(len(self._before))]
         self._streams = plain, compressed
-        return facts
-
-    def _recover(
-        self,
-        layer: int,
-        step: int,
-        before: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        matrices: Mapping[int, Tensor],
-        fitted: Mapping[str, tuple[LinearOp, Tensor, Moments, Tensor, Tensor]],
-        facts: dict[str, dict[str, Any]],
-    ) -> list[Tensor]:
-        config = self._config
-        parameters = [part for *_, left, right in fitted.values() for part in (left, right)]
-
-        def forward(number: int, values: Sequence[Tensor]) -> Tensor:
-            replaced = dict(matrices)
-            for k, (op, *_) in enumerate(fitted.values()):
-                product = values[2 * k] @ values[2 * k + 1]
-                for piece, matrix in zip(op.pieces, _pieces(op, product), strict=True):
-                    replaced[id(piece.weight)] = matrix
-            return run_layer(self._program, layer, before[number], replaced)
-
-        trained, recovery = recover(
-            parameters, forward, targets,
-            num_held_out=max(1, min(_HELD_OUT_TEXTS, len(targets) // 4)),
-            steps=config.steps, learning_rate=config.learning_rate,
-            generator=step_generator(config.seed, step),
-        )  # fmt: skip
-        for found in facts.values():
-            found["layer_error_fitted"] = recovery.before
-            found["layer_error_trained"] = recovery.after
-        return trained
-
-    def _moments(self, op: LinearOp, weight: Tensor, walk: Walk) -> Moments:
-        name = group_name(op.names)
-        if self._config.calibration == "representative":
-            rows = torch.stack([plain for plain, _ in walk.inputs(op)])
-            return representative(name, weight, rows)
-        total = MomentSum(name, weight)
-        for plain, drifted in walk.inputs(op):
-            total.add(plain, drifted)
-        return total.total()
-
-    def _split_moments(self, op: LinearOp, weight: Tensor, walk: Walk) -> tuple[Moments, Moments]:
-        total = SplitMoments(group_name(op.names), weight)
-        for plain, drifted in walk.inputs(op):
-            total.add(plain, drifted)
-        return total.totals()
-
-    def _keep(self, op: LinearOp, left: Matrix, right: Matrix) -> None:
-        for name, part in zip(op.names, _split(op, left), strict=True):
-            self._factors[f"{name}.left"] = part
-        self._factors[f"{op.names[0]}.right"] = _data(right)
 
     def finish(self, host: Host, description: str) -> CompressResult:
         """Write the variant, and what is told of it."""
-        config, checkpoint, state = self._config, self._checkpoint, self._run.progress.state
-        groups: dict[str, dict[str, Any]] = {
-            name: {**facts, **state["plan"][name]} for name, facts in state["groups"].items()
-        }
-        factors = {
-            name: self._stored_factors(name, self._factors)
-            for name, facts in groups.items()
-            if facts["rank"] is not None
-        }
-        whole = sum(facts["outputs"] * facts["inputs"] for facts in groups.values())
-        removed = sum(
-            facts["outputs"] * facts["inputs"]
-            - facts["rank"] * (facts["outputs"] + facts["inputs"])
-            for facts in groups.values()
-            if facts["rank"] is not None
-        )
+        config, checkpoint = self.config, self._checkpoint
+        groups, removed, whole = self.finished_groups()
+        factors = {name: _split(name, checkpoint, *pair) for name, pair in self.factors.items()}
         about = MixedRankConfig(
             ranks={name: facts["rank"] for name, facts in groups.items()},
             form=config.form, plan=config.plan, calibration=config.calibration,
@@ -337,34 +216,21 @@ class _CompressJob:
         )  # fmt: skip
         loss, dense_loss = self._held_out_losses(factors)
         result = CompressResult(
-            folder=self._run.output, remove_linears=about.remove_linears,
+            folder=self.run.output, remove_linears=about.remove_linears,
             remove_total=about.remove_total, loss=loss, dense_loss=dense_loss,
         )  # fmt: skip
         told = {
             "remove_linears": about.remove_linears, "remove_total": about.remove_total,
             "loss": loss, "dense_loss": dense_loss,
-            "error_planned": sum(facts["error"] for facts in state["plan"].values()),
+            "error_planned": sum(facts["error"] for facts in groups.values()),
             "options": config.as_fields(),
         }  # fmt: skip
         save_mixed_rank(
-            self._run.output, factors, about, host=host, description=description, training=told
+            self.run.output, factors, about, host=host, description=description, training=told
         )
-        write_report(self._run.output, {**told, "model": host.model_id, "groups": groups})
-        self._run.close()
+        write_report(self.run.output, {**told, "model": host.model_id, "groups": groups})
+        self.run.close()
         return result
-
-    def _stored_factors(
-        self, name: str, tensors: Mapping[str, Tensor]
-    ) -> tuple[list[Matrix], Matrix]:
-        left_kind, right_kind = KINDS[self._config.form]
-        members = group_members(name)
-
-        def read(part: str, kind: str | None) -> Matrix:
-            tensor = tensors[part]
-            return tensor if kind is None else QuantizedBlocks(data=tensor, kind=kind)
-
-        lefts = [read(f"{member}.left", left_kind) for member in members]
-        return lefts, read(f"{members[0]}.right", right_kind)
 
     @torch.no_grad()
     def _held_out_losses(
@@ -383,18 +249,18 @@ class _CompressJob:
         return mean_loss(compressed, windows), mean_loss(self._program, windows)
 
 
-def _stacked(op: LinearOp) -> Tensor:
-    return torch.cat([dense(piece.weight) for piece in op.pieces])
+def _pieces(op: LinearOp, left: Tensor, right: Tensor) -> list[Product]:
+    """Cut the left factor of all outputs into those of the linear's pieces."""
+    return [(part, right) for part in left.split([piece.weight.shape[0] for piece in op.pieces])]
 
 
-def _pieces(op: LinearOp, matrix: Tensor) -> Sequence[Tensor]:
-    """Cut a matrix of all outputs into those of the linear's pieces."""
-    return matrix.split([piece.weight.shape[0] for piece in op.pieces])
-
-
-def _data(matrix: Matrix) -> Tensor:
-    return matrix.data if isinstance(matrix, QuantizedBlocks) else dense(matrix).half()
-
-
-def _split(op: LinearOp, left: Matrix) -> Sequence[Tensor]:
-    return _data(left).split([piece.weight.shape[0] for piece in op.pieces])
+def _split(
+    name: str, checkpoint: Checkpoint, left: Matrix, right: Matrix
+) -> tuple[list[Matrix], Matrix]:
+    """Cut it into those of the linears that a name stands for."""
+    sizes = [checkpoint.weights[f"{member}.weight"].shape[0] for member in group_members(name)]
+    if isinstance(left, QuantizedBlocks):
+        parts = left.data.split(sizes)
+        return [QuantizedBlocks(data=part, kind=left.kind) for part in parts], right
+    assert isinstance(left, Tensor)
+    return list(left.split(sizes)), right

@@ -1,12 +1,16 @@
 """Two factors of a matrix that lose least on the inputs that it reads."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from adapters.mixed_rank.compress_config import Calibration
 from adapters.mixed_rank.moments import Moments, output_error
+
+Root: TypeAlias = tuple[Tensor, Tensor]
+"""(n, n) symmetric square root of a covariance, and its inverse."""
 
 DAMPING = 1e-6
 """Of the mean of a covariance's diagonal, added to the diagonal where a fit inverts it."""
@@ -48,7 +52,9 @@ class Factors:
         return ((self.energy - kept) / self.energy).clamp_min(0)
 
 
-def factor(weight: Tensor, covariance: Tensor, energy: float | None = None) -> Factors:
+def factor(
+    weight: Tensor, covariance: Tensor, energy: float | None = None, root: Root | None = None
+) -> Factors:
     """Factor a matrix so that the error E|x (W - L R)^T|^2 is least at every rank.
 
     The smaller side is decomposed. Where outputs are not more than inputs these are the principal
@@ -59,6 +65,7 @@ def factor(weight: Tensor, covariance: Tensor, energy: float | None = None) -> F
         weight: (m, n).
         covariance: (n, n) float64, E[x^T x] up to a factor; the identity gives the plain SVD.
         energy: of the outputs that are to be met; None: that of this matrix on these inputs.
+        root: of the covariance, if it is known.
     """
     weight = weight.double()
     outputs, inputs = weight.shape
@@ -66,8 +73,8 @@ def factor(weight: Tensor, covariance: Tensor, energy: float | None = None) -> F
         energies, vectors = _principal(weight @ covariance @ weight.T)
         left, right = vectors, vectors.T @ weight
     else:
-        root, inverse = _root(covariance)
-        rooted = weight @ root
+        half, inverse = _root(covariance) if root is None else root
+        rooted = weight @ half
         energies, vectors = _principal(rooted.T @ rooted)
         left, right = rooted @ vectors, vectors.T @ inverse
     total = float(energies.sum()) if energy is None else energy
@@ -99,11 +106,13 @@ def refit(weight: Tensor, moments: Moments, ridge: float = DAMPING) -> Tensor:
         (m, n) float64: W plus what least squares adds to it; W itself without a drift.
     """
     weight = weight.double()
-    missing = (moments.cross - moments.covariance) @ weight.T
+    missing = moments.targets - moments.covariance @ weight.T
     return weight + torch.linalg.solve(_damp(moments.covariance, ridge), missing).T
 
 
-def compensate(weight: Tensor, moments: Moments, ridge: float = DAMPING) -> Factors:
+def compensate(
+    weight: Tensor, moments: Moments, ridge: float = DAMPING, root: Root | None = None
+) -> Factors:
     """Factor a matrix so that what it makes of drifted inputs is near what it made of the others.
 
     This is reduced-rank regression: the best full matrix for those inputs, factored on them.
@@ -112,8 +121,9 @@ def compensate(weight: Tensor, moments: Moments, ridge: float = DAMPING) -> Fact
         weight: (m, n), of the network as it was.
         moments: of both inputs.
         ridge: see `refit`.
+        root: of the covariance, if it is known.
     """
-    return factor(refit(weight, moments, ridge), moments.covariance, moments.energy)
+    return factor(refit(weight, moments, ridge), moments.covariance, moments.energy, root)
 
 
 def compensate_at(
@@ -130,28 +140,31 @@ def compensate_at(
         rank: of the factors.
     """
 
-    def fitted(moments: Moments, ridge: float | None) -> tuple[Tensor, Tensor]:
+    def fitted(
+        moments: Moments, ridge: float | None, root: Root | None = None
+    ) -> tuple[Tensor, Tensor]:
         if ridge is None:
-            return factor(weight, moments.covariance).at(rank)
-        return compensate(weight, moments, ridge).at(rank)
+            return factor(weight, moments.covariance, root=root).at(rank)
+        return compensate(weight, moments, ridge, root).at(rank)
+
+    root = _root(moments.covariance) if weight.shape[0] > weight.shape[1] else None
 
     def error(ridge: float | None) -> float:
-        return output_error(torch.matmul(*fitted(moments, ridge)), weight, held_out)
+        return output_error(torch.matmul(*fitted(moments, ridge, root)), held_out)
 
     return fitted(moments + held_out, min((*RIDGES, None), key=error))
 
 
-def refit_left(weight: Tensor, right: Tensor, moments: Moments) -> Tensor:
+def refit_left(right: Tensor, moments: Moments) -> Tensor:
     """Return the (m, R) left factor that fits best to a given right one, quantised for instance.
 
     Args:
-        weight: (m, n), of the network as it was.
         right: (R, n).
         moments: of the inputs.
     """
     right = right.double()
     inner = right @ moments.covariance @ right.T
-    return torch.linalg.solve(_damp(inner), right @ moments.cross @ weight.double().T).T
+    return torch.linalg.solve(_damp(inner), right @ moments.targets).T
 
 
 def _damp(covariance: Tensor, share: float = DAMPING) -> Tensor:
@@ -159,7 +172,7 @@ def _damp(covariance: Tensor, share: float = DAMPING) -> Tensor:
     return covariance + share * mean * torch.eye(len(covariance), dtype=torch.float64)
 
 
-def _root(covariance: Tensor) -> tuple[Tensor, Tensor]:
+def _root(covariance: Tensor) -> Root:
     """Return the symmetric square root of a covariance, and its inverse."""
     values, vectors = torch.linalg.eigh(covariance)
     least = max(LEAST_VALUE * float(values[-1]), torch.finfo(torch.float64).tiny)

@@ -4,6 +4,7 @@ Linears that read the same tensor, such as an attention's queries, keys and valu
 factor; it is computed once.
 """
 
+from collections.abc import Sequence
 from weakref import ReferenceType, ref
 
 import torch
@@ -11,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.mixed_rank.quantize import GROUP
-from models.q8_0 import quantize_q8_0
-from models.weights import BLOCK_FORMATS, QuantizedBlocks
+from models.weights import BLOCK_FORMATS, Matrix, QuantizedBlocks, dense
 
 
 class Factor(nn.Module):
@@ -33,7 +33,7 @@ class Factor(nn.Module):
 
     def __init__(self, outputs: int, inputs: int, *, is_int8: bool) -> None:
         super().__init__()
-        self._is_int8 = is_int8
+        self.is_int8 = is_int8
         if is_int8:
             self.register_buffer("codes", torch.zeros(outputs, inputs, dtype=torch.int8))
             self.register_buffer("scales", torch.zeros(outputs, inputs // GROUP))
@@ -41,18 +41,20 @@ class Factor(nn.Module):
             self.weight = nn.Parameter(torch.zeros(outputs, inputs))
 
     @torch.no_grad()
-    def put(self, matrix: Tensor) -> None:
-        """Take the values of a matrix of this shape, rounded if need be."""
-        if not self._is_int8:
-            self.weight.copy_(matrix)
+    def put(self, matrix: Matrix) -> None:
+        """Take the values of a matrix of this shape; of 8 bits, one in Q8_0."""
+        if not self.is_int8:
+            self.weight.copy_(dense(matrix))
             return
-        blocks = quantize_q8_0(matrix).data.view(len(matrix), -1, BLOCK_FORMATS["Q8_0"][1])
-        self.scales.copy_(blocks[:, :, :2].contiguous().view(torch.float16).flatten(1))
+        assert isinstance(matrix, QuantizedBlocks)
+        assert matrix.kind == "Q8_0"
+        blocks = matrix.data.view(len(matrix.data), -1, BLOCK_FORMATS["Q8_0"][1])
+        self.scales.copy_(matrix.scales)
         self.codes.copy_(blocks[:, :, 2:].contiguous().view(torch.int8).flatten(1))
 
     def matrix(self) -> Tensor:
         """Return the (outputs, inputs) matrix as it is computed with."""
-        if not self._is_int8:
+        if not self.is_int8:
             return self.weight
         return self.codes.to(self.scales.dtype) * self.scales.repeat_interleave(GROUP, dim=1)
 
@@ -65,9 +67,16 @@ class SharedFactor(Factor):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., outputs) of (..., inputs)."""
+        if torch.is_grad_enabled():
+            # Between two steps of a training the same input meets another factor.
+            return F.linear(x, self.matrix())
         if self._input is None or self._input() is not x or self._product is None:
             self._input, self._product = ref(x), F.linear(x, self.matrix())
         return self._product
+
+    def forget(self) -> None:
+        """Drop the product that is kept; a factor that is changed needs it."""
+        self._input = self._product = None
 
 
 class LowRankLinear(nn.Module):
@@ -95,16 +104,56 @@ class LowRankLinear(nn.Module):
         return F.linear(self.right(x), self.left.matrix(), self.bias)
 
 
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another, by its dotted name."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+def factor_linears(
+    model: nn.Module, names: Sequence[str], rank: int, *, is_int8: bool
+) -> list[LowRankLinear]:
+    """Put factors in the place of linears that read the same; they are yet to be given values.
+
+    Args:
+        model: is changed.
+        names: dotted, of linears or of what this has put in their place.
+        rank: of the factors.
+        is_int8: of both.
+
+    Returns:
+        Those in their place, which share their right factor.
+    """
+    shared: SharedFactor | None = None
+    found = []
+    for name in names:
+        old = model.get_submodule(name)
+        assert isinstance(old, (nn.Linear, LowRankLinear))
+        if shared is None:
+            inputs = old.in_features if isinstance(old, nn.Linear) else in_features(old)
+            shared = SharedFactor(rank, inputs, is_int8=is_int8)
+        module = LowRankLinear(old.out_features, shared, rank, old.bias, is_int8=is_int8)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, module.eval())
+        found.append(module)
+    return found
 
 
-def as_blocks(factor: Factor) -> QuantizedBlocks | Tensor:
-    """Return a factor as the other parts of Proa know it."""
-    if not factor._is_int8:
-        return factor.weight.detach()
-    scales = factor.scales.half().contiguous().view(torch.uint8).view(*factor.scales.shape, 2)
-    codes = factor.codes.view(torch.uint8).view(*factor.scales.shape, GROUP)
-    return QuantizedBlocks(data=torch.cat((scales, codes), dim=2).flatten(1), kind="Q8_0")
+def in_features(linear: LowRankLinear) -> int:
+    """Return how many inputs it reads."""
+    right = linear.right
+    return (right.codes if right.is_int8 else right.weight).shape[1]
+
+
+def put_factors(linears: Sequence[LowRankLinear], left: Matrix, right: Matrix) -> None:
+    """Give linears that share their right factor the values of both.
+
+    Args:
+        linears: from `factor_linears`.
+        left: (m, R), of all outputs, one linear's below the other's.
+        right: (R, n).
+    """
+    linears[0].right.put(right)
+    linears[0].right.forget()
+    start = 0
+    for linear in linears:
+        rows = slice(start, start + linear.out_features)
+        if isinstance(left, QuantizedBlocks):
+            linear.left.put(QuantizedBlocks(data=left.data[rows], kind=left.kind))
+        else:
+            linear.left.put(dense(left)[rows])
+        start += linear.out_features

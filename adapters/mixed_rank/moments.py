@@ -20,25 +20,61 @@ class Moments:
 
     Attributes:
         covariance: (n, n) float64, the sum of D^T D.
-        cross: (n, n) float64, the sum of D^T X.
-        energy: sum of the squares of the outputs X W^T that are to be met.
+        targets: (n, m) float64, the sum of D^T Y with the outputs Y = X W^T that are to be met.
+        energy: sum of the squares of Y.
         num_rows: of all observations.
     """
 
     covariance: Tensor
-    cross: Tensor
+    targets: Tensor
     energy: float
     num_rows: int
 
     def __add__(self, other: "Moments") -> "Moments":
-        covariance = self.covariance + other.covariance
-        is_still = self.cross is self.covariance and other.cross is other.covariance
         return Moments(
-            covariance=covariance,
-            cross=covariance if is_still else self.cross + other.cross,
-            energy=self.energy + other.energy,
+            covariance=self.covariance + other.covariance,
+            targets=self.targets + other.targets, energy=self.energy + other.energy,
             num_rows=self.num_rows + other.num_rows,
-        )
+        )  # fmt: skip
+
+
+_FLUSH_EVERY = 16
+_BLOCK = 384  # columns of a symmetric product at a time: its lower half is never computed
+
+
+class _ProductSum:
+    """A sum of products A^T B: over a few in their own precision, over all in float64."""
+
+    def __init__(self, rows: int, columns: int, *, is_symmetric: bool) -> None:
+        self._shape, self._is_symmetric = (rows, columns), is_symmetric
+        self._total = torch.zeros(rows, columns, dtype=torch.float64)
+        self._part: Tensor | None = None
+        self._count = 0
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if self._part is None:
+            self._part = torch.zeros(self._shape, dtype=a.dtype)
+        if self._is_symmetric:
+            for start in range(0, self._shape[0], _BLOCK):
+                end = start + _BLOCK
+                self._part[start:end, start:].addmm_(a[:, start:end].T, b[:, start:])
+        else:
+            self._part.addmm_(a.T, b)
+        self._count += 1
+        if self._count % _FLUSH_EVERY == 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._part is not None:
+            self._total += self._part
+            self._part.zero_()
+
+    def total(self) -> Tensor:
+        self._flush()
+        if not self._is_symmetric:
+            return self._total
+        upper = self._total.triu()
+        return upper + upper.triu(1).T
 
 
 class MomentSum:
@@ -54,38 +90,41 @@ class MomentSum:
     """
 
     def __init__(self, name: str, weight: Tensor, *, is_normalised: bool = True) -> None:
-        self._name = name
-        weight = weight.double()
-        self._gram = weight.T @ weight
-        self._is_normalised = is_normalised
-        n = weight.shape[1]
-        self._drifted = torch.zeros(n, n, dtype=torch.float64)
-        self._cross: Tensor | None = None
-        self._energy, self._num_rows = 0.0, 0
+        m, n = weight.shape
+        self._name, self._weight, self._is_normalised = name, weight, is_normalised
+        # Whichever is smaller: outputs themselves, or what outputs can be told from.
+        self._has_outputs = m < n
+        self._gram = None if self._has_outputs else weight.double().T @ weight.double()
+        self._covariance = _ProductSum(n, n, is_symmetric=True)
+        self._cross = _ProductSum(n, min(m, n), is_symmetric=False)
+        self._is_drifted, self._energy, self._num_rows = False, 0.0, 0
 
     def add(self, rows: Tensor, drifted: Tensor | None = None) -> None:
         """Add an observation.
 
         Args:
             rows: (T, n) float32, T > 0, that the matrix reads in the network as it was.
-            drifted: (T, n) that it reads in the compressed network; None: the same.
+            drifted: (T, n) that it reads in the compressed network; None: the same. It is given
+                for all observations or for none.
 
         Raises:
             MomentsError: a value is no finite number.
         """
-        square = (rows.T @ rows).double()
-        energy = float((square * self._gram).sum())
-        share = 1 / energy if self._is_normalised and energy > 0 else 1.0
-        if drifted is None:
-            self._drifted += share * square
+        outputs = rows
+        if self._gram is None:
+            outputs = rows @ self._weight.T.to(rows.dtype)
+            energy = float(outputs.square().sum(dtype=torch.float64))
         else:
-            if self._cross is None:
-                assert not self._num_rows
-                self._cross = torch.zeros_like(self._drifted)
-            self._drifted += share * (drifted.T @ drifted).double()
-            self._cross += share * (drifted.T @ rows).double()
-        if not self._drifted.diagonal().sum().isfinite() or not energy < float("inf"):
+            energy = float(((rows.T @ rows) * self._gram).sum())
+        share = 1 / energy if self._is_normalised and energy > 0 else 1.0
+        seen = rows if drifted is None else drifted
+        scaled = seen * share
+        if not energy < float("inf") or not scaled.sum().isfinite():
             raise MomentsError(f"{self._name}: an input is not a finite number")
+        self._covariance.add(seen, scaled)
+        if drifted is not None:
+            self._cross.add(scaled, outputs)
+            self._is_drifted = True
         self._energy += share * energy
         self._num_rows += len(rows)
 
@@ -97,11 +136,13 @@ class MomentSum:
         """
         if not self._num_rows:
             raise MomentsError(f"{self._name}: no input was observed")
+        covariance = self._covariance.total()
+        targets = self._cross.total() if self._is_drifted else covariance
+        if not (self._is_drifted and self._has_outputs):
+            targets = targets @ self._weight.double().T
         return Moments(
-            covariance=self._drifted,
-            cross=self._drifted if self._cross is None else self._cross,
-            energy=self._energy, num_rows=self._num_rows,
-        )  # fmt: skip
+            covariance=covariance, targets=targets, energy=self._energy, num_rows=self._num_rows
+        )
 
 
 HELD_OUT_EVERY = 8
@@ -145,20 +186,24 @@ def representative(name: str, weight: Tensor, observations: Tensor) -> Moments:
     return total.total()
 
 
-def drop_drift(moments: Moments) -> Moments:
-    """Return the moments as if the compressed network read what the network as it was did not."""
-    return replace(moments, cross=moments.covariance)
+def aimed_at(product: Tensor, moments: Moments) -> Moments:
+    """Return the moments as if outputs to be met were what a matrix makes of the same inputs.
+
+    Args:
+        product: (m, n), the matrix.
+        moments: of the inputs.
+    """
+    return replace(moments, targets=moments.covariance @ product.double().T)
 
 
-def output_error(approximation: Tensor, weight: Tensor, moments: Moments) -> float:
+def output_error(approximation: Tensor, moments: Moments) -> float:
     """Return the mean squared error of the outputs, as a share of their energy.
 
     Args:
         approximation: (m, n), multiplied with the drifted inputs.
-        weight: (m, n), multiplied with the others.
         moments: of the inputs.
     """
-    approximation, weight = approximation.double(), weight.double()
+    approximation = approximation.double()
     own = ((approximation @ moments.covariance) * approximation).sum()
-    shared = ((approximation @ moments.cross) * weight).sum()
+    shared = (approximation * moments.targets.T).sum()
     return float(own - 2 * shared + moments.energy) / moments.energy

@@ -1,5 +1,7 @@
 """Factors as they are stored and computed: in 16 bits, in 8, or 4 bits and 8."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from adapters.mixed_rank.compress_config import Form
@@ -9,12 +11,16 @@ from models.q4_1 import quantize_q4_1
 from models.q8_0 import quantize_q8_0
 from models.weights import BLOCK_FORMATS, Matrix, dense
 
+KINDS: Mapping[Form, tuple[str | None, str | None]] = {
+    "float16": (None, None), "int8": ("Q8_0", "Q8_0"), "int4": ("Q8_0", "Q4_1"),
+}  # fmt: skip
+"""Block formats that the left factors and the right one are stored in; None: in float16."""
 GROUP = BLOCK_FORMATS["Q8_0"][0]
 """Inputs that share a scale: ranks and widths of quantised factors are multiples of it."""
 
 
 def quantize_factors(
-    left: Tensor, right: Tensor, form: Form, weight: Tensor, moments: Moments
+    left: Tensor, right: Tensor, form: Form, moments: Moments
 ) -> tuple[Matrix, Matrix]:
     """Round two factors so that little of what they make of their inputs is lost.
 
@@ -24,8 +30,7 @@ def quantize_factors(
     Args:
         left, right: (m, R) and (R, n).
         form: what to round them to.
-        weight: (m, n) that they stand for.
-        moments: of its inputs.
+        moments: of the inputs, with the outputs that are to be met.
 
     Returns:
         The same two as they will be computed with.
@@ -33,4 +38,4 @@ def quantize_factors(
     if form == "float16":
         return left.half(), right.half()
     rounded = quantize_q8_0(right) if form == "int8" else quantize_q4_1(right.float())
-    return quantize_q8_0(refit_left(weight, dense(rounded), moments)), rounded
+    return quantize_q8_0(refit_left(dense(rounded), moments)), rounded

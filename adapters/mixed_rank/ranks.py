@@ -119,10 +119,16 @@ def plan_groups(
     ]
     total = sum(options[-1].cost for options in layers)
     budget = int(total * (1 - remove))
-    chosen = plan_uniform(layers, budget) if is_uniform else plan_ranks(layers, budget)
+    least = sum(options[0].cost for options in layers)
+    chosen = None
+    if least <= budget:
+        chosen = plan_uniform(layers, budget) if is_uniform else plan_ranks(layers, budget)
     if chosen is None:
-        least = sum(options[0].cost for options in layers)
-        raise BudgetError(f"the least that can be kept is {least} of {total} parameters")
+        most = int(1e4 * (1 - least / total)) / 1e4
+        raise BudgetError(
+            f"must be at most {most} with ranks in steps of {step}, got {remove}: {least} of the "
+            f"{total} parameters cannot go"
+        )
     return {
         name: {"rank": option.rank, "error": option.error}
         for name, option in zip(groups, chosen, strict=True)

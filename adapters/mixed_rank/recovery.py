@@ -45,7 +45,8 @@ def recover(
     Args:
         parameters: to start from; they are not changed.
         forward: gives (T, D) outputs of an observation with given parameters, differentiable.
-        targets: (T, D) of each observation; the last ones are held out.
+        targets: (T, D) of each observation; the last ones are held out. Of a single one nothing is
+            learnt.
         num_held_out: how many, at least 1.
         steps: most of them; fewer if what is held out gets no better.
         learning_rate: Adam's for a parameter, as a share of its values' root mean square.
@@ -72,7 +73,7 @@ def recover(
     ]
     optimizer = torch.optim.Adam(groups)
     before = best = held_out(parameters)
-    if before < _NOISE:
+    if before < _NOISE or not num_training:
         steps = 0
     kept, unchanged, taken = [p.detach().clone() for p in parameters], 0, 0
     check_every = max(1, steps // _CHECKS)

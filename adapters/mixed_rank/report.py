@@ -37,9 +37,8 @@ def write_report(folder: Path, content: Mapping[str, Any]) -> None:
 def _by_kind(groups: Mapping[str, dict[str, Any]]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
     """Sort groups by what they are, each with the number of its layer."""
     found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for name, facts in groups.items():
-        prefix, _, kind = name.rpartition(".")
-        found.setdefault(kind, []).append((int(prefix.rpartition(".")[2]), facts))
+    for facts in groups.values():
+        found.setdefault(facts["kind"], []).append((facts["layer"], facts))
     return found
 
 

@@ -20,17 +20,13 @@ from adapters.format import (
     write_adapter,
 )
 from adapters.mixed_rank.compress_config import CHOICES, Calibration, Form, Plan
-from adapters.mixed_rank.quantize import GROUP
+from adapters.mixed_rank.quantize import GROUP, KINDS
 from adapters.mixed_rank.ranks import break_even
 from models.checkpoints.derived import Derivation
 from models.spec import DecoderSpec, canonical_weights
 from models.weights import BLOCK_FORMATS, LowRank, Matrix, QuantizedBlocks, Weight
 
 METHOD = "mixed_rank"
-KINDS: Mapping[Form, tuple[str | None, str | None]] = {
-    "float16": (None, None), "int8": ("Q8_0", "Q8_0"), "int4": ("Q8_0", "Q4_1"),
-}  # fmt: skip
-"""Block formats that the left factors and the right one are stored in; None: in float16."""
 _JOIN = "+"
 
 

@@ -1,40 +1,54 @@
 """Compress Vision Transformers in the layout of `transformers`, as any module of blocks.
 
-The same three stages as for decoders, fed by hooks of `nn.Module`: spectra of all linears inside
-blocks, a plan of ranks, then factors block by block on what the compressed model reads.
+The same stages as for decoders, fed by hooks of `nn.Module`. A block is run on what the blocks
+before it made, which is kept: every block is computed a few times, whatever their number.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapters.mixed_rank.compress_config import CompressConfig
-from adapters.mixed_rank.factors import compensate_at, fit, refit_left
-from adapters.mixed_rank.modules import LowRankLinear, SharedFactor, set_module
-from adapters.mixed_rank.moments import (
-    Moments,
-    MomentSum,
-    SplitMoments,
-    drop_drift,
-    output_error,
-    representative,
+from adapters.mixed_rank.layers import CompressJob, Inputs, Linear, Pair
+from adapters.mixed_rank.modules import LowRankLinear, factor_linears, put_factors
+from adapters.mixed_rank.report import write_report
+from adapters.mixed_rank.vision_folder import (
+    Factored,
+    VisionConfig,
+    VisionError,
+    VisionModel,
+    save_vision,
 )
-from adapters.mixed_rank.ranks import plan_groups
-from adapters.mixed_rank.recovery import recover
-from adapters.windows import step_generator
-from models.q8_0 import quantize_q8_0
-from models.weights import dense
+from adapters.run_loop import Run
 
-_HELD_OUT_BATCHES = 4
+BATCH = 16
+"""Images that go through a block together."""
 
 
 class _Stop(Exception):
     """Ends a forward pass: what was to be seen has been seen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionResult:
+    """A compressed model that was made.
+
+    Attributes:
+        folder: of it.
+        remove_linears, remove_total: shares of parameters that it removes, of the linears in its
+            blocks and of the whole model.
+    """
+
+    folder: Path
+    remove_linears: float
+    remove_total: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +64,66 @@ class Group:
     names: tuple[str, ...]
 
     @property
+    def kind(self) -> str:
+        """A name for all of them within the block."""
+        return "+".join(name.removeprefix(f"{self.block}.") for name in self.names)
+
+    @property
     def title(self) -> str:
         """A name for all of them."""
-        parts = [name.removeprefix(f"{self.block}.") for name in self.names]
-        return f"{self.block}.{'+'.join(parts)}"
+        return f"{self.block}.{self.kind}"
+
+
+def compress_vision(
+    model: VisionModel,
+    pixels: Tensor,
+    output: Path,
+    *,
+    data: str,
+    config: CompressConfig,
+    resume: bool = False,
+    description: str = "",
+    should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[str], None] = lambda _: None,
+) -> VisionResult:
+    """Compress an image classifier and write it as a folder.
+
+    Args:
+        model: as loaded; it is changed.
+        pixels: (N, C, H, W) images to calibrate on; each is an observation.
+        output: folder of the compressed model, metrics, report and checkpoints, new or empty,
+            unless resuming.
+        data: what tells these images from others.
+        config: options; `length` and `eval_sequences` play no part.
+        resume: go on from the newest checkpoint in `output`, or start if there is none.
+        description: one line about the model, for people.
+        should_stop: asked after each block.
+        report: told what happens, a line at a time.
+
+    Raises:
+        ValueError: the form is not one for modules.
+        BudgetError: so much cannot be removed.
+        TrainingError: an input is no number, or the run cannot be resumed or saved.
+        TrainingInterrupted: `should_stop` said so; a checkpoint is saved.
+        VisionError: the model is compressed already, or the folder cannot be written.
+    """
+    if model.compressed is not None:
+        raise VisionError(f"{model.folder}: is compressed already")
+    if config.form == "int4":
+        raise ValueError("form must be float16 or int8 for a model of modules, got int4")
+    blocks = find_blocks(model.module)
+    run = Run(
+        output,
+        identity={**config.as_fields(), "data": data, "model": model.digest},
+        num_steps=2 * len(blocks), checkpoint_every=config.checkpoint_every, report=report,
+        state={"groups": {}, "plan": None},
+    )  # fmt: skip
+    tensors = run.prepare(resume)
+    job = _VisionJob(run, model, blocks, pixels, config)
+    if tensors is not None:
+        job.load_state_tensors(tensors)
+    run.take_steps(job, should_stop)
+    return job.finish(model, description)
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -106,160 +176,99 @@ def find_groups(model: nn.Module, pixels: Tensor) -> list[Group]:
     return [Group(block=owner[names[0]], names=tuple(names)) for _, names in groups]
 
 
-@torch.no_grad()
-def inputs_of(model: nn.Module, batches: Sequence[Tensor], name: str) -> Iterator[Tensor]:
-    """Yield what a module reads of each batch; no pass goes on after it."""
-    found: list[Tensor] = []
-
-    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0])
-        raise _Stop
-
-    hook = model.get_submodule(name).register_forward_pre_hook(note)
-    try:
-        for batch in batches:
-            with suppress(_Stop):
-                model(batch)
-            yield found.pop()
-    finally:
-        hook.remove()
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@torch.no_grad()
-def calls_of(
-    model: nn.Module, batches: Sequence[Tensor], block: str
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
-    """Yield arguments, named ones and result of a block for each batch."""
-    found: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+class _Stream:
+    """A model, block by block: what each is called with, for every batch.
 
-    def note(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        found.append((inputs, named, _first(output)))
-        raise _Stop
-
-    hook = model.get_submodule(block).register_forward_hook(note, with_kwargs=True)
-    try:
-        for batch in batches:
-            with suppress(_Stop):
-                model(batch)
-            yield found.pop()
-    finally:
-        hook.remove()
-
-
-def compress_modules(
-    model: nn.Module,
-    batches: Sequence[Tensor],
-    config: CompressConfig,
-    report: Callable[[str], None] = lambda _: None,
-) -> dict[str, dict[str, Any]]:
-    """Put factors in the place of a model's linears.
+    Blocks that are done are not computed again: they hand out what they made, and what lies between
+    two blocks is computed from that.
 
     Args:
-        model: in evaluation mode; it is changed.
-        batches: (B, C, H, W) pixels to fit to.
-        config: `form` "int4" is not for modules; sequences, lengths and checkpoints play no part.
-        report: told what happens, a line at a time.
-
-    Returns:
-        By the title of each group: rank, shape and errors.
-
-    Raises:
-        BudgetError: so much cannot be removed.
-        MomentsError: an input is no number; the linear is named.
+        model: in evaluation mode.
+        batches: (B, C, H, W) pixels.
+        blocks: names of its blocks, in order of their use.
     """
-    groups = find_groups(model, batches[0][:1])
-    plain = copy.deepcopy(model) if config.compensate else model
-    facts: dict[str, dict[str, Any]] = {}
-    for number, group in enumerate(groups):
-        weight = _stacked(model, group)
-        moments = _moments(group, weight, model, batches, config)
-        factors = fit(weight, moments, config.calibration)
-        facts[group.title] = {
-            "outputs": weight.shape[0], "inputs": weight.shape[1],
-            "errors": [float(e) for e in factors.errors[:: config.rank_step]],
-        }  # fmt: skip
-        report(f"{number + 1} of {len(groups)} measured: {group.title}")
-    plans = plan_groups(
-        facts, step=config.rank_step, remove=config.remove, is_uniform=config.plan == "uniform"
-    )
-    for title, plan in plans.items():
-        facts[title] |= plan
-    blocks = list(dict.fromkeys(group.block for group in groups))
-    for number, block in enumerate(blocks):
-        of_block = [group for group in groups if group.block == block]
-        _compress_block(model, plain, block, of_block, batches, config, facts, number)
-        report(f"{number + 1} of {len(blocks)} compressed: {block}")
-    return facts
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], blocks: Sequence[str]) -> None:
+        self.model, self._batches, self._blocks = model, batches, blocks
+        self._made: list[Any] = []
+        self.calls: list[_Call] = []
+
+    @torch.no_grad()
+    def enter(self, block: int) -> None:
+        """Find out what a block is called with; those before it are done or are computed."""
+        self.calls = []
+        for number, batch in enumerate(self._batches):
+            made = self._made[number] if self._made else None
+            with suppress(_Stop), self._patched(block, made):
+                self.model(batch)
+
+    def run(self, block: int, number: int) -> Any:
+        """Return what it makes of a batch."""
+        inputs, named = self.calls[number]
+        return self.module(block)(*inputs, **named)
+
+    @torch.no_grad()
+    def leave(self, block: int) -> list[Tensor]:
+        """Compute it for all batches; return the hidden states."""
+        self._made = [self.run(block, number) for number in range(len(self._batches))]
+        return [_first(made) for made in self._made]
+
+    @torch.no_grad()
+    def inputs(self, block: int, name: str) -> Iterator[Tensor]:
+        """Yield what a linear of it reads of each batch; nothing is computed beyond."""
+        found: list[Tensor] = []
+
+        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append(inputs[0])
+            raise _Stop
+
+        hook = self.model.get_submodule(name).register_forward_pre_hook(note)
+        try:
+            for number in range(len(self._batches)):
+                with suppress(_Stop):
+                    self.run(block, number)
+                yield found.pop()
+        finally:
+            hook.remove()
+
+    def module(self, block: int) -> nn.Module:
+        """Return a block."""
+        return self.model.get_submodule(self._blocks[block])
+
+    def _patched(self, block: int, made: Any) -> "_Patched":
+        return _Patched([self.module(i) for i in range(block + 1)], made, self.calls)
 
 
-def _compress_block(
-    model: nn.Module,
-    plain: nn.Module,
-    block: str,
-    groups: Sequence[Group],
-    batches: Sequence[Tensor],
-    config: CompressConfig,
-    facts: dict[str, dict[str, Any]],
-    number: int,
-) -> None:
-    fitted: list[tuple[Group, Tensor, Moments]] = []
-    for group in groups:
-        rank = facts[group.title]["rank"]
-        if rank is None:
-            continue
-        weight = _stacked(plain, group)
-        if config.compensate:
-            parts = _split_moments(group, weight, plain, model, batches)
-            left, right = compensate_at(weight, *parts, rank)
-            moments = parts[0] + parts[1]
-        else:
-            moments = _moments(group, weight, model, batches, config)
-            left, right = fit(weight, moments, config.calibration).at(rank)
-        facts[group.title]["error_fitted"] = output_error(left @ right, weight, moments)
-        _put(model, group, left, right, is_int8=False)
-        fitted.append((group, weight, moments))
-    if fitted and config.compensate and config.steps:
-        before, after = _recover(model, plain, block, batches, config, number)
-        for group, *_ in fitted:
-            facts[group.title] |= {"layer_error_fitted": before, "layer_error_trained": after}
-    for group, weight, moments in fitted:
-        left, right = _taken(model, group)
-        if config.form == "int8":
-            rounded = dense(quantize_q8_0(right))
-            left = refit_left(left @ right, rounded, drop_drift(moments))
-            _put(model, group, left, right, is_int8=True)
-        product = torch.matmul(*_taken(model, group))
-        facts[group.title]["error_stored"] = output_error(product, weight, moments)
+class _Patched:
+    """Blocks that hand out what is known, and a last one that notes what it is called with."""
 
+    def __init__(self, modules: Sequence[nn.Module], made: Any, calls: list[_Call]) -> None:
+        self._modules, self._made, self._calls = modules, made, calls
+        self._hook: Any = None
 
-def _recover(
-    model: nn.Module, plain: nn.Module, block: str, batches: Sequence[Tensor],
-    config: CompressConfig, number: int,
-) -> tuple[float, float]:  # fmt: skip
-    module = model.get_submodule(block)
-    names = [name for name, _ in module.named_parameters() if _is_factor(name)]
-    own = dict(module.named_parameters())
-    calls = [(inputs, named) for inputs, named, _ in calls_of(model, batches, block)]
-    targets = [output for *_, output in calls_of(plain, batches, block)]
+    def __enter__(self) -> None:
+        def note(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._calls.append((inputs, named))
+            raise _Stop
 
-    def forward(batch: int, values: Sequence[Tensor]) -> Tensor:
-        inputs, named = calls[batch]
-        replaced = dict(zip(names, values, strict=True))
-        return _first(torch.func.functional_call(module, replaced, inputs, named))
+        *done, last = self._modules
+        self._hook = last.register_forward_pre_hook(note, with_kwargs=True)
+        if self._made is not None and done:
+            # Of the blocks before the last one only the shape of what they make counts.
+            for module in done[:-1]:
+                module.forward = self._pass_on
+            done[-1].forward = lambda *_, **__: self._made
 
-    trained, recovery = recover(
-        [own[name] for name in names], forward, targets,
-        num_held_out=max(1, min(_HELD_OUT_BATCHES, len(batches) // 4)), steps=config.steps,
-        learning_rate=config.learning_rate, generator=step_generator(config.seed, number),
-    )  # fmt: skip
-    with torch.no_grad():
-        for name, value in zip(names, trained, strict=True):
-            own[name].copy_(value)
-    return recovery.before, recovery.after
+    def _pass_on(self, x: Tensor, *_: Any, **__: Any) -> Any:
+        return x if isinstance(self._made, Tensor) else (x, *self._made[1:])
 
-
-def _is_factor(name: str) -> bool:
-    return name.endswith((".left.weight", ".right.weight"))
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+        for module in self._modules[:-1]:
+            module.__dict__.pop("forward", None)
 
 
 def _first(output: Any) -> Tensor:
@@ -267,60 +276,136 @@ def _first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _moments(
-    group: Group, weight: Tensor, model: nn.Module, batches: Sequence[Tensor],
-    config: CompressConfig,
-) -> Moments:  # fmt: skip
-    name = group.names[0]
-    if config.calibration == "representative":
-        rows = torch.cat(list(inputs_of(model, batches, name)))
-        return representative(group.title, weight, rows.flatten(1, -2))
-    total = MomentSum(group.title, weight)
-    for found in inputs_of(model, batches, name):
-        for image in found:
-            total.add(image.flatten(0, -2))
-    return total.total()
+class _VisionJob(CompressJob):
+    """The blocks of a model over batches of images."""
 
+    def __init__(
+        self, run: Run, model: VisionModel, blocks: Sequence[str], pixels: Tensor,
+        config: CompressConfig,
+    ) -> None:  # fmt: skip
+        super().__init__(run, config, len(blocks), len(pixels))
+        self._batches = pixels.split(BATCH)
+        self._blocks, self._model = blocks, model.module
+        self._groups: dict[str, list[Group]] = {block: [] for block in blocks}
+        for group in find_groups(self._model, pixels[:1]):
+            self._groups[group.block].append(group)
+        self._titles = {g.title: g for groups in self._groups.values() for g in groups}
+        self._original = copy.deepcopy(self._model)
+        self.begin(is_second=False)
 
-def _split_moments(
-    group: Group, weight: Tensor, plain: nn.Module, drifted: nn.Module, batches: Sequence[Tensor]
-) -> tuple[Moments, Moments]:
-    name, total = group.names[0], SplitMoments(group.title, weight)
-    pairs = zip(inputs_of(plain, batches, name), inputs_of(drifted, batches, name), strict=True)
-    for found, other in pairs:
-        for image, seen in zip(found, other, strict=True):
-            total.add(image.flatten(0, -2), seen.flatten(0, -2))
-    return total.totals()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_tensors` returned; the blocks that are done are computed anew."""
+        super().load_state_tensors(tensors)
+        for name, (left, right) in self.factors.items():
+            is_int8 = self.config.form == "int8"
+            linears = factor_linears(
+                self._model, self._titles[name].names, right.shape[0], is_int8=is_int8
+            )
+            put_factors(linears, left, right)
 
+    def begin(self, *, is_second: bool) -> None:
+        """Go back to the first block."""
+        self._plain = _Stream(self._original, self._batches, self._blocks)
+        self._compressed = (
+            _Stream(self._model, self._batches, self._blocks) if self.config.compensate else None
+        )
+        self._targets: list[Tensor] = []
 
-def _linear(model: nn.Module, name: str) -> nn.Linear | LowRankLinear:
-    module = model.get_submodule(name)
-    assert isinstance(module, (nn.Linear, LowRankLinear))
-    return module
+    def measured(self, layer: int) -> Iterator[Linear]:
+        """Run a block of the model as it was."""
+        self._plain.enter(layer)
+        for group in self._groups[self._blocks[layer]]:
+            yield self._linear(group, partial(self._inputs, layer, group, None))
+        self._plain.leave(layer)
 
+    def factored(self, layer: int) -> Iterator[Linear]:
+        """Run a block of both."""
+        self._plain.enter(layer)
+        if self._compressed is not None:
+            self._compressed.enter(layer)
+        for group in self._groups[self._blocks[layer]]:
+            yield self._linear(group, partial(self._inputs, layer, group, self._compressed))
+        self._targets = self._plain.leave(layer)
 
-def _stacked(model: nn.Module, group: Group) -> Tensor:
-    modules = [_linear(model, name) for name in group.names]
-    return torch.cat([m.weight for m in modules if isinstance(m, nn.Linear)]).detach()
+    def _linear(self, group: Group, inputs: Callable[[], Inputs]) -> Linear:
+        modules = [self._original.get_submodule(name) for name in group.names]
+        weights = [m.weight for m in modules if isinstance(m, nn.Linear)]
+        assert len(weights) == len(modules)
 
+        def put(pair: Pair) -> None:
+            linears = factor_linears(self._model, group.names, pair[1].shape[0], is_int8=False)
+            put_factors(linears, *pair)
 
-def _put(model: nn.Module, group: Group, left: Tensor, right: Tensor, *, is_int8: bool) -> None:
-    rank, inputs = right.shape
-    shared = SharedFactor(rank, inputs, is_int8=is_int8)
-    shared.put(right.float())
-    start = 0
-    for name in group.names:
-        old = _linear(model, name)
-        outputs = old.out_features
-        module = LowRankLinear(outputs, shared, rank, old.bias, is_int8=is_int8)
-        module.left.put(left[start : start + outputs].float())
-        set_module(model, name, module.eval())
-        start += outputs
+        return Linear(group.title, group.kind, torch.cat(weights).detach().float(), inputs, put)
 
+    def _inputs(
+        self, layer: int, group: Group, compressed: "_Stream | None"
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        name = group.names[0]
+        others = None if compressed is None else compressed.inputs(layer, name)
+        for batch in self._plain.inputs(layer, name):
+            drifted = None if others is None else next(others)
+            for number, image in enumerate(batch):
+                other = None if drifted is None else drifted[number].flatten(0, -2)
+                yield image.flatten(0, -2), other
 
-def _taken(model: nn.Module, group: Group) -> tuple[Tensor, Tensor]:
-    """Return the factors of a group as they are now, in float64."""
-    modules = [_linear(model, name) for name in group.names]
-    factored = [module for module in modules if isinstance(module, LowRankLinear)]
-    lefts = [module.left.matrix().detach() for module in factored]
-    return torch.cat(lefts).double(), factored[0].right.matrix().detach().double()
+    def targets(self, layer: int) -> Sequence[Tensor]:
+        """Return the hidden states after it, of each batch."""
+        return self._targets
+
+    def forward(self, layer: int, number: int, pairs: Mapping[str, Pair]) -> Tensor:
+        """Return the hidden states of a batch."""
+        block, values = self._blocks[layer], {}
+        for title, (left, right) in pairs.items():
+            names = [name.removeprefix(f"{block}.") for name in self._titles[title].names]
+            sizes = [self._low_rank(name).out_features for name in self._titles[title].names]
+            values[f"{names[0]}.right.weight"] = right
+            for name, part in zip(names, left.split(sizes), strict=True):
+                values[f"{name}.left.weight"] = part
+        assert self._compressed is not None
+        inputs, named = self._compressed.calls[number]
+        module = self._compressed.module(layer)
+        return _first(torch.func.functional_call(module, values, inputs, named))
+
+    def end_layer(self, layer: int, pairs: Mapping[str, Pair]) -> None:
+        """Put the final factors into the model, and go on."""
+        is_int8 = self.config.form == "int8"
+        for title in pairs:
+            left, right = self.factors[title]
+            names = self._titles[title].names
+            put_factors(
+                factor_linears(self._model, names, right.shape[0], is_int8=is_int8), left, right
+            )
+        if self._compressed is not None:
+            self._compressed.leave(layer)
+
+    def _low_rank(self, name: str) -> LowRankLinear:
+        module = self._model.get_submodule(name)
+        assert isinstance(module, LowRankLinear)
+        return module
+
+    def finish(self, model: VisionModel, description: str) -> VisionResult:
+        """Write the model, and what is told of it."""
+        config, output = self.config, self.run.output
+        groups, removed, whole = self.finished_groups()
+        rest = sum(p.numel() for p in self._original.parameters()) - whole
+        result = VisionResult(
+            folder=output, remove_linears=removed / whole, remove_total=removed / (whole + rest)
+        )
+        about = VisionConfig(
+            form=config.form, factored=[
+                Factored(linears=self._titles[title].names, rank=facts["rank"])
+                for title, facts in groups.items() if facts["rank"] is not None
+            ],
+            remove_linears=result.remove_linears, remove_total=result.remove_total,
+            description=description, training={"options": config.as_fields()},
+        )  # fmt: skip
+        save_vision(output, model, about)
+        told = {
+            "remove_linears": result.remove_linears, "remove_total": result.remove_total,
+            "error_planned": sum(facts["error"] for facts in groups.values()),
+            "options": config.as_fields(),
+        }  # fmt: skip
+        write_report(output, {**told, "model": model.name, "groups": groups})
+        self.run.close()
+        return result

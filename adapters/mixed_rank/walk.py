@@ -5,6 +5,7 @@ fitted when all of its inputs are known: every linear runs over all texts before
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,8 +20,13 @@ from models.kernels.reference.operations import (
 from models.program import AttentionOp, LinearOp, Op, Program
 from models.weights import Matrix, dense
 
+Product: TypeAlias = Tensor | tuple[Tensor, Tensor]
+"""A matrix, or its left and right factor."""
+Products: TypeAlias = Mapping[int, Product]
+"""What linears are computed with, by the id of the weights that they have in the program."""
 
-def layer_matrices(program: Program, layer: int) -> dict[int, Tensor]:
+
+def layer_matrices(program: Program, layer: int) -> dict[int, Product]:
     """Return the dense matrices of a layer's linears, by the id of the weights they are of."""
     return {
         id(piece.weight): dense(piece.weight)
@@ -30,16 +36,33 @@ def layer_matrices(program: Program, layer: int) -> dict[int, Tensor]:
     }
 
 
-def run_layer(
-    program: Program, layer: int, stream: Tensor, matrices: Mapping[int, Tensor]
-) -> Tensor:
-    """Compute a layer of one text; differentiable in stream and matrices.
+class _Multiplier:
+    """Multiplies with matrices or factors; pieces that share a right factor compute it once."""
+
+    def __init__(self, products: Products) -> None:
+        self._products = products
+        self._input: Tensor | None = None
+        self._right: Tensor | None = None
+        self._inner: Tensor | None = None
+
+    def __call__(self, x: Tensor, weight: Matrix) -> Tensor:
+        product = self._products[id(weight)]
+        if isinstance(product, Tensor):
+            return x @ product.T
+        left, right = product
+        if self._inner is None or self._input is not x or self._right is not right:
+            self._input, self._right, self._inner = x, right, x @ right.T
+        return self._inner @ left.T
+
+
+def run_layer(program: Program, layer: int, stream: Tensor, products: Products) -> Tensor:
+    """Compute a layer of one text; differentiable in stream and products.
 
     Args:
         program: of the decoder.
         layer: its number.
         stream: (S, D) residual stream before it.
-        matrices: as from `layer_matrices`.
+        products: for all linears of the layer.
 
     Returns:
         (S, D), after it.
@@ -50,7 +73,7 @@ def run_layer(
         program.layers[layer], buffers, program.widths,
         rotary_angles(program.inv_freq, program.rotary_scale, positions),
         attend=PackedAttention(torch.tensor([0, len(stream)]), stream.device),
-        linear=lambda x, weight: x @ matrices[id(weight)].T,
+        linear=_Multiplier(products),
     )  # fmt: skip
     return buffers["x"]
 
@@ -75,22 +98,40 @@ class _Decoder:
             )
             for text, stream in zip(texts, streams, strict=True)
         ]
-        self._matrices: dict[int, Tensor] = {}
+        self._multiply = _Multiplier({})
         self._pending: list[Op] = []
+        self._num_ahead = 0
 
     @property
     def streams(self) -> list[Tensor]:
         """(S, D) residual stream of each text, between layers."""
         return [buffers["x"] for buffers in self._buffers]
 
+    def begin(self, products: Products) -> None:
+        """Enter a layer that is computed with these."""
+        self._multiply = _Multiplier(products)
+        self._pending.clear()
+
     def rows(self, op: LinearOp) -> Iterator[Tensor]:
         """Yield what a linear reads, (S, in_features) for each text."""
         for number in range(len(self._buffers)):
             buffers = dict(self._buffers[number])
-            self._run(number, buffers)
+            self._run(number, self._pending, buffers)
             yield apply_prologue(op, buffers[op.src])
 
-    def advance(self, op: Op, later: Sequence[Op], replaced: Mapping[int, Tensor]) -> None:
+    def rows_and_advance(self, op: LinearOp, later: Sequence[Op]) -> Iterator[Tensor]:
+        """Yield the same, and compute at once what `advance` would compute."""
+        if not op.accumulate:
+            yield from self.rows(op)
+            return
+        for number, buffers in enumerate(self._buffers):
+            self._run(number, self._pending, buffers)
+            yield apply_prologue(op, buffers[op.src])
+            self._run(number, (op,), buffers)
+            _drop(buffers, later)
+            self._num_ahead = number + 1
+
+    def advance(self, op: Op, later: Sequence[Op]) -> None:
         """Compute an operation, at once or when what it makes is needed.
 
         What a linear makes may be many times the stream; where it is not added to the stream it is
@@ -99,32 +140,29 @@ class _Decoder:
         Args:
             op: the next of the layer.
             later: those of the layer that follow.
-            replaced: matrices of `op` in place of its own, by the id of these.
         """
-        if isinstance(op, LinearOp):
-            for piece in op.pieces:
-                matrix = replaced.get(id(piece.weight))
-                self._matrices[id(piece.weight)] = dense(piece.weight) if matrix is None else matrix
         self._pending.append(op)
         if isinstance(op, LinearOp) and not op.accumulate:
             return
-        needed = {"x"} | {o.src for o in later if isinstance(o, (LinearOp, AttentionOp))}
         for number, buffers in enumerate(self._buffers):
-            self._run(number, buffers)
-            for name in set(buffers) - needed:
-                del buffers[name]
+            if number >= self._num_ahead:
+                self._run(number, self._pending, buffers)
+                _drop(buffers, later)
+        self._num_ahead = 0
         self._pending.clear()
-        if not later:
-            self._matrices.clear()
 
-    def _run(self, number: int, buffers: dict[str, Tensor]) -> None:
+    def _run(self, number: int, ops: Sequence[Op], buffers: dict[str, Tensor]) -> None:
         run_ops(
-            self._pending, buffers, self._program.widths, self._angles[number],
+            ops, buffers, self._program.widths, self._angles[number],
             attend=self._attend[number], linear=self._multiply,
         )  # fmt: skip
 
-    def _multiply(self, x: Tensor, weight: Matrix) -> Tensor:
-        return x @ self._matrices[id(weight)].T
+
+def _drop(buffers: dict[str, Tensor], later: Sequence[Op]) -> None:
+    """Forget what no later operation of the layer reads."""
+    needed = {"x"} | {op.src for op in later if isinstance(op, (LinearOp, AttentionOp))}
+    for name in set(buffers) - needed:
+        del buffers[name]
 
 
 class Walk:
@@ -155,50 +193,62 @@ class Walk:
             ]
             streams = embedded, embedded
         self._program = program
+        self._later: Sequence[Op] = ()
         self._plain = _Decoder(program, texts, streams[0])
         self._compressed = _Decoder(program, texts, streams[1]) if has_drift else None
 
     @property
-    def streams(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Those of both decoders, between layers."""
-        compressed = self._plain if self._compressed is None else self._compressed
-        return self._plain.streams, compressed.streams
+    def streams(self) -> list[Tensor]:
+        """Those of the decoder as it was, between layers."""
+        return self._plain.streams
 
-    def linears(self, layer: int) -> Iterator[LinearOp]:
+    def linears(self, layer: int, matrices: Products) -> Iterator[LinearOp]:
         """Yield the linears of a layer in their order.
 
         When the next one is asked for, `replace` must have been called for the one before, if it
-        is compressed. Layers must be walked in order, each to its end.
+        is compressed. The compressed decoder is walked up to the last one's inputs: a layer's
+        factors are not final until all of them are known, see `run_layer`.
+
+        Args:
+            layer: its number.
+            matrices: as from `layer_matrices`.
         """
         ops = self._program.layers[layer]
+        self._replaced = dict(matrices)
+        self._plain.begin(dict(matrices))
+        if self._compressed is not None:
+            self._compressed.begin(self._replaced)
         for number, op in enumerate(ops):
-            self._replaced: dict[int, Tensor] = {}
+            self._later = ops[number + 1 :]
             if isinstance(op, LinearOp):
                 yield op
             with torch.no_grad():
-                self._plain.advance(op, ops[number + 1 :], {})
-                if self._compressed is not None:
-                    self._compressed.advance(op, ops[number + 1 :], self._replaced)
+                self._plain.advance(op, self._later)
+                if self._compressed is not None and self._later:
+                    self._compressed.advance(op, self._later)
 
     @torch.no_grad()
     def inputs(self, op: LinearOp) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield what the linear that is current reads: (S, in_features) rows of each text.
+        """Yield what the linear that is current reads, once: (S, in_features) rows of each text.
 
         Yields:
             Those of the decoder as it was, and those of the compressed one if it is walked.
         """
-        plain = self._plain.rows(op)
+        plain = self._plain.rows_and_advance(op, self._later)
         drifted = None if self._compressed is None else self._compressed.rows(op)
         for rows in plain:
             yield rows, None if drifted is None else next(drifted)
 
-    def replace(self, op: LinearOp, matrices: Sequence[Tensor]) -> None:
+    def replace(self, op: LinearOp, products: Sequence[Product]) -> None:
         """Give the compressed decoder other matrices for the linear that is current.
 
         Args:
             op: the linear.
-            matrices: (out_features, in_features) for each of its pieces.
+            products: for each of its pieces.
         """
-        for piece, matrix in zip(op.pieces, matrices, strict=True):
-            assert matrix.shape == piece.weight.shape
-            self._replaced[id(piece.weight)] = matrix.float()
+        self._replaced |= products_of(op, products)
+
+
+def products_of(op: LinearOp, products: Sequence[Product]) -> dict[int, Product]:
+    """Return matrices or factors for the pieces of a linear as `run_layer` takes them."""
+    return {id(piece.weight): product for piece, product in zip(op.pieces, products, strict=True)}

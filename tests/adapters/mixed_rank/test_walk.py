@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from adapters.calibration import observe_linears
-from adapters.mixed_rank.walk import Walk
+from adapters.mixed_rank.walk import Walk, layer_matrices, products_of, run_layer
 from adapters.packed_attention import PackedAttention
 from models.kernels.reference.operations import walk_layers
 from models.program import LinearOp, Program, build_program
@@ -41,6 +41,13 @@ def streams_of(program: Program) -> list[list[Tensor]]:
     ]  # fmt: skip
 
 
+def replaced_products(op: LinearOp, replaced: dict[str, Tensor]) -> list[Tensor]:
+    return [
+        replaced.get(f"{name}.weight", dense(piece.weight))
+        for name, piece in zip(op.names, op.pieces, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("kind", DECODERS)
 def test_both_decoders_are_what_they_are_by_themselves(kind: str) -> None:
     program = make_program(kind)
@@ -52,18 +59,29 @@ def test_both_decoders_are_what_they_are_by_themselves(kind: str) -> None:
         for seed, (name, piece) in enumerate(zip(op.names, op.pieces, strict=True))
         if not name.endswith(".q")  # one that stays as it is
     }
-    plain, other = streams_of(program), streams_of(make_program(kind, replaced))
-    walk = Walk(program, TEXTS, has_drift=True)
+    other = make_program(kind, replaced)
+    plain_streams, other_streams = streams_of(program), streams_of(other)
+    read: dict[str, list[Tensor]] = {}
+    observe_linears(
+        other, [[text] for text in TEXTS], lambda name, x: read.setdefault(name, []).append(x)
+    )
+    streams = None
     for i in range(len(program.layers)):
-        for op in walk.linears(i):
-            matrices = [
-                replaced.get(f"{name}.weight", dense(piece.weight))
-                for name, piece in zip(op.names, op.pieces, strict=True)
-            ]
-            walk.replace(op, matrices)
-        for number, pair in enumerate(zip(*walk.streams, strict=True)):
-            torch.testing.assert_close(pair[0], plain[number][i + 1], rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(pair[1], other[number][i + 1], rtol=1e-5, atol=1e-5)
+        walk = Walk(program, TEXTS, has_drift=True, streams=streams)
+        before = walk.streams if streams is None else streams[1]
+        products = layer_matrices(program, i)
+        for op in walk.linears(i, products):
+            pairs = list(walk.inputs(op)) if op.accumulate else []  # the rest are not asked for
+            for (_, drifted), wanted in zip(pairs, read[op.names[0]], strict=bool(pairs)):
+                torch.testing.assert_close(drifted, wanted, rtol=1e-5, atol=1e-5)
+            found = replaced_products(op, replaced)
+            walk.replace(op, found)
+            products |= products_of(op, found)
+        compressed = [run_layer(program, i, x, products) for x in before]
+        for number, pair in enumerate(zip(walk.streams, compressed, strict=True)):
+            torch.testing.assert_close(pair[0], plain_streams[number][i + 1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(pair[1], other_streams[number][i + 1], rtol=1e-5, atol=1e-5)
+        streams = walk.streams, compressed
 
 
 @pytest.mark.parametrize("kind", DECODERS)
@@ -73,37 +91,36 @@ def test_inputs_are_those_that_calibration_observes(kind: str) -> None:
     observe_linears(
         program, [[text] for text in TEXTS], lambda name, x: expected.setdefault(name, []).append(x)
     )
-    walk = Walk(program, TEXTS, has_drift=True)
-    seen = set()
+    seen, streams = set(), None
     for i in range(len(program.layers)):
-        for op in walk.linears(i):
+        walk = Walk(program, TEXTS, has_drift=True, streams=streams)
+        for op in walk.linears(i, layer_matrices(program, i)):
             pairs = list(walk.inputs(op))
             for name in op.names:
                 seen.add(name)
                 for (rows, drifted), wanted in zip(pairs, expected[name], strict=True):
                     torch.testing.assert_close(rows, wanted, rtol=1e-5, atol=1e-5)
                     torch.testing.assert_close(drifted, wanted, rtol=1e-5, atol=1e-5)
+        streams = walk.streams, walk.streams
     assert seen == set(expected)
 
 
-def test_walk_goes_on_from_the_streams_of_an_earlier_one() -> None:
+def test_factors_compute_what_their_product_does_and_pieces_share_the_right_one() -> None:
     program = make_program("llama")
-    first = Walk(program, TEXTS, has_drift=True)
-    for op in first.linears(0):
-        first.replace(op, [draw(tuple(p.weight.shape), 3) for p in op.pieces])
-    second = Walk(program, TEXTS, has_drift=True, streams=first.streams)
-    for walk in (first, second):
-        for op in walk.linears(1):
-            walk.replace(op, [draw(tuple(p.weight.shape), 4) for p in op.pieces])
-    for ours, theirs in zip(second.streams, first.streams, strict=True):
-        for left, right in zip(ours, theirs, strict=True):
-            assert torch.equal(left, right)
+    plain, factored = layer_matrices(program, 0), layer_matrices(program, 0)
+    for seed, op in enumerate(op for op in program.layers[0] if isinstance(op, LinearOp)):
+        right = draw((4, op.in_features), seed)
+        pairs = [(draw((p.weight.shape[0], 4), seed + 9), right) for p in op.pieces]
+        factored |= products_of(op, pairs)
+        plain |= products_of(op, [left @ right for left, right in pairs])
+    stream = draw((7, program.widths["x"]), 3)
+    torch.testing.assert_close(
+        run_layer(program, 0, stream, factored), run_layer(program, 0, stream, plain)
+    )
 
 
 def test_without_drift_only_the_decoder_as_it_was_is_computed() -> None:
     program = make_program("llama")
     walk = Walk(program, TEXTS, has_drift=False)
-    for op in walk.linears(0):
+    for op in walk.linears(0, layer_matrices(program, 0)):
         assert all(drifted is None for _, drifted in walk.inputs(op))
-    plain, compressed = walk.streams
-    assert all(a is b for a, b in zip(plain, compressed, strict=True))

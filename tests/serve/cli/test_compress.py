@@ -1,5 +1,6 @@
 """`proa compress`: its options, its mistakes, and whole runs on a tiny model."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.format import read_config
+from adapters.format import digest, read_config
 from adapters.mixed_rank.compress_config import CompressConfig
 from serve.cli.compress import MODEL_FLAGS
 from serve.cli.main import build_parser
@@ -90,6 +91,19 @@ def test_variant_is_served_and_tells_what_it_is(
     assert thin.returncode == 0, thin.stderr
     assert thin.stdout != base.stdout
 
+    # A side network is trained on it, and answers with it.
+    examples, healed = tmp_path / "train.jsonl", tmp_path / "healed"
+    records = [{"question": f"Say {i}", "answer": f"{i}" * 5} for i in range(4)]
+    examples.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    trained = call_proa(
+        "train", "qst", *model, "--on", str(out), "--data", str(examples), "--output", str(healed),
+        "--reduction", "4", "--steps", "2", "--threads", "1",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert read_config(healed).chain == (digest(out),)
+    both = call_proa(*prompt, "--variant", f"thin={out}", "--adapter", f"healed={healed}")
+    assert both.returncode == 0, both.stderr
+
 
 def test_pruned_variant_is_compressed_and_nothing_is_pruned_after(
     words: list[str], call_proa, tmp_path: Path, tiny_llama_folder: Path, data: Path, cache: Path
@@ -115,13 +129,13 @@ def test_pruned_variant_is_compressed_and_nothing_is_pruned_after(
     ("changes", "status", "message"),
     [
         (["--remove", "1.5"], 2, r"--remove must be a share between 0 and 1, got 1.5"),
-        (["--remove", "0.99"], 2, r"--remove: the least that can be kept is \d+ parameters"),
+        (["--remove", "0.99"], 2, r"--remove: must be at most 0\.\d+ with ranks in steps of 4"),
         (["--form", "int3"], 2, "--form: invalid choice: 'int3'"),
         (["--rank-step", "0"], 2, "--rank-step must be a whole number of at least 1, got 0"),
         (["--calibration", "none"], 2, "--compensate must be off with calibration 'none'"),
         (["--length", "20000"], 2, "--length: 20000 is more than the model's 16384 tokens"),
         (["--sequences", "1000"], 2, r"text.txt has 2320 tokens; --sequences 1000 .* take 32032"),
-        (["--data", "none.txt"], 2, "--data: none.txt is not a file"),
+        (["--data", "none.txt"], 2, "--data: none.txt is no file and no folder"),
         (["--on", "nowhere"], 2, "--on: nowhere: no adapter"),
         (["--output", "pyproject.toml"], 1, "pyproject.toml is a file; name a folder"),
     ],
