@@ -274,7 +274,7 @@ class Bench:
         digests = {name: variant for name, _, variant in found}
         if self.figures.has(stage, "models", digests):
             return
-        figures = self.module("disp_speed", "--rounds", rounds, *words)
+        figures = self.module("variant_speed", "--rounds", rounds, *words)
         self.figures.keep(stage, "models", digests, figures)
 
     def test_settings(self) -> dict[str, Any]:

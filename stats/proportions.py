@@ -36,3 +36,28 @@ def wilson_interval(
     half = z / scale * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
     # At a rate of 0 or 1 an end is that rate, which rounding would miss.
     return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Return how likely so uneven a split of disagreements is if both are equally good.
+
+    Two answer the same questions; those that both or neither get right say nothing of which is
+    better. The test is exact, from the binomial distribution, and two-sided.
+
+    Args:
+        only_first, only_second: questions that only one of them gets right.
+
+    Returns:
+        From 0 to 1; 1 without a disagreement.
+
+    Raises:
+        ValueError: a count is negative.
+
+    Source: McNemar, Note on the sampling error of the difference between correlated proportions or
+    percentages (1947).
+    """
+    if min(only_first, only_second) < 0:
+        raise ValueError(f"counts must not be negative, got {only_first} and {only_second}")
+    count = only_first + only_second
+    tail = sum(math.comb(count, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**count)

@@ -113,10 +113,10 @@ def test_search_goes_on_in_the_folder_that_is_there(
 def test_speed_is_measured_of_the_variants_that_there_are(options: Namespace) -> None:
     bench = ScriptedBench(options)
     bench.speed("size", rounds=0)
-    assert bench.calls.pop() == ("disp_speed", ("--rounds", 0))
+    assert bench.calls.pop() == ("variant_speed", ("--rounds", 0))
     folder = options.work / "disp" / "remove-20"
     found = write_variant(folder)
     bench.speed("decode", rounds=3)
     words = ("--rounds", 3, "--variant", f"disp-20={folder}")
-    assert bench.calls == [("disp_speed", words)]
+    assert bench.calls == [("variant_speed", words)]
     assert bench.figures.items("decode")["models"]["variant"] == {"disp-20": found}

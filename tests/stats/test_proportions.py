@@ -1,11 +1,11 @@
-"""The Wilson interval against published values and a search."""
+"""The Wilson interval against published values and a search; McNemar by hand."""
 
 import math
 from statistics import NormalDist
 
 import pytest
 
-from stats.proportions import wilson_interval
+from stats.proportions import mcnemar_p, wilson_interval
 
 # Newcombe, Two-sided confidence intervals for the single proportion (1998), table I, method 3.
 PUBLISHED = [
@@ -54,3 +54,16 @@ def test_impossible_counts_are_refused(successes: float, trials: int, match: str
 def test_impossible_confidence_is_refused(confidence: float) -> None:
     with pytest.raises(ValueError, match="confidence must be between 0 and 1"):
         wilson_interval(1, 2, confidence=confidence)
+
+
+def test_mcnemar_is_the_binomial_of_disagreements() -> None:
+    assert mcnemar_p(0, 0) == 1
+    assert mcnemar_p(5, 5) == 1
+    assert mcnemar_p(0, 6) == mcnemar_p(6, 0) == pytest.approx(2 / 64)
+    assert mcnemar_p(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert mcnemar_p(900, 1100) == pytest.approx(8.5e-6, rel=0.05)
+
+
+def test_mcnemar_refuses_negative_counts() -> None:
+    with pytest.raises(ValueError, match="must not be negative, got -1 and 3"):
+        mcnemar_p(-1, 3)

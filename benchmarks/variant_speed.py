@@ -1,15 +1,18 @@
-"""Size and speed of pruned variants beside their base, all in one process, in turn.
+"""Size and speed of variants beside their base, all in one process, in turn.
 
-    python -m benchmarks.disp_speed --variant small=./small --variant smaller=./smaller
+    python -m benchmarks.variant_speed --variant small=./small --variant thin=./thin --eight-bits
 
-Each model runs in an engine as the server does, one stream at a time; variants share what they have
-in common with the base, as they do when they are served. Prints one JSON object.
+With `--eight-bits` the base with all of its layers in 8 bits is one more model, for variants whose
+factors are in 8 bits. Each model runs in an engine as the server does, one stream at a time;
+variants share what they have in common with the base, as they do when they are served. Prints one
+JSON object.
 """
 
 import argparse
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +30,8 @@ from benchmarks.report import say  # noqa: E402
 from decoding import Sampler  # noqa: E402
 from models.checkpoints import Checkpoint  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
+from models.q8_0 import quantize_q8_0  # noqa: E402
+from models.weights import Weight, dense  # noqa: E402
 from serve.backends.native import NativeBackend  # noqa: E402
 from serve.base_model import load_base, load_tokenizer, load_variant  # noqa: E402
 from serve.bench.engine import EngineStreams  # noqa: E402
@@ -37,6 +42,7 @@ from stats.summary import median_ratio  # noqa: E402
 from stats.timings import decode_rate, prefill_rate  # noqa: E402
 
 BASE = "base"
+EIGHT_BITS = "base-8-bits"
 _BLOCK_TOKENS = 16
 
 
@@ -44,6 +50,19 @@ def own_bytes(checkpoint: Checkpoint, base: Checkpoint) -> int:
     """Return the bytes of a variant's weights that are not the base's own tensors."""
     own = (w for name, w in checkpoint.weights.items() if w is not base.weights.get(name))
     return sum(weight_bytes(weight) for weight in own)
+
+
+def in_eight_bits(base: Checkpoint) -> Checkpoint:
+    """Return a base whose layers are rounded to 8 bits."""
+    weights = {
+        name: quantize_q8_0(dense(weight)) if _is_matrix(name, weight) else weight
+        for name, weight in base.weights.items()
+    }
+    return replace(base, weights=weights)
+
+
+def _is_matrix(name: str, weight: Weight) -> bool:
+    return name.startswith("layers.") and len(weight.shape) == 2
 
 
 async def measure_speed(
@@ -108,6 +127,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "folder_bytes": sum(path.stat().st_size for path in folder.glob("adapter_*")),
         }
     decoders = {BASE: Decoder(base.spec, base.weights)} if options.rounds else {}
+    if options.eight_bits:
+        variants[EIGHT_BITS] = in_eight_bits(base)
     for name, pruned in variants.items():
         found.setdefault(name, {})["own_bytes"] = own_bytes(pruned, base)
         if options.rounds:
@@ -128,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument("--variant", metavar="NAME=DIR", action="append", default=[])
+    parser.add_argument("--eight-bits", action="store_true", help="the base in 8 bits too")
     parser.add_argument("--rounds", type=int, default=9, help="0: sizes only")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=64)

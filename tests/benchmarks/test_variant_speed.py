@@ -5,7 +5,7 @@ from pathlib import Path
 
 from adapters.disp.variant import save_disp
 from benchmarks.disp_baselines import random_selections
-from benchmarks.disp_speed import measure
+from benchmarks.variant_speed import measure
 from models.checkpoints import load_checkpoint
 
 WIDTHS = [[16, 8, 32, 48, 16], [32, 16, 8, 24, 1]]
