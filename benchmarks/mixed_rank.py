@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.format import digest
+from adapters.mixed_rank.ranks import list_options, lower_bound, plan_ranks, plan_uniform
 from benchmarks.disp import Figures, describe_text
 from benchmarks.report import PROA, RESULTS, ROOT, BenchmarkFailed, run_command, say, warn_if_busy
 
@@ -93,9 +94,11 @@ class Bench:
             folder.resolve(), *words,
         ])  # fmt: skip
         report = json.loads((folder / "report.json").read_text())
-        ranks = {group: facts["rank"] for group, facts in report.pop("groups").items()}
+        groups = report.pop("groups")
+        ranks = {group: facts["rank"] for group, facts in groups.items()}
         size = sum(path.stat().st_size for path in folder.glob("adapter_*"))
-        return {**report, **spent, "ranks": ranks, "folder_bytes": size}
+        plans = plan_again(groups, report["options"])
+        return {**report, **spent, "ranks": ranks, "plans": plans, "folder_bytes": size}
 
     def perplexity(self, *words: object) -> dict[str, Any]:
         """Compute the perplexity of what the words name, as it is served."""
@@ -159,6 +162,23 @@ class Bench:
         ])  # fmt: skip
         records = [json.loads(line) for line in output.read_text().splitlines()]
         return {"is_right": "".join(str(int(r["label"] == r["predicted"])) for r in records)}
+
+
+def plan_again(groups: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
+    """Plan ranks for measured matrices once more; return summed errors, the bound and the time."""
+    layers = [
+        list_options(facts["errors"], facts["outputs"], facts["inputs"], step=options["rank_step"])
+        for facts in groups.values()
+    ]
+    budget = int(sum(each[-1].cost for each in layers) * (1 - options["remove"]))
+    start_s = time.monotonic()
+    plan = plan_ranks(layers, budget)
+    seconds = time.monotonic() - start_s
+    return {
+        "mixed": sum(option.error for option in plan), "seconds": seconds,
+        "uniform": sum(option.error for option in plan_uniform(layers, budget) or ()),
+        "lower_bound": lower_bound(layers, budget),
+    }  # fmt: skip
 
 
 def run_module(name: str, *words: object) -> dict[str, Any]:

@@ -103,6 +103,15 @@ def goals(report: Report) -> list[list[str]]:
             f"8 bits cost at {ratio} %, perplexity", number(cost, ".2%"), "<= 1 %",
             None if cost is None else cost <= 0.01,
         ))  # fmt: skip
+        plans = report.item("text", f"mixed-{ratio}-float16").get("plans")
+        rows.append(goal(
+            f"summed error of the plan at {ratio} %, by the linear program's bound",
+            MISSING if plans is None else f"{plans['mixed'] / plans['lower_bound']:.3f} (one share "
+            f"for all {plans['uniform'] / plans['lower_bound']:.2f}), {plans['seconds']:.1f} s",
+            "<= 1.12, never above one share for all, < 10 s",
+            None if plans is None else plans["mixed"] <= 1.12 * plans["lower_bound"]
+            and plans["mixed"] <= plans["uniform"] and plans["seconds"] < 10,
+        ))  # fmt: skip
     for name, against in (("int8", EIGHT_BITS), ("int4", BASE)):
         ratio = speed_ratio(report, f"compensated-40-{name}", against)
         title = "the model in 8 bits" if against == EIGHT_BITS else "the base"

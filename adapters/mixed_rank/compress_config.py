@@ -9,6 +9,8 @@ Form: TypeAlias = Literal["float16", "int8", "int4"]
 Plan: TypeAlias = Literal["mixed", "uniform"]
 Calibration: TypeAlias = Literal["exact", "representative", "none"]
 
+GROUP = 32
+"""Inputs that share a scale in 8 and 4 bits: ranks and widths of rounded factors are multiples."""
 CHOICES: dict[str, tuple[str, ...]] = {
     "form": ("float16", "int8", "int4"), "plan": ("mixed", "uniform"),
     "calibration": ("exact", "representative", "none"),
@@ -70,6 +72,11 @@ class CompressConfig:
 
     def __post_init__(self) -> None:
         check_options(self, _LIMITS, _FLOATS, CHOICES)
+        if self.form != "float16" and self.rank_step % GROUP:
+            raise ValueError(
+                f"rank_step must be a multiple of {GROUP} with form {self.form!r}, got "
+                f"{self.rank_step}"
+            )
         if self.compensate and self.calibration != "exact":
             raise ValueError(
                 f"compensate must be off with calibration {self.calibration!r}: drifted inputs are "

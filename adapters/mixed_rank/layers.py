@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.mixed_rank.compress_config import CompressConfig
+from adapters.mixed_rank.compress_config import GROUP, CompressConfig
 from adapters.mixed_rank.factors import compensate_at, fit
 from adapters.mixed_rank.moments import (
     Moments,
@@ -172,6 +172,11 @@ class CompressJob(ABC):
     def _measure(self, layer: int) -> dict[str, dict[str, Any]]:
         config, found = self.config, {}
         for linear in self.measured(layer):
+            if config.form != "float16" and linear.weight.shape[1] % GROUP:
+                raise TrainingError(
+                    f"{linear.name}: its {linear.weight.shape[1]} inputs are no multiple of "
+                    f"{GROUP}, as {config.form} factors need; float16 ones can be had"
+                )
             factors = fit(linear.weight, _moments(linear, config), config.calibration)
             found[linear.name] = {
                 "layer": layer, "kind": linear.kind,

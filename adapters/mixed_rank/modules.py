@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.mixed_rank.quantize import GROUP
+from adapters.mixed_rank.compress_config import GROUP
 from models.weights import BLOCK_FORMATS, Matrix, QuantizedBlocks, dense
 
 

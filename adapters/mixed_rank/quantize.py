@@ -9,14 +9,12 @@ from adapters.mixed_rank.factors import refit_left
 from adapters.mixed_rank.moments import Moments
 from models.q4_1 import quantize_q4_1
 from models.q8_0 import quantize_q8_0
-from models.weights import BLOCK_FORMATS, Matrix, dense
+from models.weights import Matrix, dense
 
 KINDS: Mapping[Form, tuple[str | None, str | None]] = {
     "float16": (None, None), "int8": ("Q8_0", "Q8_0"), "int4": ("Q8_0", "Q4_1"),
 }  # fmt: skip
 """Block formats that the left factors and the right one are stored in; None: in float16."""
-GROUP = BLOCK_FORMATS["Q8_0"][0]
-"""Inputs that share a scale: ranks and widths of quantised factors are multiples of it."""
 
 
 def quantize_factors(

@@ -119,7 +119,12 @@ def plan_groups(
     ]
     total = sum(options[-1].cost for options in layers)
     budget = int(total * (1 - remove))
-    least = sum(options[0].cost for options in layers)
+    cheapest = [options[0] for options in layers]
+    if is_uniform:  # the least share that every matrix can be kept at
+        shares = [options[0].cost / options[-1].cost for options in layers if len(options) > 1]
+        share = max(shares, default=1.0)
+        cheapest = [_within(options, share) or options[0] for options in layers]
+    least = sum(option.cost for option in cheapest)
     chosen = None
     if least <= budget:
         chosen = plan_uniform(layers, budget) if is_uniform else plan_ranks(layers, budget)
@@ -143,18 +148,22 @@ def plan_uniform(layers: Sequence[Sequence[Option]], budget: int) -> list[Option
     """
 
     def plan(share: float) -> list[Option] | None:
-        chosen = []
-        for options in layers:
-            most = share * options[-1].cost
-            index = bisect_right([option.cost for option in options], most) - 1
-            if index < 0:
-                return None
-            chosen.append(options[index])
-        return chosen if sum(option.cost for option in chosen) <= budget else None
+        found = [_within(options, share) for options in layers]
+        chosen = [option for option in found if option is not None]
+        is_met = len(chosen) == len(found) and sum(option.cost for option in chosen) <= budget
+        return chosen if is_met else None
 
     shares = {option.cost / options[-1].cost for options in layers for option in options}
     plans = (plan(share) for share in sorted(shares, reverse=True))
     return next((found for found in plans if found is not None), None)
+
+
+def _within(options: Sequence[Option], share: float) -> Option | None:
+    """Return the dearest option of no more than a share; a matrix without factors stays whole."""
+    if len(options) == 1:
+        return options[0]
+    index = bisect_right([option.cost for option in options], share * options[-1].cost) - 1
+    return None if index < 0 else options[index]
 
 
 def lower_bound(layers: Sequence[Sequence[Option]], budget: int) -> float:

@@ -19,8 +19,8 @@ from adapters.format import (
     shortened,
     write_adapter,
 )
-from adapters.mixed_rank.compress_config import CHOICES, Calibration, Form, Plan
-from adapters.mixed_rank.quantize import GROUP, KINDS
+from adapters.mixed_rank.compress_config import CHOICES, GROUP, Calibration, Form, Plan
+from adapters.mixed_rank.quantize import KINDS
 from adapters.mixed_rank.ranks import break_even
 from models.checkpoints.derived import Derivation
 from models.spec import DecoderSpec, canonical_weights

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adapters.format import shortened
+from adapters.mixed_rank.compress_config import GROUP
 from adapters.mixed_rank.modules import LowRankLinear, factor_linears
-from adapters.mixed_rank.quantize import GROUP
 from adapters.mixed_rank.ranks import break_even
 
 __all__ = ["VisionConfig", "VisionError", "VisionModel", "load_vision", "open_vision"]

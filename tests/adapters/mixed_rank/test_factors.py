@@ -52,7 +52,7 @@ def test_measured_error_is_the_energy_left_out(m: int, n: int) -> None:
         left, right = found.at(rank)
         measured = (rows @ (weight - left @ right).T).square().sum()
         expected = found.energies[rank:].sum()
-        torch.testing.assert_close(measured, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(measured, expected, rtol=1e-6, atol=0)
         torch.testing.assert_close(found.errors[rank], expected / found.energy, rtol=1e-9, atol=0)
 
 

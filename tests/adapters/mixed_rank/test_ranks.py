@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from adapters.mixed_rank.ranks import (
     list_options,
     lower_bound,
     lower_hull,
+    plan_groups,
     plan_ranks,
     plan_uniform,
 )
@@ -137,3 +139,22 @@ def test_budget_below_the_least_is_refused_with_the_least() -> None:
     with pytest.raises(BudgetError, match=re.escape(f"{least} parameters, asked for {least - 1}")):
         plan_ranks(layers, least - 1)
     assert cost_of(plan_ranks(layers, least)) == least
+
+
+@pytest.mark.parametrize("is_uniform", [True, False])
+def test_most_that_can_be_removed_is_told_and_can_be(is_uniform: bool) -> None:
+    errors = [1 - i / 12 for i in range(13)]
+    groups = {
+        name: {"outputs": outputs, "inputs": 96, "errors": errors}
+        for name, outputs in (("a", 96), ("b", 288), ("c", 40))
+    }
+
+    def plan(remove: float) -> dict[str, dict[str, Any]]:
+        return plan_groups(groups, step=8, remove=remove, is_uniform=is_uniform)
+
+    with pytest.raises(BudgetError, match=r"must be at most 0\.\d+ with ranks") as caught:
+        plan(0.99)
+    most = float(str(caught.value).split()[4])
+    assert plan(most)
+    with pytest.raises(BudgetError):
+        plan(most + 0.001)
