@@ -212,8 +212,9 @@ def goals(report: Report) -> list[str]:
              verdict(None if ratio_found is None else ratio_found >= goal)]
         )  # fmt: skip
     share, steps = recovered(report, "disp-20", "heal-long"), heal_steps(report, "heal-long")
+    healing = "a long healing" if share is None else f"healing of {steps} steps"
     rows.append(
-        [f"perplexity lost at 20 % that healing of {steps} steps gives back", percent(share, 0),
+        [f"perplexity lost at 20 % that {healing} gives back", percent(share, 0),
          f">= {HEALING_GOAL:.0%}", verdict(None if share is None else share >= HEALING_GOAL)]
     )  # fmt: skip
     what, seconds = search_seconds(report)
@@ -277,14 +278,16 @@ def healing_lines(report: Report) -> list[str]:
     ]
     lines += table(["linears removed", *(f"{ratio} %" for ratio in RATIOS)], rows)
     before, after = report.perplexity("disp-20"), report.perplexity("disp-20", "heal-long")
-    return [
-        *lines,
-        "",
-        f"That is after {heal_steps(report, 'heal')} steps each. "
-        f"{heal_steps(report, 'heal-long')} steps take DISP-LLM at 20 % from {number(before)} to "
-        f"{number(after)}, which gives back "
-        f"{percent(recovered(report, 'disp-20', 'heal-long'), 0)}.",
-    ]
+    told = f"That is after {heal_steps(report, 'heal')} steps each. "
+    if after is None:
+        told += "A longer training was not measured."
+    else:
+        told += (
+            f"{heal_steps(report, 'heal-long')} steps take DISP-LLM at 20 % from {number(before)} "
+            f"to {number(after)}, which gives back "
+            f"{percent(recovered(report, 'disp-20', 'heal-long'), 0)}."
+        )
+    return [*lines, "", told]
 
 
 def heal_steps(report: Report, stage: str) -> str:

@@ -20,6 +20,7 @@ from models.decoder import Decoder
 from models.program import build_program
 from models.weights import LowRank, count_linear_parameters, dense
 from tests.adapters.fitted_base import LENGTH, fitted_checkpoint, make_text
+from tests.models.kernels.random_decoders import KINDS, make_decoder_parts
 
 CONFIG = CompressConfig(
     remove=0.3, form="float16", rank_step=8, sequences=24, length=LENGTH, eval_sequences=8,
@@ -140,6 +141,33 @@ def test_more_than_can_be_removed_is_refused_with_the_most(
         BudgetError, match=r"must be at most 0\.\d+ with ranks in steps of 8, got 0\.99: \d+ of"
     ):
         run(base, tmp_path, replace(CONFIG, remove=0.99))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_pruned", [False, True])
+def test_every_family_is_compressed_and_keeps_its_biases(
+    kind: str, is_pruned: bool, tmp_path: Path
+) -> None:
+    spec, weights = make_decoder_parts(kind, is_pruned=is_pruned)
+    base = Checkpoint(
+        spec=spec, weights=weights, folder=Path(), weights_folder=Path(), name="random",
+        quantization="none",
+    )  # fmt: skip
+    config = replace(CONFIG, remove=0.15, steps=2, sequences=6, eval_sequences=2)
+    result = run(base, tmp_path, config)
+    assert result.remove_linears >= 0.15
+    stored = read_adapter(tmp_path)
+    assert not [name for name in stored.tensors if "bias" in name]
+    derived = {**weights, **derive_mixed_rank(stored, host_of(base)).brought}
+    whole = {name: dense(weight) for name, weight in derived.items()}
+    programs = [
+        build_program(spec, each, dense(weights.get("head.weight", weights["embed.weight"])))
+        for each in (derived, whole)
+    ]
+    text = make_text()[-2 * (LENGTH + 1) :].view(2, -1)
+    losses = [mean_loss(program, text) for program in programs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert result.loss == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_text_that_is_too_short_is_refused(base: Checkpoint, tmp_path: Path) -> None:
