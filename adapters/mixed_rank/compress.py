@@ -33,8 +33,8 @@ from models.program import LinearOp, Program, build_program
 from models.pruning import count_fixed
 from models.weights import LowRank, Matrix, QuantizedBlocks, Weight, dense
 
-_PLANNED_ON = 32
-"""Texts that ranks are planned on, or a quarter of all if that is more: shares of lost outputs need
+_PLANNED_ON = 16
+"""Texts that ranks are planned on, or an eighth of all if that is more: shares of lost outputs need
 fewer than factors do, and each costs a walk through the decoder."""
 
 
@@ -155,7 +155,7 @@ class _DecoderJob(CompressJob):
 
     def measured(self, layer: int) -> Iterator[Linear]:
         """Walk a layer of the decoder as it was."""
-        texts = self._texts[: max(_PLANNED_ON, len(self._texts) // 4)]
+        texts = self._texts[: max(_PLANNED_ON, len(self._texts) // 8)]
         self._walk = Walk(self._program, texts, has_drift=False, streams=self._streams)
         yield from self._linears(layer)
         self._streams = self._walk.streams, self._walk.streams
