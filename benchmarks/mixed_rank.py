@@ -66,11 +66,11 @@ class Bench:
             self.figures.keep("text", "base", None, self.perplexity())
         for ratio in RATIOS:
             for form in options.forms.split(","):
-                for arm, words in ARMS.items():
+                for arm in options.arms.split(","):
                     item = f"{arm}-{ratio}-{form}"
                     if item in self.figures.items("text"):
                         continue
-                    given = [*words, "--remove", ratio / 100, "--form", form]
+                    given = [*ARMS[arm], "--remove", ratio / 100, "--form", form]
                     facts = self.compress(item, [*given, *shlex.split(options.compress_options)])
                     facts |= self.perplexity("--variant", options.work / item)
                     self.figures.keep("text", item, digest(options.work / item), facts)
@@ -129,14 +129,15 @@ class Bench:
         tuning = options.vit / "finetuning.json"
         settings = {
             "compress": options.vision_options, "test": count_images(options.test_images),
+            "limit": options.images,
             "tuning": json.loads(tuning.read_text()) if tuning.exists() else None,
         }  # fmt: skip
         self.figures.begin("images", settings)
         if "base" not in self.figures.items("images"):
             self.figures.keep("images", "base", None, self.test(options.vit))
         for ratio in VISION_RATIOS:
-            for form in VISION_FORMS:
-                for arm, words in ARMS.items():
+            for form in (form for form in VISION_FORMS if form in options.forms.split(",")):
+                for arm in options.arms.split(","):
                     item = f"{arm}-{ratio}-{form}"
                     if item in self.figures.items("images"):
                         continue
@@ -145,7 +146,8 @@ class Bench:
                     spent = run_measured([
                         *PROA, "compress", "--model", options.vit.resolve(), "--data",
                         options.train_images.resolve(), "--output", folder.resolve(), "--remove",
-                        ratio / 100, "--form", form, *words, *shlex.split(options.vision_options),
+                        ratio / 100, "--form", form, *ARMS[arm],
+                        *shlex.split(options.vision_options),
                     ])  # fmt: skip
                     report = json.loads((folder / "report.json").read_text())
                     report["ranks"] = {g: f["rank"] for g, f in report.pop("groups").items()}
@@ -159,6 +161,7 @@ class Bench:
         run_command([
             *PROA, "eval", "images", "--model", folder.resolve(), "--data",
             self.options.test_images.resolve(), "--output", output.resolve(),
+            *(["--limit", self.options.images] if self.options.images else []),
         ])  # fmt: skip
         records = [json.loads(line) for line in output.read_text().splitlines()]
         return {"is_right": "".join(str(int(r["label"] == r["predicted"])) for r in records)}
@@ -221,12 +224,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS_FILE)
     parser.add_argument("--stages", default="text,full,decode,images")
     parser.add_argument("--again", default="", help="stages to do anew")
+    parser.add_argument("--arms", default=",".join(ARMS), help="[default: %(default)s]")
     parser.add_argument("--forms", default=",".join(FORMS), help="[default: %(default)s]")
     parser.add_argument(
         "--compress-options", default="--sequences 32",
         help="more options of `proa compress` for text [default: %(default)s]",
     )  # fmt: skip
     parser.add_argument("--vision-options", default="", help="more options of it for images")
+    parser.add_argument("--images", type=int, help="most to test on [default: all]")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a test window")
     parser.add_argument("--windows", type=int, default=8, help="test windows")
     parser.add_argument("--rounds", type=int, default=21, help="of the speed measurement")

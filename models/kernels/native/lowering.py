@@ -1,8 +1,9 @@
 """Turn a program's operations into the structures that the native kernels read."""
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from operator import itemgetter
 
 import torch
@@ -47,7 +48,7 @@ class Lowering:
         self._library = library
         self._place = place
         self._buffers = {name: i for i, name in enumerate(widths)}
-        self._attended: set[str] = set()  # buffers that attention reads or writes
+        self._precise: set[int] = set()  # ids of linears
         self._keep: list[object] = []
         # By id of what operations hold, so good for as long as those live.
         self._tensors: dict[int, Tensor] = {}
@@ -58,8 +59,7 @@ class Lowering:
         """Lower operations; a linear whose pieces differ in their input format becomes several."""
         lowered: list[NativeOp] = []
         ops = tuple(ops)
-        attentions = [op for op in ops if isinstance(op, AttentionOp)]
-        self._attended = {name for op in attentions for name in (op.src, op.dst)}
+        self._precise = _find_precise(ops)
         for op in ops:
             if isinstance(op, EmbedOp):
                 lowered.append(self._lower_embed(op))
@@ -144,14 +144,8 @@ class Lowering:
     def _lower_linear(self, op: LinearOp) -> list[NativeOp]:
         """Make one native operation for each input format among the pieces."""
         by_inputs: dict[tuple[int, int], list[Piece]] = {}
-        # Measured: 8-bit activations cost perplexity, except where the MLP begins.
-        is_precise = (
-            op.selects_rows
-            or isinstance(op.prologue, Activate)
-            or not self._attended.isdisjoint((op.src, op.dst))
-        )
         for piece in op.pieces:
-            inputs = kernel_inputs(piece.weight, is_precise=is_precise)
+            inputs = kernel_inputs(piece.weight, is_precise=id(op) in self._precise)
             by_inputs.setdefault(inputs, []).append(piece)
         ordered = sorted(by_inputs.items(), key=itemgetter(0))
         return [self._lower_pieces(op, inputs, pieces) for inputs, pieces in ordered]
@@ -214,3 +208,28 @@ class Lowering:
             eps=op.eps,
             scale=op.scale,
         )
+
+
+def _find_precise(ops: Sequence[Op]) -> set[int]:
+    """Return the ids of linears that 8-bit activations would cost quality.
+
+    Measured: they cost perplexity, except where the MLP begins. Two factors are one linear.
+    """
+    attentions = [op for op in ops if isinstance(op, AttentionOp)]
+    attended = {name for op in attentions for name in (op.src, op.dst)}
+    found = {
+        id(op)
+        for op in ops
+        if isinstance(op, LinearOp)
+        and (
+            op.selects_rows
+            or isinstance(op.prologue, Activate)
+            or not attended.isdisjoint((op.src, op.dst))
+        )
+    }
+    for right, left in pairwise(ops):
+        is_pair = isinstance(right, LinearOp) and isinstance(left, LinearOp) and (
+            left.src == right.dst and left.prologue is None)  # fmt: skip
+        if is_pair and not found.isdisjoint((id(right), id(left))):
+            found |= {id(right), id(left)}
+    return found
