@@ -68,8 +68,8 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def number(value: float | None, form: str = ".2f") -> str:
-    """Write a figure, or that there is none."""
-    return MISSING if value is None else format(value, form)
+    """Write a figure, or that there is none; without digits that say nothing."""
+    return MISSING if value is None else format(value, form if abs(value) < 1000 else ",.0f")
 
 
 def top_1(right: str) -> str:

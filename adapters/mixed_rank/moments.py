@@ -60,6 +60,15 @@ class _ProductSum:
                 self._part[start:end, start:].addmm_(a[:, start:end].T, b[:, start:])
         else:
             self._part.addmm_(a.T, b)
+        self._end_add()
+
+    def add_product(self, product: Tensor) -> None:
+        if self._part is None:
+            self._part = torch.zeros(self._shape, dtype=product.dtype)
+        self._part += product
+        self._end_add()
+
+    def _end_add(self) -> None:
         self._count += 1
         if self._count % _FLUSH_EVERY == 0:
             self._flush()
@@ -110,21 +119,24 @@ class MomentSum:
         Raises:
             MomentsError: a value is no finite number.
         """
-        outputs = rows
         if self._gram is None:
-            outputs = rows @ self._weight.T.to(rows.dtype)
+            outputs, square = rows @ self._weight.T.to(rows.dtype), None
             energy = float(outputs.square().sum(dtype=torch.float64))
         else:
-            energy = float(((rows.T @ rows) * self._gram).sum())
+            outputs, square = rows, rows.T @ rows
+            energy = float((square * self._gram).sum())
         share = 1 / energy if self._is_normalised and energy > 0 else 1.0
         seen = rows if drifted is None else drifted
-        scaled = seen * share
-        if not energy < float("inf") or not scaled.sum().isfinite():
+        if not energy < float("inf") or not seen.sum().isfinite():
             raise MomentsError(f"{self._name}: an input is not a finite number")
-        self._covariance.add(seen, scaled)
-        if drifted is not None:
-            self._cross.add(scaled, outputs)
-            self._is_drifted = True
+        if drifted is None and square is not None:
+            self._covariance.add_product(share * square)
+        else:
+            scaled = seen * share
+            self._covariance.add(seen, scaled)
+            if drifted is not None:
+                self._cross.add(scaled, outputs)
+                self._is_drifted = True
         self._energy += share * energy
         self._num_rows += len(rows)
 
