@@ -31,7 +31,7 @@ from decoding import Sampler  # noqa: E402
 from models.checkpoints import Checkpoint  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
 from models.q8_0 import quantize_q8_0  # noqa: E402
-from models.weights import Weight, dense  # noqa: E402
+from models.weights import Weight, dense, iterate_matrices  # noqa: E402
 from serve.backends.native import NativeBackend  # noqa: E402
 from serve.base_model import load_base, load_tokenizer, load_variant  # noqa: E402
 from serve.bench.engine import EngineStreams  # noqa: E402
@@ -49,7 +49,7 @@ _BLOCK_TOKENS = 16
 def own_bytes(checkpoint: Checkpoint, base: Checkpoint) -> int:
     """Return the bytes of a variant's weights that are not the base's own tensors."""
     own = (w for name, w in checkpoint.weights.items() if w is not base.weights.get(name))
-    return sum(weight_bytes(weight) for weight in own)
+    return sum(weight_bytes(matrix) for matrix in iterate_matrices(own))
 
 
 def in_eight_bits(base: Checkpoint) -> Checkpoint:

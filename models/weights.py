@@ -1,7 +1,7 @@
 """What a linear's weight can be: dense, 4-bit, 8-bit, as a GGUF file packs it, or low-rank."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -174,17 +174,23 @@ def count_linear_parameters(weights: Mapping[str, Weight]) -> int:
     Args:
         weights: by canonical name.
     """
-
-    def count(weight: Weight) -> int:
-        if isinstance(weight, LowRank):
-            return count(weight.left) + count(weight.right)
-        return math.prod(weight.shape)
-
-    return sum(
-        count(weight)
+    linears = (
+        weight
         for name, weight in weights.items()
         if name.startswith("layers.") and len(weight.shape) == 2
     )
+    return sum(math.prod(matrix.shape) for matrix in iterate_matrices(linears))
+
+
+def iterate_matrices(weights: Iterable[Weight]) -> Iterator[Matrix]:
+    """Yield matrices, those of products too; what several products share comes once."""
+    seen: set[int] = set()
+    for weight in weights:
+        parts = (weight.left, weight.right) if isinstance(weight, LowRank) else (weight,)
+        for matrix in parts:
+            if id(matrix) not in seen:
+                seen.add(id(matrix))
+                yield matrix
 
 
 def code_group(in_features: int) -> int:

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.weights import LowRank, Quantized4Bit, Quantized8Bit, QuantizedBlocks, Weight
+from models.weights import (
+    LowRank,
+    Quantized4Bit,
+    Quantized8Bit,
+    QuantizedBlocks,
+    Weight,
+    iterate_matrices,
+)
 
 _PROCESS = Path("/proc/self")
 
@@ -86,7 +93,7 @@ def measure(
     size = sum(parameter.nbytes for parameter in parameters)
     peak, above = memory.read()
     return MemoryBreakdown(
-        base_weights=sum(weight_bytes(weight) for weight in weights),
+        base_weights=sum(map(weight_bytes, iterate_matrices(weights))),
         side_network=2 * size,
         optimizer=state,
         activations=-1 if above < 0 else max(0, above - size - state),

@@ -66,6 +66,7 @@ def test_variant_is_as_small_and_as_good_as_it_says(base: Checkpoint, tmp_path: 
         if n.startswith("layers.") and w.dim() == 2 and n not in brought
     )
     parameters = kept + lefts + sum(r * c for r, c in rights.values())
+    assert count_linear_parameters({**base.weights, **brought}) == parameters
     assert result.remove_linears == pytest.approx(1 - parameters / whole)
     assert 0.3 <= result.remove_linears < 0.36
     assert result.loss == pytest.approx(loss_of(base, tmp_path), rel=1e-5)
