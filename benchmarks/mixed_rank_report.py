@@ -208,7 +208,7 @@ def speed_lines(report: Report) -> list[str]:
         arm, _, rest = name.partition("-")
         ratio, _, form = rest.partition("-")
         title = titles.get(name) or f"{ratio} % removed, {FORM_TITLES[form]}"
-        layers = found.get("layer_bytes", found.get("own_bytes"))
+        layers = found.get("layer_bytes")
         rows.append([
             title, number(layers and layers / 1e6, ".1f"),
             number(report.perplexity(name if arm in ARMS else name.removesuffix("-8-bits"))
@@ -228,9 +228,9 @@ def disp_points() -> list[tuple[str, float, float]]:
     sizes = stages.get("size", {}).get("items", {}).get("models", {}).get("models", {})
     found = stages.get("perplexity", {}).get("items", {})
     return [
-        (name, sizes[name]["own_bytes"] / 1e6, found[name]["perplexity"])
+        (name, sizes[name]["layer_bytes"] / 1e6, found[name]["perplexity"])
         for name in found
-        if name.startswith("disp-") and "own_bytes" in sizes.get(name, {})
+        if name.startswith("disp-") and "layer_bytes" in sizes.get(name, {})
     ]
 
 
@@ -238,13 +238,13 @@ def size_lines(report: Report) -> list[str]:
     """Lay out what each way has for its bytes, smallest first."""
     points = [(f"DISP-LLM, {name[5:]} % removed", *rest) for name, *rest in disp_points()]
     for name, found in report.speeds().items():
-        own = found.get("own_bytes", found.get("layer_bytes"))
+        size = found.get("layer_bytes")
         perplexity = report.perplexity(name)
-        if own is not None and perplexity is not None:
+        if size is not None and perplexity is not None:
             _, _, rest = name.partition("-")
             ratio, _, form = rest.partition("-")
             title = "base" if name == BASE else f"mixed rank, {ratio} %, {FORM_TITLES[form]}"
-            points.append((title, own / 1e6, perplexity))
+            points.append((title, size / 1e6, perplexity))
     rows = [[n, f"{size:.1f}", f"{p:.2f}"] for n, size, p in sorted(points, key=lambda x: x[1])]
     return table(["", "bytes of its layers, MB", "perplexity"], rows) if rows else [MISSING]
 

@@ -52,6 +52,12 @@ def own_bytes(checkpoint: Checkpoint, base: Checkpoint) -> int:
     return sum(weight_bytes(matrix) for matrix in iterate_matrices(own))
 
 
+def layer_bytes(checkpoint: Checkpoint) -> int:
+    """Return the bytes of the weights of a model's layers."""
+    layers = (w for name, w in checkpoint.weights.items() if name.startswith("layers."))
+    return sum(map(weight_bytes, iterate_matrices(layers)))
+
+
 def in_eight_bits(base: Checkpoint) -> Checkpoint:
     """Return a base whose layers are rounded to 8 bits."""
     weights = {
@@ -113,9 +119,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {
         BASE: {
             "weight_bytes": sum(map(weight_bytes, base.weights.values())),
-            "layer_bytes": sum(
-                weight_bytes(w) for name, w in base.weights.items() if name.startswith("layers.")
-            ),
+            "layer_bytes": layer_bytes(base),
         }
     }
     variants: dict[str, Checkpoint] = {}
@@ -130,7 +134,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.eight_bits:
         variants[EIGHT_BITS] = in_eight_bits(base)
     for name, pruned in variants.items():
-        found.setdefault(name, {})["own_bytes"] = own_bytes(pruned, base)
+        sizes = {"own_bytes": own_bytes(pruned, base), "layer_bytes": layer_bytes(pruned)}
+        found.setdefault(name, {}).update(sizes)
         if options.rounds:
             decoders[name] = Decoder(pruned.spec, pruned.weights, base=decoders[BASE])
     if options.rounds:
