@@ -149,7 +149,7 @@ class _DecoderJob(CompressJob):
             is_one = all(map(torch.equal, plain, compressed))
             self._streams = plain, plain if is_one else compressed
 
-    def begin(self, *, is_second: bool) -> None:
+    def begin(self) -> None:
         """Go back to the embeddings."""
         self._streams = None
 

@@ -86,8 +86,8 @@ class CompressJob(ABC):
         return groups
 
     @abstractmethod
-    def begin(self, *, is_second: bool) -> None:
-        """Go to the first layer; the second pass walks the compressed model too."""
+    def begin(self) -> None:
+        """Go to the first layer."""
 
     @abstractmethod
     def measured(self, layer: int) -> Iterator[Linear]:
@@ -132,7 +132,7 @@ class CompressJob(ABC):
         """Measure a layer, or factor it."""
         layer, is_second = (step - 1) % self._num_layers, step > self._num_layers
         if layer == 0:
-            self.begin(is_second=is_second)
+            self.begin()
         try:
             found = self._factor(layer, step) if is_second else self._measure(layer)
         except MomentsError as error:

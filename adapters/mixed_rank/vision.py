@@ -27,6 +27,7 @@ from adapters.mixed_rank.vision_folder import (
     save_vision,
 )
 from adapters.run_loop import Run
+from models.weights import Matrix
 
 BATCH = 16
 """Images that go through a block together."""
@@ -114,7 +115,7 @@ def compress_vision(
     blocks = find_blocks(model.module)
     run = Run(
         output,
-        identity={**config.as_fields(), "data": data, "model": model.digest},
+        identity={**config.as_fields(), "data": data, "model": model.digest()},
         num_steps=2 * len(blocks), checkpoint_every=config.checkpoint_every, report=report,
         state={"groups": {}, "plan": None},
     )  # fmt: skip
@@ -291,19 +292,15 @@ class _VisionJob(CompressJob):
             self._groups[group.block].append(group)
         self._titles = {g.title: g for groups in self._groups.values() for g in groups}
         self._original = copy.deepcopy(self._model)
-        self.begin(is_second=False)
+        self.begin()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state_tensors` returned; the blocks that are done are computed anew."""
         super().load_state_tensors(tensors)
-        for name, (left, right) in self.factors.items():
-            is_int8 = self.config.form == "int8"
-            linears = factor_linears(
-                self._model, self._titles[name].names, right.shape[0], is_int8=is_int8
-            )
-            put_factors(linears, left, right)
+        for title in self.factors:
+            self._put_final(title)
 
-    def begin(self, *, is_second: bool) -> None:
+    def begin(self) -> None:
         """Go back to the first block."""
         self._plain = _Stream(self._original, self._batches, self._blocks)
         self._compressed = (
@@ -332,11 +329,18 @@ class _VisionJob(CompressJob):
         weights = [m.weight for m in modules if isinstance(m, nn.Linear)]
         assert len(weights) == len(modules)
 
-        def put(pair: Pair) -> None:
-            linears = factor_linears(self._model, group.names, pair[1].shape[0], is_int8=False)
-            put_factors(linears, *pair)
+        return Linear(
+            group.title, group.kind, torch.cat(weights).detach().float(), inputs,
+            lambda pair: self._put(group, *pair, is_int8=False),
+        )  # fmt: skip
 
-        return Linear(group.title, group.kind, torch.cat(weights).detach().float(), inputs, put)
+    def _put(self, group: Group, left: Matrix, right: Matrix, *, is_int8: bool) -> None:
+        linears = factor_linears(self._model, group.names, right.shape[0], is_int8=is_int8)
+        put_factors(linears, left, right)
+
+    def _put_final(self, title: str) -> None:
+        is_int8 = self.config.form == "int8"
+        self._put(self._titles[title], *self.factors[title], is_int8=is_int8)
 
     def _inputs(
         self, layer: int, group: Group, compressed: "_Stream | None"
@@ -369,13 +373,8 @@ class _VisionJob(CompressJob):
 
     def end_layer(self, layer: int, pairs: Mapping[str, Pair]) -> None:
         """Put the final factors into the model, and go on."""
-        is_int8 = self.config.form == "int8"
         for title in pairs:
-            left, right = self.factors[title]
-            names = self._titles[title].names
-            put_factors(
-                factor_linears(self._model, names, right.shape[0], is_int8=is_int8), left, right
-            )
+            self._put_final(title)
         if self._compressed is not None:
             self._compressed.leave(layer)
 

@@ -83,19 +83,21 @@ class VisionModel:
     Attributes:
         folder: it came from.
         module: it, in float32 and evaluation mode; takes `pixel_values`, gives `logits`.
-        digest: SHA-256 of its files, 64 hexadecimal digits.
         compressed: what it is if it is compressed.
     """
 
     folder: Path
     module: nn.Module
-    digest: str
     compressed: VisionConfig | None
 
     @property
     def name(self) -> str:
         """A name for people."""
         return self.folder.resolve().name
+
+    def digest(self) -> str:
+        """Read its files; return their SHA-256, 64 hexadecimal digits."""
+        return _digest(self.folder)
 
 
 def load_vision(folder: str | os.PathLike[str]) -> nn.Module:
@@ -115,7 +117,7 @@ def load_vision(folder: str | os.PathLike[str]) -> nn.Module:
 
 
 def open_vision(folder: Path) -> VisionModel:
-    """Load an image classifier with what tells it from others; raises as `load_vision` does."""
+    """Load an image classifier with what is told of it; raises as `load_vision` does."""
     content = _read_json(folder / CONFIG_FILE)
     kind = content.get("model_type")
     if kind not in MODEL_TYPES:
@@ -129,9 +131,7 @@ def open_vision(folder: Path) -> VisionModel:
         module = _load_compressed(folder, compressed)
     else:
         module = _load_plain(folder)
-    return VisionModel(
-        folder=folder, module=module.eval(), digest=_digest(folder), compressed=compressed
-    )
+    return VisionModel(folder=folder, module=module.eval(), compressed=compressed)
 
 
 def save_vision(folder: Path, model: VisionModel, config: VisionConfig) -> None:
