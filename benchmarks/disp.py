@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -330,26 +330,48 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def run_stages(
+    stages: Mapping[str, Callable[[], None]],
+    options: argparse.Namespace,
+    forget: Callable[[str], None],
+) -> None:
+    """Do the stages that the command line names.
+
+    Args:
+        stages: that there are.
+        options: with `stages`, and with `again`: those whose figures are dropped first.
+        forget: drops a stage's figures.
+
+    Raises:
+        SystemExit: there is no such stage.
+    """
+    again = [name for name in options.again.split(",") if name]
+    wanted = options.stages.split(",")
+    unknown = sorted({*wanted, *again} - set(stages))
+    if unknown:
+        raise SystemExit(f"benchmark: no stage {unknown[0]}; there are {', '.join(stages)}")
+    warn_if_busy()
+    for name in again:
+        forget(name)
+    for name in wanted:
+        say(f"stage {name}")
+        stages[name]()
+
+
 def main() -> int:
     """Do the stages, keep their figures."""
     options = parse_options()
     if options.search_text.read_bytes() == options.test_text.read_bytes():
         raise SystemExit("benchmark: --search-text and --test-text must be different texts")
     bench = Bench(options)
-    again = [name for name in options.again.split(",") if name]
-    wanted = options.stages.split(",")
-    unknown = sorted({*wanted, *again} - set(bench.stages))
-    if unknown:
-        raise SystemExit(f"benchmark: no stage {unknown[0]}; there are {', '.join(bench.stages)}")
-    warn_if_busy()
-    for name in again:
+
+    def forget(name: str) -> None:
         bench.figures.drop(name)
         for kind, stage in SEARCHES.items():
             if stage == name:
                 shutil.rmtree(options.work / kind, ignore_errors=True)
-    for name in wanted:
-        say(f"stage {name}")
-        bench.stages[name]()
+
+    run_stages(bench.stages, options, forget)
     return 0
 
 

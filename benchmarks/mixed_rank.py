@@ -22,8 +22,8 @@ from typing import Any
 
 from adapters.format import digest
 from adapters.mixed_rank.ranks import list_options, lower_bound, plan_ranks, plan_uniform
-from benchmarks.disp import Figures, describe_text
-from benchmarks.report import PROA, RESULTS, ROOT, BenchmarkFailed, run_command, say, warn_if_busy
+from benchmarks.disp import DEMO_MODEL, Figures, describe_text, run_stages
+from benchmarks.report import PROA, RESULTS, ROOT, BenchmarkFailed, run_command
 
 ARMS = {
     "svd": ["--plan", "uniform", "--calibration", "none", "--no-compensate"],
@@ -35,7 +35,6 @@ FORMS = ("float16", "int8", "int4")
 RATIOS = (20, 40)
 VISION_RATIOS = (40, 60)
 VISION_FORMS = ("float16", "int8")
-DEMO_MODEL = "SmolLM2-135M-Instruct"
 RESULTS_FILE = RESULTS / "mixed_rank.json"
 
 
@@ -242,18 +241,8 @@ def main() -> int:
     """Do the stages, keep their figures."""
     options = parse_options()
     bench = Bench(options)
-    again = [name for name in options.again.split(",") if name]
-    wanted = options.stages.split(",")
-    unknown = sorted({*wanted, *again} - set(bench.stages))
-    if unknown:
-        raise SystemExit(f"benchmark: no stage {unknown[0]}; there are {', '.join(bench.stages)}")
-    warn_if_busy()
     options.work.mkdir(parents=True, exist_ok=True)
-    for name in again:
-        bench.figures.drop(name)
-    for name in wanted:
-        say(f"stage {name}")
-        bench.stages[name]()
+    run_stages(bench.stages, options, bench.figures.drop)
     return 0
 
 
