@@ -88,7 +88,7 @@ def main() -> int:
     before = options.model / FACTS_FILE
     facts = {
         "before": json.loads(before.read_text()) if before.exists() else None,
-        "steps": steps, "options": {name: str(value) for name, value in vars(options).items()},
+        "steps": steps, "options": {n: getattr(v, "name", v) for n, v in vars(options).items()},
         "images": len(images), "loss": mean, "seconds": time.monotonic() - start_s,
         "run": describe_run(),
     }  # fmt: skip

@@ -8,13 +8,14 @@ Every number of ours is read from the files; what is missing there is said to be
 import json
 import math
 from collections.abc import Mapping
-from statistics import median
 from typing import Any
 
+from benchmarks.disp_tables import NOT_MEASURED, table
 from benchmarks.mixed_rank import ARMS, FORMS, RATIOS, RESULTS_FILE, VISION_FORMS, VISION_RATIOS
 from benchmarks.report import RESULTS, ROOT
 from benchmarks.variant_speed import BASE, EIGHT_BITS
 from stats.proportions import mcnemar_p, wilson_interval
+from stats.summary import median_ratio
 
 OUTPUT = ROOT / "docs" / "results" / "mixed_rank.md"
 TITLES = {
@@ -22,7 +23,6 @@ TITLES = {
     "mixed": "activation-aware, mixed rank", "compensated": "mixed rank and compensation",
 }  # fmt: skip
 FORM_TITLES = {"float16": "16 bits", "int8": "8 bits", "int4": "4 and 8 bits"}
-MISSING = "not measured"
 LEVEL = 0.05
 PAPER = (
     ("DeiT-B, 60 % of all parameters removed", "81.80", "81.10"),
@@ -61,21 +61,15 @@ class Report:
         return found
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Lay out a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(row) + " |" for row in lines]
-
-
 def number(value: float | None, form: str = ".2f") -> str:
     """Write a figure, or that there is none; without digits that say nothing."""
-    return MISSING if value is None else format(value, form if abs(value) < 1000 else ",.0f")
+    return NOT_MEASURED if value is None else format(value, form if abs(value) < 1000 else ",.0f")
 
 
 def top_1(right: str) -> str:
     """Write a share of images with its interval."""
     if not right:
-        return MISSING
+        return NOT_MEASURED
     count = right.count("1")
     low, high = wilson_interval(count, len(right))
     return f"{count / len(right):.2%} ({low:.1%} to {high:.1%})"
@@ -83,7 +77,7 @@ def top_1(right: str) -> str:
 
 def goal(name: str, measured: str, wanted: str, is_met: bool | None) -> list[str]:
     """Lay out a row of the goals."""
-    return [name, measured, wanted, {True: "yes", False: "**no**", None: MISSING}[is_met]]
+    return [name, measured, wanted, {True: "yes", False: "**no**", None: NOT_MEASURED}[is_met]]
 
 
 def goals(report: Report) -> list[list[str]]:
@@ -106,8 +100,9 @@ def goals(report: Report) -> list[list[str]]:
         plans = report.item("text", f"mixed-{ratio}-float16").get("plans")
         rows.append(goal(
             f"summed error of the plan at {ratio} %, by the linear program's bound",
-            MISSING if plans is None else f"{plans['mixed'] / plans['lower_bound']:.3f} (one share "
-            f"for all {plans['uniform'] / plans['lower_bound']:.2f}), {plans['seconds']:.1f} s",
+            NOT_MEASURED if plans is None else f"{plans['mixed'] / plans['lower_bound']:.3f} (one "
+            f"share for all {plans['uniform'] / plans['lower_bound']:.2f}), "
+            f"{plans['seconds']:.1f} s",
             "<= 1.12, never above one share for all, < 10 s",
             None if plans is None else plans["mixed"] <= 1.12 * plans["lower_bound"]
             and plans["mixed"] <= plans["uniform"] and plans["seconds"] < 10,
@@ -154,7 +149,7 @@ def image_goals(report: Report) -> list[list[str]]:
             is_met = None if p is None or points is None else points > 0 and p < LEVEL
             rows.append(goal(
                 f"{ratio} %: {TITLES[better]} above {TITLES[worse]}",
-                MISSING if p is None else f"{points:+.2f} points, p = {p:.2g}",
+                NOT_MEASURED if p is None else f"{points:+.2f} points, p = {p:.2g}",
                 f"above, p < {LEVEL}", is_met,
             ))  # fmt: skip
     return rows
@@ -180,8 +175,7 @@ def speed_ratio(report: Report, name: str, against: str) -> float | None:
     speeds = report.speeds()
     if name not in speeds or against not in speeds:
         return None
-    pairs = zip(speeds[name]["raw"]["decode"], speeds[against]["raw"]["decode"], strict=True)
-    return median(ours / theirs for ours, theirs in pairs)
+    return median_ratio(speeds[name]["raw"]["decode"], speeds[against]["raw"]["decode"])
 
 
 def perplexity_lines(report: Report) -> list[str]:
@@ -205,21 +199,20 @@ def speed_lines(report: Report) -> list[str]:
     titles = {BASE: "base, as its file has it", EIGHT_BITS: "base in 8 bits"}
     rows = []
     for name, found in speeds.items():
-        arm, _, rest = name.partition("-")
+        _, _, rest = name.partition("-")
         ratio, _, form = rest.partition("-")
         title = titles.get(name) or f"{ratio} % removed, {FORM_TITLES[form]}"
         layers = found.get("layer_bytes")
         rows.append([
             title, number(layers and layers / 1e6, ".1f"),
-            number(report.perplexity(name if arm in ARMS else name.removesuffix("-8-bits"))
-                   if name != EIGHT_BITS else None).replace(MISSING, ""),
+            number(report.perplexity(name)).replace(NOT_MEASURED, ""),
             number(found["decode"]["tokens_per_s"], ".0f"), number(speed_ratio(report, name, BASE)),
             number(speed_ratio(report, name, EIGHT_BITS)),
             number(found["prefill"]["tokens_per_s"], ".0f"),
         ])  # fmt: skip
     head = ["model", "bytes of its layers, MB", "perplexity", "decode, tokens/s", "by the base",
             "by the base in 8 bits", "prefill, tokens/s"]  # fmt: skip
-    return table(head, rows) if rows else [f"Speeds: {MISSING}."]
+    return table(head, rows) if rows else [f"Speeds: {NOT_MEASURED}."]
 
 
 def disp_points() -> list[tuple[str, float, float]]:
@@ -246,7 +239,7 @@ def size_lines(report: Report) -> list[str]:
             title = "base" if name == BASE else f"mixed rank, {ratio} %, {FORM_TITLES[form]}"
             points.append((title, size / 1e6, perplexity))
     rows = [[n, f"{size:.1f}", f"{p:.2f}"] for n, size, p in sorted(points, key=lambda x: x[1])]
-    return table(["", "bytes of its layers, MB", "perplexity"], rows) if rows else [MISSING]
+    return table(["", "bytes of its layers, MB", "perplexity"], rows) if rows else [NOT_MEASURED]
 
 
 def image_lines(report: Report) -> list[str]:
@@ -268,7 +261,7 @@ def stage_line(report: Report, stage: str) -> str:
     """Tell where and how a stage was measured."""
     found = report.stages.get(stage)
     if found is None:
-        return f"- `{stage}`: {MISSING}"
+        return f"- `{stage}`: {NOT_MEASURED}"
     run = found.get("run", {})
     settings = {k: v for k, v in found["settings"].items() if k != "tuning"}
     return (
