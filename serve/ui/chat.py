@@ -18,6 +18,7 @@ from serve.ui.conversation import (
     make_turn,
     render_conversation,
 )
+from serve.ui.unfinished import Unfinished
 
 MAX_KEPT_CHATS = 30
 _TITLE_CHARS = 48
@@ -87,38 +88,35 @@ class ChatTab:
         request = [key, self._system, self._most, self._seed, *self._arm.inputs]
         shown = [self._view, self.turns, self._send, self._stop]
         kept = [self._chats, self._history, self._shown]
-        running = []
+        unfinished, running = Unfinished(), []
+        answer = unfinished.track(self._answer)
         for event in (self._text.submit, self._send.click):
             asked = event(
                 _ask, [self._text, self.turns, self._chats, self._shown],
                 [self._text, self.turns], queue=False, **PRIVATE,
             )  # fmt: skip
-            running.append(asked.success(self._answer, [self.turns, *request], shown, **PRIVATE))
+            running.append(asked.success(answer, [self.turns, *request], shown, **PRIVATE))
         pressed = self._view.click(
             _press, [self.turns, self._chats, self._shown],
             [self._view, self._text, self.turns], queue=False, **PRIVATE,
         )  # fmt: skip
-        running.append(pressed.success(self._answer, [self.turns, *request], shown, **PRIVATE))
-        halted = self._stop.click(None, None, None, cancels=running, **PRIVATE)
-        stopped = halted.then(_stop, self.turns, shown, queue=False, **PRIVATE)
+        running.append(pressed.success(answer, [self.turns, *request], shown, **PRIVATE))
+
+        stopped = unfinished.halt(self._stop.click, running).then(
+            _stop, self.turns, shown, **PRIVATE
+        )
         for done in (*running, stopped):
             done.then(_keep, [self.turns, self._chats, self._shown], kept, queue=False, **PRIVATE)
-
-        def halt(event: Any) -> Any:
-            return event(None, None, None, cancels=running, **PRIVATE)
-
-        halt(new.click).then(
-            lambda: (render_conversation(()), [], None, gr.Dropdown(value=None)), None,
-            [self._view, self.turns, self._shown, self._history], queue=False, **PRIVATE,
+        unfinished.halt(new.click, running).then(
+            lambda: (*_resting([]), None, gr.Dropdown(value=None)), None,
+            [*shown, self._shown, self._history], **PRIVATE,
         )  # fmt: skip
-        halt(delete.click).then(
-            _delete, [self._chats, self._shown], [self._view, self.turns, *kept],
-            queue=False, **PRIVATE,
-        )  # fmt: skip
-        halt(self._history.input).then(
-            _open, [self._history, self._chats], [self._view, self.turns, self._shown],
-            queue=False, **PRIVATE,
-        )  # fmt: skip
+        unfinished.halt(delete.click, running).then(
+            _delete, [self._chats, self._shown], [*shown, *kept], **PRIVATE
+        )
+        unfinished.halt(self._history.input, running).then(
+            _open, [self._history, self._chats], [*shown, self._shown], **PRIVATE
+        )
 
     def load(self, page: gr.Blocks) -> None:
         """Show the chats that the browser has kept, and go on with the last one."""
@@ -237,12 +235,12 @@ def _keep(
 def _delete(chats: Chats, shown: float | None) -> tuple[Any, ...]:
     chats = [chat for chat in chats if chat["id"] != shown]
     dropdown = gr.Dropdown(choices=_titles(chats), value=None)
-    return render_conversation(()), [], chats, dropdown, None
+    return *_resting([]), chats, dropdown, None
 
 
-def _open(number: float, chats: Chats) -> tuple[str, list[Turn], float | None]:
+def _open(number: float, chats: Chats) -> tuple[Any, ...]:
     turns = _find(chats, number)
-    return render_conversation(turns), turns, number if turns else None
+    return *_resting(turns), number if turns else None
 
 
 def _restore(chats: Chats, shown: float | None) -> tuple[str, list[Turn], gr.Dropdown]:

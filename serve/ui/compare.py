@@ -15,6 +15,7 @@ from serve.ui.controls import MAX_NEW_TOKENS, PRIVATE, ArmControls, describe_arm
 from serve.ui.conversation import COPY_JS, with_copy_buttons
 from serve.ui.markdown import render_markdown
 from serve.ui.messages import render_problem
+from serve.ui.unfinished import Unfinished
 
 LETTERS = "ABCD"
 _FIRST = ("fixed", "adapt")  # strategies of the arms, until others are chosen
@@ -104,14 +105,15 @@ class CompareTab:
         )  # fmt: skip
         controls = [component for arm in self._arms for component in arm.inputs]
         shown = [self._view, self._round, self._answers, self._run, self._stop, *self._votes]
+        unfinished = Unfinished()
         running = self._run.click(
-            self._compare,
+            unfinished.track(self._compare),
             [self._key, self._text, self._count, self._is_blind, self._is_common, self._system,
              self._most, self._seed, *controls],
             shown, **PRIVATE,
         )  # fmt: skip
-        halted = self._stop.click(None, None, None, cancels=running, **PRIVATE)
-        halted.then(_stop, [self._round, self._answers], shown, queue=False, **PRIVATE)
+        halted = unfinished.halt(self._stop.click, [running])
+        halted.then(_stop, [self._round, self._answers], shown, **PRIVATE)
         for place, button in enumerate(self._votes):
             button.click(
                 self._make_vote(place), [self._key, self._round, self._answers],
@@ -281,4 +283,6 @@ def _state(
 
 
 def _stop(found: Round, answers: list[Answer]) -> tuple[Any, ...]:
-    return _state(answers, found, problem="Stopped: what is cut short is not voted on.")
+    is_done = bool(found) and found["is_done"]
+    problem = "" if is_done else "Stopped: what is cut short is not voted on."
+    return _state(answers, found, problem=problem)

@@ -23,6 +23,7 @@ from serve.ui.tokens import (
     render_plot,
     render_token,
 )
+from serve.ui.unfinished import Unfinished
 
 NUM_ALTERNATIVES = 8
 # A long answer takes longer to draw, so it is drawn less often.
@@ -269,11 +270,12 @@ class InsideTab:
     def _connect(self) -> None:
         inputs = [self._key, self._prompt, self._most, self._seed, *self._arm.inputs]
         shown = [self._tokens, self._legend, self._plot, self._note, self._run, self._stop]
+        unfinished = Unfinished()
         running: list[Any] = [
-            event(self._answer, inputs, shown, **PRIVATE)
+            event(unfinished.track(self._answer), inputs, shown, **PRIVATE)
             for event in (self._run.click, self._prompt.submit)
         ]
-        stopped = self._stop.click(None, cancels=running, **PRIVATE)
+        stopped = unfinished.halt(self._stop.click, running)
         stopped.then(_rest, None, [self._run, self._stop], **PRIVATE)
 
     async def _answer(

@@ -113,6 +113,19 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def delay_cancellation(page: Any) -> None:
+    """Have the server learn late that an answer is to end: what the page asks next comes first.
+
+    Only while a call of the page's waits.
+    """
+
+    def wait(route: Any) -> None:
+        time.sleep(0.5)
+        route.continue_()
+
+    page.route("**/gradio_api/cancel", wait)
+
+
 @pytest.fixture
 def live_settings() -> dict[str, object]:
     """Settings of the API; a test module may give others."""

@@ -7,7 +7,7 @@ import pytest
 
 from serve.backends.protocol import QueueFullError
 from tests.browser import Browser
-from tests.serve.ui.conftest import LiveServer, Pace, wait_until
+from tests.serve.ui.conftest import LiveServer, Pace, delay_cancellation, wait_until
 
 pytestmark = pytest.mark.browser
 
@@ -80,18 +80,38 @@ def test_parameters_of_a_strategy_are_controls(page: Any, live: LiveServer) -> N
 
 def test_stop_ends_the_work_on_the_server_and_keeps_the_text(page: Any, live: LiveServer) -> None:
     live.say("hello fox " * 2000)
-    live.backend.gate = Pace(0.02)  # type: ignore[assignment]
+    live.backend.gate = Pace(0.1)  # type: ignore[assignment]
+    delay_cancellation(page)
     ask(page, "hi")
     page.get_by_text("hello fox hello").first.wait_for()
     page.click("#chat-stop")
-    wait_until(lambda: live.backend.num_open == 0)
     message = answered(page, "hello fox")
+    wait_until(lambda: live.backend.num_open == 0)
     assert "stopped" in message.locator(".note").inner_text()
+
+
+@pytest.mark.parametrize("button", ["#chat-new", "#chat-delete"])
+def test_chat_left_in_mid_answer_is_empty_and_can_be_asked(
+    button: str, page: Any, live: LiveServer
+) -> None:
+    live.say("hello fox " * 2000)
+    live.backend.gate = Pace(0.1)  # type: ignore[assignment]
+    delay_cancellation(page)
+    ask(page, "hi")
+    page.get_by_text("hello fox hello").first.wait_for()
+    page.click(button)
+    page.locator("#chat-send").wait_for()
+    assert page.locator("#chat-view .message").count() == 0
+    live.say("the quick brown fox")
+    live.backend.gate = None
+    ask(page, "hi")
+    answered(page, "the quick brown fox")
+    assert page.locator("#chat-view .message").count() == 2
 
 
 def test_closed_page_ends_the_work_on_the_server(live: LiveServer, browser: Browser) -> None:
     live.say("hello fox " * 2000)
-    live.backend.gate = Pace(0.02)  # type: ignore[assignment]
+    live.backend.gate = Pace(0.1)  # type: ignore[assignment]
     page = browser.open(f"{live.url}/ui/")
     ask(page, "hi")
     page.get_by_text("hello fox hello").first.wait_for()

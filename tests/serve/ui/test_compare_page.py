@@ -6,7 +6,7 @@ import pytest
 
 from serve.backends.protocol import QueueFullError
 from tests.browser import Browser
-from tests.serve.ui.conftest import LiveServer, Pace, wait_until
+from tests.serve.ui.conftest import LiveServer, Pace, delay_cancellation, wait_until
 
 pytestmark = pytest.mark.browser
 
@@ -96,12 +96,15 @@ def test_refusal_is_a_readable_message(page: Any, live: LiveServer) -> None:
 
 def test_stop_ends_all_arms(page: Any, live: LiveServer) -> None:
     live.say("hello fox " * 2000)
-    live.backend.gate = Pace(0.02)  # type: ignore[assignment]
+    live.backend.gate = Pace(0.1)  # type: ignore[assignment]
+    delay_cancellation(page)
     page.click("#compare-run")
     page.get_by_text("hello fox hello").first.wait_for()
     page.click("#compare-stop")
-    wait_until(lambda: live.backend.num_open == 0)
     page.get_by_text("Stopped").wait_for()
+    wait_until(lambda: live.backend.num_open == 0)
+    page.wait_for_selector("#compare-run")
+    assert not page.locator("#compare-stop").is_visible()
     assert page.locator("#compare-vote-a").is_disabled()
 
 

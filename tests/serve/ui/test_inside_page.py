@@ -6,7 +6,7 @@ import pytest
 
 from serve.backends.protocol import QueueFullError
 from tests.browser import Browser
-from tests.serve.ui.conftest import LiveServer, Pace, wait_until
+from tests.serve.ui.conftest import LiveServer, Pace, delay_cancellation, wait_until
 
 pytestmark = pytest.mark.browser
 
@@ -105,11 +105,12 @@ def test_markup_of_a_model_is_shown_as_text(page: Any, live: LiveServer) -> None
 def test_stop_ends_the_work_on_the_server(page: Any, live: LiveServer) -> None:
     live.say("hello fox " * 2000)
     live.backend.gate = Pace(0.2)  # type: ignore[assignment]
+    delay_cancellation(page)
     page.click("#inside-run")
     page.locator("#inside-tokens .token").nth(3).wait_for()
     page.click("#inside-stop")
-    wait_until(lambda: live.backend.num_open == 0)
     page.locator("#inside-run").wait_for()
+    wait_until(lambda: live.backend.num_open == 0)
 
 
 def test_refusal_is_a_readable_message(page: Any, live: LiveServer) -> None:
