@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from adapters.format import digest
-from adapters.mixed_rank.ranks import list_options, lower_bound, plan_ranks, plan_uniform
+from adapters.mixed_rank.ranks import list_weighted, lower_bound, plan_ranks, plan_uniform
 from benchmarks.disp import DEMO_MODEL, Figures, describe_text, run_stages
 from benchmarks.report import PROA, RESULTS, ROOT, BenchmarkFailed, run_command
 
+_OUTPUTS = ["--metric", "outputs", "--no-compensate"]
 ARMS = {
-    "svd": ["--plan", "uniform", "--calibration", "none", "--no-compensate"],
-    "uniform": ["--plan", "uniform", "--no-compensate"],
+    "svd": ["--plan", "uniform", "--calibration", "none", *_OUTPUTS],
+    "uniform": ["--plan", "uniform", *_OUTPUTS],
+    "outputs": _OUTPUTS,
+    "paper": ["--metric", "outputs"],
     "mixed": ["--no-compensate"],
     "compensated": [],
 }
@@ -168,10 +171,7 @@ class Bench:
 
 def plan_again(groups: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
     """Plan ranks for measured matrices once more; return summed errors, the bound and the time."""
-    layers = [
-        list_options(facts["errors"], facts["outputs"], facts["inputs"], step=options["rank_step"])
-        for facts in groups.values()
-    ]
+    layers = [list_weighted(facts, step=options["rank_step"]) for facts in groups.values()]
     budget = int(sum(each[-1].cost for each in layers) * (1 - options["remove"]))
     start_s = time.monotonic()
     plan = plan_ranks(layers, budget)

@@ -10,8 +10,17 @@ from torch import Tensor
 
 from adapters.format import Host
 from adapters.mixed_rank.compress_config import CompressConfig
-from adapters.mixed_rank.layers import CompressJob, Linear, Pair
-from adapters.mixed_rank.loss import mean_loss
+from adapters.mixed_rank.layers import (
+    CompressJob,
+    Linear,
+    Measured,
+    Measurement,
+    Pair,
+    planned_error,
+    stream_name,
+)
+from adapters.mixed_rank.loss import mean_loss, sampled_gradients
+from adapters.mixed_rank.moments import GradientSum, MomentsError
 from adapters.mixed_rank.report import write_report
 from adapters.mixed_rank.variant import (
     MixedRankConfig,
@@ -22,8 +31,10 @@ from adapters.mixed_rank.variant import (
 from adapters.mixed_rank.walk import (
     Product,
     Walk,
+    Watch,
     layer_matrices,
     products_of,
+    run_all,
     run_layer,
 )
 from adapters.run_loop import Run
@@ -34,8 +45,9 @@ from models.pruning import count_fixed
 from models.weights import LowRank, Matrix, QuantizedBlocks, Weight, dense
 
 _PLANNED_ON = 16
-"""Texts that ranks are planned on, or an eighth of all if that is more: shares of lost outputs need
-fewer than factors do, and each costs a walk through the decoder."""
+"""Texts that ranks are planned on, or an eighth of all if that is more: what ranks lose needs fewer
+than factors do, and each costs a walk through the decoder and back."""
+_LABELS = -1  # the step that tokens are sampled for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,9 +83,10 @@ def compress(
 ) -> CompressResult:
     """Compress a model and write the variant as an adapter.
 
-    At no time is more held than one layer's matrices and moments and the residual streams of all
-    calibration texts. A run that is resumed computes the same bits as one that was not interrupted,
-    with the same number of torch threads.
+    At no time is more held than one layer's matrices and moments, the metrics of all layers and the
+    residual streams of all calibration texts: between passes those at one layer, in the first one
+    those at all layers of the texts that are planned on. A run that is resumed computes the same
+    bits as one that was not interrupted, with the same number of torch threads.
 
     Args:
         checkpoint: the weights to factor.
@@ -130,11 +143,16 @@ class _DecoderJob(CompressJob):
         self._checkpoint, self._program, self._windows = checkpoint, program, windows
         drawn = windows.draw(config.sequences, step_generator(config.seed, 0))
         self._texts = list(drawn[:, :-1])
+        self._planned = self._texts[: max(_PLANNED_ON, len(self._texts) // 8)]
+        self._before_layers: list[list[Tensor]] = []
+        self._gradients: list[Tensor] = []
         self._streams: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the factors so far, and the streams of both decoders."""
+        """Return the factors and metrics, and the streams of both decoders or their gradients."""
         tensors = super().state_tensors()
+        if self._gradients:
+            tensors["gradients"] = torch.stack(self._gradients)
         if self._streams is not None:
             for name, streams in zip(("plain", "compressed"), self._streams, strict=True):
                 tensors[f"streams.{name}"] = torch.stack(list(streams))
@@ -143,40 +161,81 @@ class _DecoderJob(CompressJob):
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state_tensors` returned."""
         super().load_state_tensors(tensors)
+        self._gradients = list(tensors.get("gradients", ()))
         if "streams.plain" in tensors:
             plain, compressed = (list(tensors[f"streams.{n}"]) for n in ("plain", "compressed"))
             # Until something is compressed the two are one.
             is_one = all(map(torch.equal, plain, compressed))
             self._streams = plain, plain if is_one else compressed
 
-    def begin(self) -> None:
-        """Go back to the embeddings."""
-        self._streams = None
+    def measured(self, layer: int) -> dict[str, Measured]:
+        """Walk a layer of the decoder as it was, forth and back."""
+        program, has_metric = self._program, self.config.metric == "loss"
+        products = layer_matrices(program, layer)
+        ops = {group_name(op.names): op for op in _linears(program, layer)}
+        found = Measurement({name: _matrix(name, op) for name, op in ops.items()}, self.config)
+        before = self._streams_before(layer)
+        width = before[0].shape[1]
+        made = GradientSum(stream_name(layer), torch.eye(width))
+        if has_metric and not self._gradients:
+            self._gradients = self._last_gradients(run_all(program, layer, before, products))
+        for number, stream in enumerate(before):
+            watch = Watch()
+            if has_metric:
+                made.add(self._gradients[number])
+                start = stream.clone().requires_grad_()
+                run_layer(program, layer, start, products, watch).backward(self._gradients[number])
+                assert start.grad is not None
+                self._gradients[number] = start.grad
+            else:
+                run_layer(program, layer, stream, products, watch)
+            for name, op in ops.items():
+                found.add_rows(name, watch.rows[id(op)])
+                if has_metric:
+                    found.add_gradients(name, watch.gradients[id(op)])
+        num_targets = sum(map(len, self._planned))
+        if has_metric:
+            self.metrics[stream_name(layer)] = made.total(num_targets)
+        return found.total(num_targets)
 
-    def measured(self, layer: int) -> Iterator[Linear]:
-        """Walk a layer of the decoder as it was."""
-        texts = self._texts[: max(_PLANNED_ON, len(self._texts) // 8)]
-        self._walk = Walk(self._program, texts, has_drift=False, streams=self._streams)
-        yield from self._linears(layer)
-        self._streams = self._walk.streams, self._walk.streams
+    @torch.no_grad()
+    def _streams_before(self, layer: int) -> list[Tensor]:
+        """Return the residual streams before a layer; those before later ones are forgotten."""
+        if not self._before_layers:
+            program = self._program
+            walk = Walk(program, self._planned, has_drift=False)
+            self._before_layers.append(list(walk.streams))
+            for number in range(layer):
+                products = layer_matrices(program, number)
+                made = run_all(program, number, self._before_layers[-1], products)
+                _check_finite(number, made)
+                self._before_layers.append(made)
+        del self._before_layers[layer + 1 :]
+        return self._before_layers[layer]
+
+    def _last_gradients(self, streams: Sequence[Tensor]) -> list[Tensor]:
+        _check_finite(self._num_layers - 1, streams)
+        generator = step_generator(self.config.seed, _LABELS)
+        return [sampled_gradients(self._program, stream, generator) for stream in streams]
+
+    def begin(self) -> None:
+        """Go to the embeddings."""
+        self._before_layers, self._gradients, self._streams = [], [], None
 
     def factored(self, layer: int) -> Iterator[Linear]:
         """Walk a layer of both."""
         self._walk = Walk(
-            self._program, self._texts, has_drift=self.config.compensate, streams=self._streams
+            self._program, self._texts, has_drift=self.config.fits_drift, streams=self._streams
         )
         self._before = self._walk.streams if self._streams is None else self._streams[1]
         self._is_drifted = self._streams is not None and self._streams[0] is not self._before
-        yield from self._linears(layer)
-
-    def _linears(self, layer: int) -> Iterator[Linear]:
         self._products = layer_matrices(self._program, layer)
         self._ops: dict[str, LinearOp] = {}
         for op in self._walk.linears(layer, self._products):
             name = group_name(op.names)
             self._ops[name] = op
             yield Linear(
-                name, name.rpartition(".")[2], torch.cat([dense(p.weight) for p in op.pieces]),
+                name, *_matrix(name, op),
                 partial(self._walk.inputs, op), partial(self._put, op),
             )  # fmt: skip
 
@@ -211,7 +270,7 @@ class _DecoderJob(CompressJob):
         about = MixedRankConfig(
             ranks={name: facts["rank"] for name, facts in groups.items()},
             form=config.form, plan=config.plan, calibration=config.calibration,
-            is_compensated=config.compensate, remove_linears=removed / whole,
+            metric=config.metric, is_compensated=config.compensate, remove_linears=removed / whole,
             remove_total=removed / (whole + count_fixed(checkpoint.spec)),
         )  # fmt: skip
         loss, dense_loss = self._held_out_losses(factors)
@@ -222,7 +281,7 @@ class _DecoderJob(CompressJob):
         told = {
             "remove_linears": about.remove_linears, "remove_total": about.remove_total,
             "loss": loss, "dense_loss": dense_loss,
-            "error_planned": sum(facts["error"] for facts in groups.values()),
+            "error_planned": planned_error(groups),
             "options": config.as_fields(),
         }  # fmt: skip
         save_mixed_rank(
@@ -247,6 +306,20 @@ class _DecoderJob(CompressJob):
         head = self._program.head.pieces[0].weight
         compressed = build_program(checkpoint.spec, weights, head)
         return mean_loss(compressed, windows), mean_loss(self._program, windows)
+
+
+def _check_finite(layer: int, streams: Sequence[Tensor]) -> None:
+    if not all(bool(stream.isfinite().all()) for stream in streams):
+        raise MomentsError(f"layers.{layer}: what it makes is not a finite number")
+
+
+def _linears(program: Program, layer: int) -> list[LinearOp]:
+    return [op for op in program.layers[layer] if isinstance(op, LinearOp)]
+
+
+def _matrix(name: str, op: LinearOp) -> tuple[str, Tensor]:
+    """Return its kind, and the matrices of its pieces as one."""
+    return name.rpartition(".")[2], torch.cat([dense(piece.weight) for piece in op.pieces])
 
 
 def _pieces(op: LinearOp, left: Tensor, right: Tensor) -> list[Product]:

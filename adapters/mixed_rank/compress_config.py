@@ -8,12 +8,13 @@ from adapters.options import Limits, check_options
 Form: TypeAlias = Literal["float16", "int8", "int4"]
 Plan: TypeAlias = Literal["mixed", "uniform"]
 Calibration: TypeAlias = Literal["exact", "representative", "none"]
+Metric: TypeAlias = Literal["loss", "outputs"]
 
 GROUP = 32
 """Inputs that share a scale in 8 and 4 bits: ranks and widths of rounded factors are multiples."""
 CHOICES: dict[str, tuple[str, ...]] = {
     "form": ("float16", "int8", "int4"), "plan": ("mixed", "uniform"),
-    "calibration": ("exact", "representative", "none"),
+    "calibration": ("exact", "representative", "none"), "metric": ("loss", "outputs"),
 }  # fmt: skip
 _COUNT = "a whole number of at least 1"
 _LIMITS: Limits = {
@@ -42,7 +43,12 @@ class CompressConfig:
             share of every matrix.
         calibration: what the factors are fitted to: the exact covariance of the inputs, the mean
             of the calibration sequences in its place, as the authors do, or nothing: plain SVD.
-        compensate: fit to what a matrix reads in the compressed model.
+        metric: "loss": what is lost of outputs counts by what it does to the model's loss, told
+            from gradients; "outputs": all of it alike, as a share of each matrix's outputs, as the
+            paper has it.
+        compensate: make up for what the layers before have lost: by the steps below and, with the
+            metric "outputs", by fitting to what a matrix reads in the compressed model. (In terms
+            of the loss that fit does harm: it follows the few rows of most energy.)
         steps: of Adam, for each layer, that bring its output near that of the model as it was.
         learning_rate: Adam's, relative to the size of the factors.
         rank_step: ranks are multiples of it.
@@ -60,6 +66,7 @@ class CompressConfig:
     form: Form = "int8"
     plan: Plan = "mixed"
     calibration: Calibration = "exact"
+    metric: Metric = "loss"
     compensate: bool = True
     steps: int = 40
     learning_rate: float = 1e-3
@@ -82,6 +89,15 @@ class CompressConfig:
                 f"compensate must be off with calibration {self.calibration!r}: drifted inputs are "
                 "known by their exact covariance only"
             )
+        if self.metric == "loss" and self.calibration != "exact":
+            raise ValueError(
+                f"metric must be 'outputs' with calibration {self.calibration!r}, got 'loss'"
+            )
+
+    @property
+    def fits_drift(self) -> bool:
+        """Whether matrices are fitted to what they read in the compressed model."""
+        return self.compensate and self.metric == "outputs"
 
     def as_fields(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -27,7 +27,8 @@ class Factors:
     Attributes:
         left: (m, K) float64, K the lesser of m and n.
         right: (K, n) float64.
-        energies: (K,) float64, descending: how much of the outputs' squares each rank has.
+        energies: (K,) float64, descending: how much of the outputs' squares each rank has, or of
+            what they weigh in a metric.
         energy: of all outputs; what the ranks together have, and what none can have.
     """
 
@@ -39,9 +40,10 @@ class Factors:
     def at(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return (m, rank) and (rank, n) factors; one of them is orthonormal."""
         left, right = self.left[:, :rank], self.right[:rank]
-        if len(left) <= right.shape[1]:
-            return left, right
         # The inverse of a root has large values that cancel; what is trained or rounded needs none.
+        if len(left) <= right.shape[1]:
+            basis, mixed = torch.linalg.qr(left)
+            return basis, mixed @ right
         basis, mixed = torch.linalg.qr(right.T)
         return left @ mixed.T, basis.T
 
@@ -53,7 +55,11 @@ class Factors:
 
 
 def factor(
-    weight: Tensor, covariance: Tensor, energy: float | None = None, root: Root | None = None
+    weight: Tensor,
+    covariance: Tensor,
+    energy: float | None = None,
+    root: Root | None = None,
+    metric: Tensor | None = None,
 ) -> Factors:
     """Factor a matrix so that the error E|x (W - L R)^T|^2 is least at every rank.
 
@@ -66,32 +72,40 @@ def factor(
         covariance: (n, n) float64, E[x^T x] up to a factor; the identity gives the plain SVD.
         energy: of the outputs that are to be met; None: that of this matrix on these inputs.
         root: of the covariance, if it is known.
+        metric: G, in which the errors' squares are taken: E[(x D^T) G (x D^T)^T], from
+            `GradientSum`: (m, m), or where m > n (n, n) W^T G W. None: the identity.
     """
     weight = weight.double()
     outputs, inputs = weight.shape
+    metric = None if metric is None else metric.double()
     if outputs <= inputs:
-        energies, vectors = _principal(weight @ covariance @ weight.T)
-        left, right = vectors, vectors.T @ weight
+        half, inverse = (None, None) if metric is None else _root(metric)
+        seen = weight if half is None else half @ weight
+        energies, vectors = _principal(seen @ covariance @ seen.T)
+        left, right = vectors if inverse is None else inverse @ vectors, vectors.T @ seen
     else:
         half, inverse = _root(covariance) if root is None else root
-        rooted = weight @ half
-        energies, vectors = _principal(rooted.T @ rooted)
-        left, right = rooted @ vectors, vectors.T @ inverse
+        square = weight.T @ weight if metric is None else metric
+        energies, vectors = _principal(half @ square @ half)
+        left, right = weight @ half @ vectors, vectors.T @ inverse
     total = float(energies.sum()) if energy is None else energy
     return Factors(left=left, right=right, energies=energies, energy=total)
 
 
-def fit(weight: Tensor, moments: Moments, calibration: Calibration) -> Factors:
+def fit(
+    weight: Tensor, moments: Moments, calibration: Calibration, metric: Tensor | None = None
+) -> Factors:
     """Factor a matrix for inputs that have not drifted; with calibration "none" for any: plain SVD.
 
     Args:
         weight: (m, n).
         moments: of its inputs.
         calibration: what it is fitted to.
+        metric: see `factor`.
     """
     if calibration == "none":
         return factor(weight, torch.eye(weight.shape[1], dtype=torch.float64))
-    return factor(weight, moments.covariance)
+    return factor(weight, moments.covariance, metric=metric)
 
 
 def refit(weight: Tensor, moments: Moments, ridge: float = DAMPING) -> Tensor:

@@ -1,8 +1,9 @@
 """What compressing a decoder and a model of modules have in common: two passes over layers.
 
-The method knows named matrices and what they read, layer by layer. First every matrix is measured:
-what would be lost at each rank. Then ranks are planned for all, and the layers are factored in
-order, each on what it reads in the compressed model.
+The method knows named matrices, what they read and the gradients of what they make, layer by layer.
+First every matrix is measured, from the last layer to the first, as gradients come: what would be
+lost at each rank. Then ranks are planned for all, and the layers are factored in order, each on
+what it reads in the compressed model.
 """
 
 from abc import ABC, abstractmethod
@@ -16,13 +17,14 @@ from torch import Tensor
 from adapters.mixed_rank.compress_config import GROUP, CompressConfig
 from adapters.mixed_rank.factors import compensate_at, fit
 from adapters.mixed_rank.moments import (
+    GradientSum,
     Moments,
     MomentsError,
     MomentSum,
+    RepresentativeSum,
     SplitMoments,
     aimed_at,
     output_error,
-    representative,
 )
 from adapters.mixed_rank.quantize import KINDS, quantize_factors
 from adapters.mixed_rank.ranks import plan_groups
@@ -59,6 +61,71 @@ class Linear:
     put: Callable[[Pair], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the first pass has found of a matrix.
+
+    Attributes:
+        kind, weight: as of `Linear`.
+        moments: of its inputs.
+        metric: what its outputs' errors weigh in the loss; None: nobody asked.
+    """
+
+    kind: str
+    weight: Tensor
+    moments: Moments
+    metric: Tensor | None
+
+
+class Measurement:
+    """Adds up what the first pass sees of some matrices.
+
+    Args:
+        matrices: kind and weight, by name.
+        config: options.
+    """
+
+    def __init__(self, matrices: Mapping[str, tuple[str, Tensor]], config: CompressConfig) -> None:
+        self._matrices, self._config = matrices, config
+        self._inputs = {
+            name: make_sum(name, weight, config) for name, (_, weight) in matrices.items()
+        }
+        self._outputs = (
+            {name: GradientSum(name, weight) for name, (_, weight) in matrices.items()}
+            if config.metric == "loss"
+            else {}
+        )
+
+    def add_rows(self, name: str, rows: Tensor) -> None:
+        """Add the (T, n) rows of an observation that a matrix reads.
+
+        Raises:
+            MomentsError: a value is no finite number.
+        """
+        self._inputs[name].add(rows)
+
+    def add_gradients(self, name: str, gradients: Tensor) -> None:
+        """Add the (T, m) gradients of an observation's loss in what a matrix makes."""
+        self._outputs[name].add(gradients)
+
+    def total(self, num_targets: int) -> dict[str, Measured]:
+        """Return what was found.
+
+        Args:
+            num_targets: losses of all observations.
+
+        Raises:
+            MomentsError: there was no observation.
+        """
+        return {
+            name: Measured(
+                kind, weight, self._inputs[name].total(),
+                self._outputs[name].total(num_targets) if self._outputs else None,
+            )
+            for name, (kind, weight) in self._matrices.items()
+        }  # fmt: skip
+
+
 class CompressJob(ABC):
     """Two passes over the layers: what each would lose at every rank, then its factors.
 
@@ -70,6 +137,7 @@ class CompressJob(ABC):
 
     Attributes:
         factors: those that are final, by the name of what they stand for.
+        metrics: those of the matrices, and of what each layer makes by `stream_name`.
     """
 
     rates = ""
@@ -78,6 +146,7 @@ class CompressJob(ABC):
         self.run, self.config = run, config
         self._num_layers, self._num_tokens = num_layers, num_tokens
         self.factors: dict[str, tuple[Matrix, Matrix]] = {}
+        self.metrics: dict[str, Tensor] = {}
 
     @property
     def groups(self) -> dict[str, dict[str, Any]]:
@@ -86,12 +155,15 @@ class CompressJob(ABC):
         return groups
 
     @abstractmethod
-    def begin(self) -> None:
-        """Go to the first layer."""
+    def measured(self, layer: int) -> dict[str, Measured]:
+        """Return what is found of a layer's matrices; layers are asked for last to first.
+
+        With metrics it sets that of `stream_name`, too.
+        """
 
     @abstractmethod
-    def measured(self, layer: int) -> Iterator[Linear]:
-        """Yield the linears of the next layer of the first pass; at the end, go on to the next."""
+    def begin(self) -> None:
+        """Go to the first layer of the second pass."""
 
     @abstractmethod
     def factored(self, layer: int) -> Iterator[Linear]:
@@ -113,12 +185,13 @@ class CompressJob(ABC):
         """Go on to the next layer, now that the factors of this one are final."""
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the factors so far."""
-        return {
+        """Return the factors so far, and the metrics."""
+        factors = {
             f"factors.{name}.{part}": _stored(matrix)
             for name, pair in self.factors.items()
             for part, matrix in zip(("left", "right"), pair, strict=True)
         }
+        return factors | {f"metric.{name}": metric for name, metric in self.metrics.items()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state_tensors` returned."""
@@ -127,11 +200,17 @@ class CompressJob(ABC):
             if (left := tensors.get(f"factors.{name}.left")) is not None:
                 right = tensors[f"factors.{name}.right"]
                 self.factors[name] = _read(left, left_kind), _read(right, right_kind)
+        self.metrics = {
+            name.removeprefix("metric."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("metric.")
+        }
 
     def step(self, step: int) -> StepRecord:
         """Measure a layer, or factor it."""
-        layer, is_second = (step - 1) % self._num_layers, step > self._num_layers
-        if layer == 0:
+        is_second = step > self._num_layers
+        layer = step - self._num_layers - 1 if is_second else self._num_layers - step
+        if is_second and layer == 0:
             self.begin()
         try:
             found = self._factor(layer, step) if is_second else self._measure(layer)
@@ -171,27 +250,33 @@ class CompressJob(ABC):
 
     def _measure(self, layer: int) -> dict[str, dict[str, Any]]:
         config, found = self.config, {}
-        for linear in self.measured(layer):
-            if config.form != "float16" and linear.weight.shape[1] % GROUP:
+        for name, seen in self.measured(layer).items():
+            outputs, inputs = seen.weight.shape
+            if config.form != "float16" and inputs % GROUP:
                 raise TrainingError(
-                    f"{linear.name}: its {linear.weight.shape[1]} inputs are no multiple of "
-                    f"{GROUP}, as {config.form} factors need; float16 ones can be had"
+                    f"{name}: its {inputs} inputs are no multiple of {GROUP}, as {config.form} "
+                    "factors need; float16 ones can be had"
                 )
-            factors = fit(linear.weight, _moments(linear, config), config.calibration)
-            found[linear.name] = {
-                "layer": layer, "kind": linear.kind,
-                "outputs": linear.weight.shape[0], "inputs": linear.weight.shape[1],
+            factors = fit(seen.weight, seen.moments, config.calibration, seen.metric)
+            cost = 1.0
+            if seen.metric is not None:
+                self.metrics[name] = seen.metric
+                cost = factors.energy / seen.moments.num_rows
+            found[name] = {
+                "layer": layer, "kind": seen.kind, "outputs": outputs, "inputs": inputs,
+                "weight": cost,
                 "errors": [round(float(e), 9) for e in factors.errors[:: config.rank_step]],
             }  # fmt: skip
         return found
 
     def _plan(self) -> None:
         config = self.config
+        groups = dict(sorted(self.groups.items(), key=lambda item: item[1]["layer"]))
         plan = plan_groups(
-            self.groups, step=config.rank_step, remove=config.remove,
+            groups, step=config.rank_step, remove=config.remove,
             is_uniform=config.plan == "uniform",
         )  # fmt: skip
-        self.run.keep(plan=plan)
+        self.run.keep(groups=groups, plan=plan)
 
     def _factor(self, layer: int, step: int) -> dict[str, dict[str, Any]]:
         config, plan = self.config, self.run.progress.state["plan"]
@@ -202,13 +287,15 @@ class CompressJob(ABC):
             rank = plan[name]["rank"]
             if rank is None:
                 continue
-            if config.compensate:
+            if config.fits_drift:
                 parts = _split_moments(linear)
                 left, right = compensate_at(linear.weight, *parts, rank)
                 moments[name] = parts[0] + parts[1]
             else:
                 moments[name] = _moments(linear, config)
-                left, right = fit(linear.weight, moments[name], config.calibration).at(rank)
+                metric = self.metrics.get(name)
+                factors = fit(linear.weight, moments[name], config.calibration, metric)
+                left, right = factors.at(rank)
             fitted[name] = left.float(), right.float()
             linear.put(fitted[name])
         facts: dict[str, dict[str, Any]] = {
@@ -244,6 +331,7 @@ class CompressJob(ABC):
             num_held_out=max(1, min(_HELD_OUT, len(targets) // 4)),
             steps=config.steps, learning_rate=config.learning_rate,
             generator=step_generator(config.seed, step),
+            metric=self.metrics.get(stream_name(layer)),
         )  # fmt: skip
         for found in facts.values():
             found["layer_error_fitted"] = recovery.before
@@ -251,11 +339,25 @@ class CompressJob(ABC):
         return paired(trained)
 
 
-def _moments(linear: Linear, config: CompressConfig) -> Moments:
+def planned_error(groups: Mapping[str, Mapping[str, Any]]) -> float:
+    """Return what the plan minimised: the summed errors, by weight."""
+    return float(sum(facts["error"] * facts["weight"] for facts in groups.values()))
+
+
+def stream_name(layer: int) -> str:
+    """Return the name of what a layer makes."""
+    return f"streams.{layer}"
+
+
+def make_sum(name: str, weight: Tensor, config: CompressConfig) -> MomentSum | RepresentativeSum:
+    """Return what adds up the moments of a matrix's inputs as the options have it."""
     if config.calibration == "representative":
-        rows = torch.stack([plain for plain, _ in linear.inputs()])
-        return representative(linear.name, linear.weight, rows)
-    total = MomentSum(linear.name, linear.weight)
+        return RepresentativeSum(name, weight)
+    return MomentSum(name, weight, is_normalised=config.metric == "outputs")
+
+
+def _moments(linear: Linear, config: CompressConfig) -> Moments:
+    total = make_sum(linear.name, linear.weight, config)
     for plain, drifted in linear.inputs():
         total.add(plain, drifted)
     return total.total()

@@ -1,4 +1,4 @@
-"""The loss of a program on windows of text, computed with torch."""
+"""The loss of a program on windows of text, and its gradients, computed with torch."""
 
 import torch
 import torch.nn.functional as F
@@ -27,3 +27,26 @@ def mean_loss(program: Program, windows: Tensor) -> float:
         )
         total += float(F.cross_entropy(logits, targets, reduction="sum"))
     return total / (count * length)
+
+
+_ROWS = 128  # that go through the head together: a vocabulary is wide
+
+
+def sampled_gradients(program: Program, stream: Tensor, generator: torch.Generator) -> Tensor:
+    """Return (T, D) gradients, in the last (T, D) residual stream, of the loss of sampled tokens.
+
+    Each row's next token is drawn as the model would: the mean of the gradients' products is then
+    the curvature of the loss.
+    """
+    weight = dense(program.head.pieces[0].weight)
+    found = []
+    for part in stream.split(_ROWS):
+        rows = part.detach().requires_grad_()
+        logits = apply_head(
+            program, apply_prologue(program.head, rows), linear=lambda x, _: x @ weight.T
+        )
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+        F.cross_entropy(logits, drawn, reduction="sum").backward()
+        assert rows.grad is not None
+        found.append(rows.grad)
+    return torch.cat(found)

@@ -1,4 +1,4 @@
-"""What is kept of the inputs of a matrix: sums of their products, never the inputs themselves."""
+"""What is kept of a matrix's inputs and gradients: sums of their products, nothing else."""
 
 from dataclasses import dataclass, replace
 
@@ -183,19 +183,80 @@ class SplitMoments:
         return fitted, self._parts[1].total() if self._count >= HELD_OUT_EVERY else fitted
 
 
-def representative(name: str, weight: Tensor, observations: Tensor) -> Moments:
-    """Return the moments of a single input that stands for all: the mean of the observations.
+class RepresentativeSum:
+    """Finds the moments of a single input that stands for all: the mean of the observations.
 
     It is what the authors do in place of the expectation; its rank is at most T.
 
     Args:
-        name: of the matrix, for errors.
-        weight: (m, n).
-        observations: (O, T, n) float32, all of equal length.
+        name, weight: as for `MomentSum`.
     """
-    total = MomentSum(name, weight)
-    total.add(observations.mean(0))
-    return total.total()
+
+    def __init__(self, name: str, weight: Tensor) -> None:
+        self._name, self._weight = name, weight
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, rows: Tensor, drifted: Tensor | None = None) -> None:
+        """Add an observation, (T, n) float32 of as many rows as the others; drifts play no part."""
+        self._sum = rows.clone() if self._sum is None else self._sum + rows
+        self._count += 1
+
+    def total(self) -> Moments:
+        """Return the moments so far; see `MomentSum.total`."""
+        total = MomentSum(self._name, self._weight)
+        if self._sum is not None:
+            total.add(self._sum / self._count)
+        return total.total()
+
+
+SHRINKAGE = 0.1
+"""Of a metric, how much is taken in all directions alike: gradients of few rows see but some."""
+
+
+class GradientSum:
+    """Adds up what a change of a matrix's outputs does to the loss, to second order.
+
+    For a loss of samples of the model's own distribution the mean of g g^T, over gradients g of the
+    outputs, is the loss's curvature (Fisher's information). Taken as independent of the inputs, as
+    K-FAC does, a change D of the matrix costs tr(G D C D^T) / 2 with their covariance C.
+
+    Args:
+        name: of the matrix, for errors.
+        weight: (m, n), what makes the outputs. Where they are more than its inputs, G is kept as
+            W^T G W.
+
+    Source: J. Martens and R. Grosse, 2015 (K-FAC); its use for ranks and factors here is ours.
+    """
+
+    def __init__(self, name: str, weight: Tensor) -> None:
+        m, n = weight.shape
+        self._name, self._weight, self._is_of_outputs = name, weight, m <= n
+        side = min(m, n)
+        self._sum = _ProductSum(side, side, is_symmetric=True)
+        self._trace = 0.0
+
+    def add(self, gradients: Tensor) -> None:
+        """Add the (T, m) gradients of some outputs, of the sum of the losses of an observation."""
+        rows = gradients if self._is_of_outputs else gradients @ self._weight
+        self._sum.add(rows, rows)
+        self._trace += float(gradients.square().sum(dtype=torch.float64))
+
+    def total(self, num_targets: int) -> Tensor:
+        """Return (s, s) float32, s the lesser of m and n: G / 2 for each of so many losses.
+
+        Raises:
+            MomentsError: a gradient was no finite number.
+        """
+        if not self._trace < float("inf"):
+            raise MomentsError(f"{self._name}: a gradient is not a finite number")
+        alike = SHRINKAGE * self._trace / len(self._weight)
+        if self._is_of_outputs:
+            shape = torch.eye(len(self._weight), dtype=torch.float64)
+        else:
+            shape = self._weight.double().T @ self._weight.double()
+        total = (1 - SHRINKAGE) * self._sum.total() + alike * shape
+        return (total / (2 * num_targets)).float()
 
 
 def aimed_at(product: Tensor, moments: Moments) -> Moments:

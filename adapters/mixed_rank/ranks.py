@@ -23,7 +23,7 @@ class Option:
 
     Attributes:
         cost: parameters.
-        error: share of its outputs' squares that is lost.
+        error: what is lost by it, such as a share of its outputs' squares.
         rank: of its factors; None: it stays whole.
     """
 
@@ -102,7 +102,8 @@ def plan_groups(
     """Choose a rank for each of some named matrices.
 
     Args:
-        groups: by name: `outputs`, `inputs`, and `errors` at ranks 0, step, 2 * step, ...
+        groups: by name: `outputs`, `inputs`, `errors` at ranks 0, step, 2 * step, ..., and the
+            `weight` of these in the sum.
         step: ranks are multiples of it.
         remove: share of all parameters to remove.
         is_uniform: the same share of each.
@@ -113,10 +114,7 @@ def plan_groups(
     Raises:
         BudgetError: so much cannot be removed.
     """
-    layers = [
-        list_options(facts["errors"], facts["outputs"], facts["inputs"], step=step)
-        for facts in groups.values()
-    ]
+    layers = [list_weighted(facts, step=step) for facts in groups.values()]
     total = sum(options[-1].cost for options in layers)
     budget = int(total * (1 - remove))
     cheapest = [options[0] for options in layers]
@@ -135,9 +133,15 @@ def plan_groups(
             f"{total} parameters cannot go"
         )
     return {
-        name: {"rank": option.rank, "error": option.error}
-        for name, option in zip(groups, chosen, strict=True)
+        name: {"rank": option.rank, "error": option.error / (facts["weight"] or 1.0)}
+        for (name, facts), option in zip(groups.items(), chosen, strict=True)
     }
+
+
+def list_weighted(facts: Mapping[str, Any], *, step: int) -> tuple[Option, ...]:
+    """List the ways to keep a matrix of which `plan_groups` is told."""
+    errors = [error * facts["weight"] for error in facts["errors"]]
+    return list_options(errors, facts["outputs"], facts["inputs"], step=step)
 
 
 def plan_uniform(layers: Sequence[Sequence[Option]], budget: int) -> list[Option] | None:

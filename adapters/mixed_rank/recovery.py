@@ -39,6 +39,7 @@ def recover(
     steps: int,
     learning_rate: float,
     generator: torch.Generator,
+    metric: Tensor | None = None,
 ) -> tuple[list[Tensor], Recovery]:
     """Train parameters so that outputs come near their targets.
 
@@ -51,15 +52,20 @@ def recover(
         steps: most of them; fewer if what is held out gets no better.
         learning_rate: Adam's for a parameter, as a share of its values' root mean square.
         generator: chooses an observation for each step.
+        metric: (D, D) symmetric, in which the errors' squares are taken; None: the identity.
 
     Returns:
         The parameters of the least held-out error, those given among them, and how that came.
     """
-    energies = [float(target.square().sum()) for target in targets]
+
+    def square(rows: Tensor) -> Tensor:
+        return (rows.square() if metric is None else (rows @ metric) * rows).sum()
+
+    energies = [float(square(target)) for target in targets]
     num_training = len(targets) - num_held_out
 
     def error(number: int, values: Sequence[Tensor]) -> Tensor:
-        return (forward(number, values) - targets[number]).square().sum() / energies[number]
+        return square(forward(number, values) - targets[number]) / energies[number]
 
     @torch.no_grad()
     def held_out(values: Sequence[Tensor]) -> float:

@@ -19,7 +19,7 @@ from adapters.format import (
     shortened,
     write_adapter,
 )
-from adapters.mixed_rank.compress_config import CHOICES, GROUP, Calibration, Form, Plan
+from adapters.mixed_rank.compress_config import CHOICES, GROUP, Calibration, Form, Metric, Plan
 from adapters.mixed_rank.quantize import KINDS
 from adapters.mixed_rank.ranks import break_even
 from models.checkpoints.derived import Derivation
@@ -40,6 +40,7 @@ class MixedRankConfig:
         plan: ranks chosen for each matrix, or one share for all.
         calibration: what the factors were fitted to: the covariance of the inputs, a mean input in
             their place, or nothing, which is plain SVD.
+        metric: what lost parts of outputs count by: what they do to the loss, or all alike.
         is_compensated: fitted to inputs of the compressed model.
         remove_linears, remove_total: shares of the parameters that are removed, of the linears and
             of the whole model.
@@ -49,6 +50,7 @@ class MixedRankConfig:
     form: Form
     plan: Plan
     calibration: Calibration
+    metric: Metric
     is_compensated: bool
     remove_linears: float
     remove_total: float

@@ -13,11 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.mixed_rank.compress_config import CompressConfig
-from adapters.mixed_rank.layers import CompressJob, Inputs, Linear, Pair
+from adapters.mixed_rank.layers import (
+    CompressJob,
+    Inputs,
+    Linear,
+    Measured,
+    Measurement,
+    Pair,
+    planned_error,
+    stream_name,
+)
 from adapters.mixed_rank.modules import LowRankLinear, factor_linears, put_factors
+from adapters.mixed_rank.moments import GradientSum
 from adapters.mixed_rank.report import write_report
 from adapters.mixed_rank.vision_folder import (
     Factored,
@@ -27,10 +38,14 @@ from adapters.mixed_rank.vision_folder import (
     save_vision,
 )
 from adapters.run_loop import Run
+from adapters.windows import step_generator
 from models.weights import Matrix
 
 BATCH = 16
 """Images that go through a block together."""
+_MEASURED_BYTES = 2**30
+"""Of moments that are summed at once: of as many blocks as that takes in one pass."""
+_LABELS = -1  # the step that labels are sampled for
 
 
 class _Stop(Exception):
@@ -272,6 +287,49 @@ class _Patched:
             module.__dict__.pop("forward", None)
 
 
+class _Watch:
+    """Sees what linears of a model read and, after `backward`, gradients of what they made.
+
+    Args:
+        model: to run while this is entered.
+        linears: names of linears.
+        blocks: names of blocks, whose gradients are those of the hidden states.
+
+    Attributes:
+        rows, gradients: of the last run, by name.
+    """
+
+    def __init__(self, model: nn.Module, linears: Sequence[str], blocks: Sequence[str]) -> None:
+        self.rows: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self._modules = {name: model.get_submodule(name) for name in (*linears, *blocks)}
+        self._linears = frozenset(linears)
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "_Watch":
+        for name, module in self._modules.items():
+            self._hooks.append(module.register_forward_hook(partial(self._see, name)))
+        return self
+
+    def _see(self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if name in self._linears:
+            self.rows[name] = inputs[0].detach()
+        made = _first(output)
+        if made.requires_grad:
+            made.register_hook(partial(self.gradients.__setitem__, name))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _add_rows(found: Measurement, group: Group, seen: _Watch, *, is_whole: bool) -> None:
+    """Add what a group's linears read of a batch, as a whole or image by image."""
+    rows = seen.rows[group.names[0]]
+    for part in (rows,) if is_whole else rows:
+        found.add_rows(group.title, part.flatten(0, -2))
+
+
 def _first(output: Any) -> Tensor:
     """Return the hidden states of what a block gives: itself, or the first of several."""
     return output if isinstance(output, Tensor) else output[0]
@@ -291,7 +349,8 @@ class _VisionJob(CompressJob):
         for group in find_groups(self._model, pixels[:1]):
             self._groups[group.block].append(group)
         self._titles = {g.title: g for groups in self._groups.values() for g in groups}
-        self._original = copy.deepcopy(self._model)
+        self._original = copy.deepcopy(self._model).requires_grad_(False)
+        self._found: dict[int, dict[str, Measured]] = {}
         self.begin()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -301,36 +360,79 @@ class _VisionJob(CompressJob):
             self._put_final(title)
 
     def begin(self) -> None:
-        """Go back to the first block."""
+        """Go to the first block."""
         self._plain = _Stream(self._original, self._batches, self._blocks)
         self._compressed = (
             _Stream(self._model, self._batches, self._blocks) if self.config.compensate else None
         )
         self._targets: list[Tensor] = []
 
-    def measured(self, layer: int) -> Iterator[Linear]:
-        """Run a block of the model as it was."""
-        self._plain.enter(layer)
-        for group in self._groups[self._blocks[layer]]:
-            yield self._linear(group, partial(self._inputs, layer, group, None))
-        self._plain.leave(layer)
+    def measured(self, layer: int) -> dict[str, Measured]:
+        """Run the model as it was forth and back, for this block and as many before it as fit."""
+        if layer not in self._found:
+            first, rest = layer, _MEASURED_BYTES - self._moment_bytes(layer)
+            while first and (rest := rest - self._moment_bytes(first - 1)) >= 0:
+                first -= 1
+            self._found = self._measure_blocks(range(first, layer + 1))
+        return self._found.pop(layer)
+
+    def _moment_bytes(self, layer: int) -> int:
+        shapes = [self._matrix(group)[1].shape for group in self._groups[self._blocks[layer]]]
+        # Sums in float32 and float64, of inputs and of gradients.
+        return sum(12 * (n * n + min(m, n) ** 2) for m, n in shapes)
+
+    def _measure_blocks(self, layers: range) -> dict[int, dict[str, Measured]]:
+        config, has_metric = self.config, self.config.metric == "loss"
+        groups = {i: self._groups[self._blocks[i]] for i in layers}
+        found = {
+            i: Measurement({g.title: self._matrix(g) for g in groups[i]}, config) for i in layers
+        }
+        made: dict[int, GradientSum] = {}
+        generator = step_generator(config.seed, _LABELS)
+        for batch in self._batches:
+            names = [name for i in layers for g in groups[i] for name in g.names]
+            with _Watch(self._original, names, [self._blocks[i] for i in layers]) as seen:
+                with torch.set_grad_enabled(has_metric):
+                    logits = self._original(batch.clone().requires_grad_(has_metric)).logits
+                for i in layers:
+                    for group in groups[i]:
+                        _add_rows(found[i], group, seen, is_whole=has_metric)
+                if has_metric:
+                    shares = logits.detach().softmax(-1)
+                    drawn = torch.multinomial(shares, 1, generator=generator).flatten()
+                    F.cross_entropy(logits, drawn, reduction="sum").backward()
+            for i in layers if has_metric else ():
+                for group in groups[i]:
+                    parts = [seen.gradients[name].flatten(0, -2) for name in group.names]
+                    found[i].add_gradients(group.title, torch.cat(parts, dim=1))
+                gradients = seen.gradients[self._blocks[i]].flatten(0, -2)
+                if i not in made:
+                    made[i] = GradientSum(stream_name(i), torch.eye(gradients.shape[1]))
+                made[i].add(gradients)
+        count = sum(map(len, self._batches))
+        self.metrics |= {stream_name(i): made[i].total(count) for i in made}
+        return {i: found[i].total(count) for i in layers}
 
     def factored(self, layer: int) -> Iterator[Linear]:
         """Run a block of both."""
         self._plain.enter(layer)
         if self._compressed is not None:
             self._compressed.enter(layer)
+        other = self._compressed if self.config.fits_drift else None
         for group in self._groups[self._blocks[layer]]:
-            yield self._linear(group, partial(self._inputs, layer, group, self._compressed))
+            yield self._linear(group, partial(self._inputs, layer, group, other))
         self._targets = self._plain.leave(layer)
 
-    def _linear(self, group: Group, inputs: Callable[[], Inputs]) -> Linear:
+    def _matrix(self, group: Group) -> tuple[str, Tensor]:
+        """Return its kind, and the matrices of its linears as one."""
         modules = [self._original.get_submodule(name) for name in group.names]
         weights = [m.weight for m in modules if isinstance(m, nn.Linear)]
         assert len(weights) == len(modules)
+        return group.kind, torch.cat(weights).detach().float()
 
+    def _linear(self, group: Group, inputs: Callable[[], Inputs]) -> Linear:
         return Linear(
-            group.title, group.kind, torch.cat(weights).detach().float(), inputs,
+            group.title, *self._matrix(group), inputs,
             lambda pair: self._put(group, *pair, is_int8=False),
         )  # fmt: skip
 
@@ -402,7 +504,7 @@ class _VisionJob(CompressJob):
         save_vision(output, model, about)
         told = {
             "remove_linears": result.remove_linears, "remove_total": result.remove_total,
-            "error_planned": sum(facts["error"] for facts in groups.values()),
+            "error_planned": planned_error(groups),
             "options": config.as_fields(),
         }  # fmt: skip
         write_report(output, {**told, "model": model.name, "groups": groups})

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapters.packed_attention import PackedAttention
 from models.kernels.reference.operations import (
+    Hook,
     apply_embed,
     apply_prologue,
     rotary_angles,
@@ -55,7 +56,9 @@ class _Multiplier:
         return self._inner @ left.T
 
 
-def run_layer(program: Program, layer: int, stream: Tensor, products: Products) -> Tensor:
+def run_layer(
+    program: Program, layer: int, stream: Tensor, products: Products, hook: Hook | None = None
+) -> Tensor:
     """Compute a layer of one text; differentiable in stream and products.
 
     Args:
@@ -63,6 +66,7 @@ def run_layer(program: Program, layer: int, stream: Tensor, products: Products) 
         layer: its number.
         stream: (S, D) residual stream before it.
         products: for all linears of the layer.
+        hook: called around each linear.
 
     Returns:
         (S, D), after it.
@@ -73,9 +77,45 @@ def run_layer(program: Program, layer: int, stream: Tensor, products: Products) 
         program.layers[layer], buffers, program.widths,
         rotary_angles(program.inv_freq, program.rotary_scale, positions),
         attend=PackedAttention(torch.tensor([0, len(stream)]), stream.device),
-        linear=_Multiplier(products),
+        linear=_Multiplier(products), hook=hook,
     )  # fmt: skip
     return buffers["x"]
+
+
+@torch.no_grad()
+def run_all(
+    program: Program, layer: int, streams: Sequence[Tensor], products: Products
+) -> list[Tensor]:
+    """Compute a layer of several texts; see `run_layer`."""
+    return [run_layer(program, layer, stream, products) for stream in streams]
+
+
+class Watch:
+    """A hook that keeps what the linears of a layer read and, after `backward`, the gradients.
+
+    Attributes:
+        rows: (S, in_features) each read, by the id of the linear.
+        gradients: (S, outputs) of what it made; none where nothing was differentiated.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Tensor] = {}
+        self.gradients: dict[int, Tensor] = {}
+
+    def before(self, op: LinearOp, x: Tensor) -> Tensor:
+        """Keep what it reads."""
+        self.rows[id(op)] = x.detach()
+        return x
+
+    def after(self, op: LinearOp, out: Tensor) -> Tensor:
+        """Ask for the gradient."""
+
+        def keep(gradient: Tensor) -> None:
+            self.gradients[id(op)] = gradient
+
+        if out.requires_grad:
+            out.register_hook(keep)
+        return out
 
 
 class _Decoder:

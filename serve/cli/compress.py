@@ -55,7 +55,8 @@ FLAGS = (
      "to it, to 8"),
     ("plan", "", "a rank for each matrix, or as large a share of every one"),
     ("calibration", "", "what factors are fitted to: the covariance of the inputs, a mean input in "
-     "its place, or nothing (plain SVD); the latter two want --no-compensate"),
+     "its place, or nothing (plain SVD); the latter two want --no-compensate --metric outputs"),
+    ("metric", "", "lost parts of outputs count by what they do to the loss, or all alike"),
     ("compensate", "", "fit to what a matrix reads in the compressed model"),
     ("steps", "N", "of gradient for each layer, that bring its output near that of the model as it "
      "was; 0: none"),

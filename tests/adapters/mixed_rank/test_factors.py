@@ -6,12 +6,14 @@ from torch import Tensor
 
 from adapters.mixed_rank.factors import compensate, factor, refit, refit_left
 from adapters.mixed_rank.moments import (
+    SHRINKAGE,
+    GradientSum,
     Moments,
     MomentsError,
     MomentSum,
+    RepresentativeSum,
     aimed_at,
     output_error,
-    representative,
 )
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
@@ -164,9 +166,61 @@ def test_refitted_left_is_the_best_for_its_right() -> None:
     assert output_error(refitted @ rough, moments) < output_error(left @ rough, moments)
 
 
+def gradient_sum(weight: Tensor, gradients: Tensor, num_targets: int) -> Tensor:
+    total = GradientSum("a matrix", weight)
+    for rows in gradients.chunk(5):
+        total.add(rows)
+    return total.total(num_targets)
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_metric_is_the_curvature_shrunk_towards_all_directions_alike(m: int, n: int) -> None:
+    weight, gradients = draw(m, n, seed=2), anisotropic(200, m, seed=5)
+    square = gradients.T @ gradients
+    alike = square.trace() / m * torch.eye(m, dtype=torch.float64)
+    whole = ((1 - SHRINKAGE) * square + SHRINKAGE * alike) / (2 * 40)
+    expected = whole if m <= n else weight.T @ whole @ weight
+    found = gradient_sum(weight, gradients, 40)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_factors_in_a_metric_lose_least_in_it_and_what_they_say(m: int, n: int) -> None:
+    weight, rows, gradients = draw(m, n, seed=2), anisotropic(300, n), anisotropic(300, m, seed=5)
+    whole = gradient_sum(torch.eye(m, dtype=torch.float64), gradients, 1).double()
+    metric = gradient_sum(weight, gradients, 1)
+    covariance = rows.T @ rows
+    rank = 9
+
+    def lost(approximation: Tensor) -> float:
+        missing = weight - approximation
+        return float((whole @ missing @ covariance @ missing.T).trace())
+
+    found = factor(weight, covariance, metric=metric)
+    product = torch.matmul(*found.at(rank))
+    assert lost(product) == pytest.approx(float(found.energies[rank:].sum()), rel=1e-3)
+    blind = torch.matmul(*factor(weight, covariance).at(rank))
+    assert lost(product) < 0.95 * lost(blind)
+    # A textbook solution, by roots of both.
+    first, second = torch.linalg.cholesky(whole), torch.linalg.cholesky(covariance)
+    u, s, v = torch.linalg.svd(first.T @ weight @ second)
+    best = torch.linalg.solve(first.T, u[:, :rank] * s[:rank] @ v[:rank]) @ second.inverse()
+    torch.testing.assert_close(product, best, rtol=1e-2, atol=1e-2 * float(best.abs().max()))
+
+
+def test_gradients_that_are_no_numbers_are_refused_by_name() -> None:
+    total = GradientSum("layers.3.q", draw(4, 6, seed=0))
+    total.add(torch.full((3, 4), float("nan")).double())
+    with pytest.raises(MomentsError, match=r"layers\.3\.q: a gradient is not a finite number"):
+        total.total(3)
+
+
 def test_representative_input_is_the_mean_of_the_observations() -> None:
     weight, observations = draw(12, 20, seed=2), anisotropic(60, 20).view(4, 15, 20)
-    moments = representative("a matrix", weight, observations)
+    total = RepresentativeSum("a matrix", weight)
+    for rows in observations:
+        total.add(rows)
+    moments = total.total()
     mean = observations.mean(0)
     expected = mean.T @ mean / (mean @ weight.T).square().sum()
     torch.testing.assert_close(moments.covariance, expected)

@@ -145,7 +145,7 @@ def test_budget_below_the_least_is_refused_with_the_least() -> None:
 def test_most_that_can_be_removed_is_told_and_can_be(is_uniform: bool) -> None:
     errors = [1 - i / 12 for i in range(13)]
     groups = {
-        name: {"outputs": outputs, "inputs": 96, "errors": errors}
+        name: {"outputs": outputs, "inputs": 96, "errors": errors, "weight": 1.0}
         for name, outputs in (("a", 96), ("b", 288), ("c", 40))
     }
 

@@ -88,10 +88,11 @@ def test_each_stage_is_nearer_to_the_model_as_it_was(
 ) -> None:
     whole = load_vision(folders / kind)
     expected = features(whole, images(8, seed=1))
-    plain = replace(CONFIG, plan="uniform", calibration="none", compensate=False)
+    config = replace(CONFIG, metric="outputs")
+    plain = replace(config, plan="uniform", calibration="none", compensate=False)
     stages = {
         "plain": plain, "aware": replace(plain, calibration="exact"),
-        "mixed": replace(plain, calibration="exact", plan="mixed"), "compensated": CONFIG,
+        "mixed": replace(plain, calibration="exact", plan="mixed"), "compensated": config,
     }  # fmt: skip
     errors = {}
     for name, config in stages.items():
@@ -105,10 +106,21 @@ def test_each_stage_is_nearer_to_the_model_as_it_was(
     assert errors["aware"] < errors["plain"]
 
 
+def test_what_the_loss_tells_apart_is_kept(folders: Path, tmp_path: Path) -> None:
+    pixels, found = images(24, seed=1), {}
+    expected = load_vision(folders / "vit")(pixels).logits.log_softmax(-1)
+    for metric in ("outputs", "loss"):
+        config = replace(CONFIG, metric=metric, compensate=False)
+        compress(folders / "vit", tmp_path / metric, config)
+        logits = load_vision(tmp_path / metric)(pixels).logits.log_softmax(-1)
+        found[metric] = float(nn.functional.kl_div(logits, expected, log_target=True))
+    assert 0 < found["loss"] < found["outputs"]
+
+
 def test_fits_only_to_what_the_model_as_it_was_reads_unless_it_compensates(
     folders: Path, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, compensate=False)
+    config = replace(CONFIG, metric="outputs", compensate=False)
     compress(folders / "vit", tmp_path / "first", config)
     report = json.loads((tmp_path / "first" / "report.json").read_text())
     for facts in report["groups"].values():
