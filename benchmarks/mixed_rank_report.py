@@ -8,6 +8,7 @@ Every number of ours is read from the files; what is missing there is said to be
 import json
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.disp_tables import NOT_MEASURED, table

@@ -214,6 +214,9 @@ SHRINKAGE = 0.1
 """Of a metric, how much is taken in all directions alike: gradients of few rows see but some."""
 
 
+_LEAST = 1e-24
+
+
 class GradientSum:
     """Adds up what a change of a matrix's outputs does to the loss, to second order.
 
@@ -250,7 +253,8 @@ class GradientSum:
         """
         if not self._trace < float("inf"):
             raise MomentsError(f"{self._name}: a gradient is not a finite number")
-        alike = SHRINKAGE * self._trace / len(self._weight)
+        # What the loss does not see at all still has directions.
+        alike = max(SHRINKAGE * self._trace / len(self._weight), _LEAST)
         if self._is_of_outputs:
             shape = torch.eye(len(self._weight), dtype=torch.float64)
         else:

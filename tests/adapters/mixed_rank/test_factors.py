@@ -208,6 +208,14 @@ def test_factors_in_a_metric_lose_least_in_it_and_what_they_say(m: int, n: int) 
     torch.testing.assert_close(product, best, rtol=1e-2, atol=1e-2 * float(best.abs().max()))
 
 
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_matrix_that_the_loss_does_not_see_can_be_factored(m: int, n: int) -> None:
+    weight, rows = draw(m, n, seed=2), anisotropic(300, n)
+    metric = gradient_sum(weight, torch.zeros(50, m).double(), 50)
+    left, right = factor(weight, rows.T @ rows, metric=metric).at(min(m, n))
+    torch.testing.assert_close(left @ right, weight, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_that_are_no_numbers_are_refused_by_name() -> None:
     total = GradientSum("layers.3.q", draw(4, 6, seed=0))
     total.add(torch.full((3, 4), float("nan")).double())
