@@ -1,5 +1,6 @@
 """Compress a decoder: spectra of all linears, a plan of ranks, then factors, layer by layer."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,9 +85,9 @@ def compress(
     """Compress a model and write the variant as an adapter.
 
     At no time is more held than one layer's matrices and moments, the metrics of all layers and the
-    residual streams of all calibration texts: between passes those at one layer, in the first one
-    those at all layers of the texts that are planned on. A run that is resumed computes the same
-    bits as one that was not interrupted, with the same number of torch threads.
+    residual streams of all calibration texts at one layer; in the first pass those of texts that
+    are planned on, at twice the root of the number of layers. A run that is resumed computes the
+    same bits as one that was not interrupted, with the same number of torch threads.
 
     Args:
         checkpoint: the weights to factor.
@@ -144,7 +145,7 @@ class _DecoderJob(CompressJob):
         drawn = windows.draw(config.sequences, step_generator(config.seed, 0))
         self._texts = list(drawn[:, :-1])
         self._planned = self._texts[: max(_PLANNED_ON, len(self._texts) // 8)]
-        self._before_layers: list[list[Tensor]] = []
+        self._before_layers: dict[int, list[Tensor]] = {}
         self._gradients: list[Tensor] = []
         self._streams: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None
 
@@ -200,18 +201,27 @@ class _DecoderJob(CompressJob):
 
     @torch.no_grad()
     def _streams_before(self, layer: int) -> list[Tensor]:
-        """Return the residual streams before a layer; those before later ones are forgotten."""
-        if not self._before_layers:
-            program = self._program
-            walk = Walk(program, self._planned, has_drift=False)
-            self._before_layers.append(list(walk.streams))
+        """Return the residual streams before a layer, which is no later than that of the last call.
+
+        Kept are those before every so many layers, from which the ones between are made again.
+        """
+        kept, program = self._before_layers, self._program
+        if not kept:
+            kept[0] = Walk(program, self._planned, has_drift=False).streams
+            stride = math.isqrt(self._num_layers)
+            streams = kept[0]
             for number in range(layer):
-                products = layer_matrices(program, number)
-                made = run_all(program, number, self._before_layers[-1], products)
-                _check_finite(number, made)
-                self._before_layers.append(made)
-        del self._before_layers[layer + 1 :]
-        return self._before_layers[layer]
+                streams = run_all(program, number, streams, layer_matrices(program, number))
+                _check_finite(number, streams)
+                if (number + 1) % stride == 0:
+                    kept[number + 1] = streams
+        for number in range(max(n for n in kept if n <= layer), layer):
+            kept[number + 1] = run_all(
+                program, number, kept[number], layer_matrices(program, number)
+            )
+        for number in [n for n in kept if n > layer]:
+            del kept[number]
+        return kept[layer]
 
     def _last_gradients(self, streams: Sequence[Tensor]) -> list[Tensor]:
         _check_finite(self._num_layers - 1, streams)
@@ -220,7 +230,7 @@ class _DecoderJob(CompressJob):
 
     def begin(self) -> None:
         """Go to the embeddings."""
-        self._before_layers, self._gradients, self._streams = [], [], None
+        self._before_layers, self._gradients, self._streams = {}, [], None
 
     def factored(self, layer: int) -> Iterator[Linear]:
         """Walk a layer of both."""
