@@ -264,12 +264,17 @@ def stage_line(report: Report, stage: str) -> str:
     found = report.stages.get(stage)
     if found is None:
         return f"- `{stage}`: {NOT_MEASURED}"
-    run = found.get("run", {})
     settings = {k: v for k, v in found["settings"].items() if k != "tuning"}
-    return (
-        f"- `{stage}`: {run.get('date', '?')[:10]}, {run.get('cpu', '?')}, commit "
-        f"`{str(run.get('commit'))[:12]}`, settings `{json.dumps(settings)}`"
-    )
+    line = f"- `{stage}`: {describe(found.get('run', {}))}, settings `{json.dumps(settings)}`"
+    for earlier in found.get("earlier", ()):
+        line += f"; {', '.join(earlier['items'])}: {describe(earlier['run'])}"
+    return line
+
+
+def describe(run: Mapping[str, Any]) -> str:
+    """Tell when and where figures are from."""
+    commit = str(run.get("commit"))[:12]
+    return f"{run.get('date', '?')[:10]}, {run.get('cpu', '?')}, commit `{commit}`"
 
 
 def write_report(report: Report) -> str:
