@@ -20,7 +20,7 @@ from adapters.mixed_rank.layers import (
     planned_error,
     stream_name,
 )
-from adapters.mixed_rank.loss import mean_loss, sampled_gradients
+from adapters.mixed_rank.loss import LABELS, mean_loss, sampled_gradients
 from adapters.mixed_rank.moments import GradientSum, MomentsError
 from adapters.mixed_rank.report import write_report
 from adapters.mixed_rank.variant import (
@@ -48,7 +48,6 @@ from models.weights import LowRank, Matrix, QuantizedBlocks, Weight, dense
 _PLANNED_ON = 16
 """Texts that ranks are planned on, or an eighth of all if that is more: what ranks lose needs fewer
 than factors do, and each costs a walk through the decoder and back."""
-_LABELS = -1  # the step that tokens are sampled for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +224,7 @@ class _DecoderJob(CompressJob):
 
     def _last_gradients(self, streams: Sequence[Tensor]) -> list[Tensor]:
         _check_finite(self._num_layers - 1, streams)
-        generator = step_generator(self.config.seed, _LABELS)
+        generator = step_generator(self.config.seed, LABELS)
         return [sampled_gradients(self._program, stream, generator) for stream in streams]
 
     def begin(self) -> None:

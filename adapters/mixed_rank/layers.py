@@ -2,8 +2,8 @@
 
 The method knows named matrices, what they read and the gradients of what they make, layer by layer.
 First every matrix is measured, from the last layer to the first, as gradients come: what would be
-lost at each rank. Then ranks are planned for all, and the layers are factored in order, each on
-what it reads in the compressed model.
+lost at each rank. Then ranks are planned for all, and the layers are factored in order, each to
+make up for what those before it have lost.
 """
 
 from abc import ABC, abstractmethod
@@ -86,7 +86,7 @@ class Measurement:
     """
 
     def __init__(self, matrices: Mapping[str, tuple[str, Tensor]], config: CompressConfig) -> None:
-        self._matrices, self._config = matrices, config
+        self._matrices = matrices
         self._inputs = {
             name: make_sum(name, weight, config) for name, (_, weight) in matrices.items()
         }

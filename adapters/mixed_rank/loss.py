@@ -29,7 +29,15 @@ def mean_loss(program: Program, windows: Tensor) -> float:
     return total / (count * length)
 
 
+LABELS = -1
+"""The step of a run whose `step_generator` draws the samples."""
 _ROWS = 128  # that go through the head together: a vocabulary is wide
+
+
+def differentiate_samples(logits: Tensor, generator: torch.Generator) -> None:
+    """Differentiate the summed loss of a class drawn for each row of (T, V) logits, as they say."""
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+    F.cross_entropy(logits, drawn, reduction="sum").backward()
 
 
 def sampled_gradients(program: Program, stream: Tensor, generator: torch.Generator) -> Tensor:
@@ -45,8 +53,7 @@ def sampled_gradients(program: Program, stream: Tensor, generator: torch.Generat
         logits = apply_head(
             program, apply_prologue(program.head, rows), linear=lambda x, _: x @ weight.T
         )
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
-        F.cross_entropy(logits, drawn, reduction="sum").backward()
+        differentiate_samples(logits, generator)
         assert rows.grad is not None
         found.append(rows.grad)
     return torch.cat(found)

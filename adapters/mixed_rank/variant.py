@@ -41,7 +41,7 @@ class MixedRankConfig:
         calibration: what the factors were fitted to: the covariance of the inputs, a mean input in
             their place, or nothing, which is plain SVD.
         metric: what lost parts of outputs count by: what they do to the loss, or all alike.
-        is_compensated: fitted to inputs of the compressed model.
+        is_compensated: each layer makes up for what those before it have lost.
         remove_linears, remove_total: shares of the parameters that are removed, of the linears and
             of the whole model.
     """

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.mixed_rank.blocks import BlockStream, Watch, hidden_states
@@ -26,6 +25,7 @@ from adapters.mixed_rank.layers import (
     planned_error,
     stream_name,
 )
+from adapters.mixed_rank.loss import LABELS, differentiate_samples
 from adapters.mixed_rank.modules import LowRankLinear, factor_linears, put_factors
 from adapters.mixed_rank.moments import GradientSum
 from adapters.mixed_rank.report import write_report
@@ -44,7 +44,6 @@ BATCH = 16
 """Images that go through a block together."""
 _MEASURED_BYTES = 2**30
 """Of moments that are summed at once: of as many blocks as that takes in one pass."""
-_LABELS = -1  # the step that labels are sampled for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -249,9 +248,9 @@ class _VisionJob(CompressJob):
             i: Measurement({g.title: self._matrix(g) for g in groups[i]}, config) for i in layers
         }
         made: dict[int, GradientSum] = {}
-        generator = step_generator(config.seed, _LABELS)
+        generator = step_generator(config.seed, LABELS)
+        names = [name for i in layers for g in groups[i] for name in g.names]
         for batch in self._batches:
-            names = [name for i in layers for g in groups[i] for name in g.names]
             with Watch(self._original, names, [self._blocks[i] for i in layers]) as seen:
                 with torch.set_grad_enabled(has_metric):
                     logits = self._original(batch.clone().requires_grad_(has_metric)).logits
@@ -259,9 +258,7 @@ class _VisionJob(CompressJob):
                     for group in groups[i]:
                         _add_rows(found[i], group, seen, is_whole=has_metric)
                 if has_metric:
-                    shares = logits.detach().softmax(-1)
-                    drawn = torch.multinomial(shares, 1, generator=generator).flatten()
-                    F.cross_entropy(logits, drawn, reduction="sum").backward()
+                    differentiate_samples(logits, generator)
             for i in layers if has_metric else ():
                 for group in groups[i]:
                     parts = [seen.gradients[name].flatten(0, -2) for name in group.names]

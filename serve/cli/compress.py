@@ -57,7 +57,7 @@ FLAGS = (
     ("calibration", "", "what factors are fitted to: the covariance of the inputs, a mean input in "
      "its place, or nothing (plain SVD); the latter two want --no-compensate --metric outputs"),
     ("metric", "", "lost parts of outputs count by what they do to the loss, or all alike"),
-    ("compensate", "", "fit to what a matrix reads in the compressed model"),
+    ("compensate", "", "have each layer make up for what those before it have lost"),
     ("steps", "N", "of gradient for each layer, that bring its output near that of the model as it "
      "was; 0: none"),
     ("learning_rate", "X", "of these steps, relative to the size of the factors"),
