@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser import NAMES, find_chromium
+from tests.sandboxes import has_sandbox
 
 # Before torch is imported, here and in the processes that tests start. The models are tiny: a
 # second thread would only wait for the first, and torch's threads spin while they wait.
@@ -29,6 +30,8 @@ def has_gpu() -> bool:
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "gpu": (has_gpu, "no CUDA device"),
     "browser": (lambda: find_chromium() is not None, f"no browser ({', '.join(NAMES)})"),
+    "bubblewrap": (lambda: has_sandbox("bubblewrap"), "no bubblewrap that works"),
+    "unshare": (lambda: has_sandbox("unshare"), "no user namespaces"),
 }
 
 

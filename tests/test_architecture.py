@@ -40,7 +40,16 @@ MAY_IMPORT = {
     "text": ("text",),
     # Records become the examples that adapters are trained on; adapters know no text.
     "text.training_data": ("text", "adapters.qst.examples"),
-    "serve": ("serve", "models", "decoding", "adapters", "text", "client", "stats"),
+    "serve": (
+        "serve",
+        "models",
+        "decoding",
+        "adapters",
+        "text",
+        "client",
+        "stats",
+        "evaluation",
+    ),
     "serve.environment": (),
     "serve.machine": (),
     "serve.options": ("serve.environment",),
@@ -105,7 +114,7 @@ MAY_IMPORT = {
 # Third-party modules of the packages that keep their own short list.
 THIRD_PARTY = {
     "client": {"httpx"},
-    "stats": set(),
+    "stats": {"numpy"},
     "decoding": {"torch"},
     "adapters": {"torch", "safetensors", "tqdm", "matplotlib", "transformers", "PIL"},
     "models": {
@@ -116,7 +125,7 @@ THIRD_PARTY = {
     "serve.engine.scheduler": set(),
     "serve.bench": set(),
     "serve.experiments": set(),
-    "evaluation": {"openai"},
+    "evaluation": {"matplotlib"},
     "serve.ui": {"gradio", "fastapi", "starlette", "markdown_it", "pygments"},
 }  # fmt: skip
 
@@ -127,6 +136,7 @@ SLOW_OR_OPTIONAL = {
     "serve.server", "serve.bench.engine", "serve.cli.adapter_folders", "serve.cli.train_run",
     "serve.cli.compress_run", "serve.cli.prune_run", "matplotlib", "gradio", "gradio.routes",
     "serve.ui.app", "serve.cli.quantize_run", "serve.cli.ui_run", "serve.cli.vision_run", "PIL",
+    "evaluation.code.plots",
 }  # fmt: skip
 
 # Requirements that nothing imports by name.
@@ -286,13 +296,18 @@ def forbidden_calls(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield called, node.lineno
 
 
+# Programs under test and their tests: these run inside namespaces with a filter of system calls.
+RUN_IN_A_SANDBOX = {f"evaluation/code/sandboxed/{name}.py" for name in ("judge", "subject")}
+
+
 def test_no_pickle_and_no_code_from_data() -> None:
     breaches = []
     for path, tree in TREES.items():
         for name, line in imported(tree):
             if name.split(".")[0] in ("pickle", "cPickle", "dill", "marshal", "shelve", "joblib"):
                 breaches.append(f"{path}:{line} imports {name}")
-        breaches += [f"{path}:{line} calls {called}" for called, line in forbidden_calls(tree)]
+        if path not in RUN_IN_A_SANDBOX:
+            breaches += [f"{path}:{line} calls {called}" for called, line in forbidden_calls(tree)]
     assert breaches == []
 
 

@@ -1,0 +1,1 @@
+"""Evaluation of models over the HTTP API: code, chat, language, and arms against each other."""
