@@ -23,6 +23,8 @@ CONCURRENCY = 64
 """Requests under way at once: more than a server runs, so that none of its places is idle."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 15.0
+# Attempts that took long before they failed.
+_MAX_SLOW = 3
 # No connection, or a state that passes.
 _PASSING = {None, 408, 425, 429, 500, 502, 503, 504}
 
@@ -124,6 +126,7 @@ class Servers:
         """
         loop = asyncio.get_running_loop()
         end_s, pause_s = loop.time() + self._patience_s, _FIRST_PAUSE_S
+        num_slow = 0
         while True:
             started_s = loop.time()
             try:
@@ -132,8 +135,10 @@ class Servers:
                 if error.status not in _PASSING:
                     raise RunError(str(error)) from None
                 # Time in which it worked on the request is not time in which it was gone.
-                end_s += max(0.0, loop.time() - started_s - _LONGEST_PAUSE_S)
-                if loop.time() + pause_s > end_s:
+                waited_s = loop.time() - started_s
+                if waited_s > _LONGEST_PAUSE_S:
+                    num_slow, end_s = num_slow + 1, end_s + waited_s
+                if loop.time() + pause_s > end_s or num_slow > _MAX_SLOW:
                     raise RunError(
                         f"{error}; gave up after {self._patience_s:.0f} s. What is done is kept: "
                         "the same command goes on there"

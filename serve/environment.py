@@ -9,8 +9,10 @@ from pathlib import Path
 
 PREFIX = "PROA_"
 
-# Variables that are no server option: the terminal client's address.
-OTHER_VARIABLES = ("PROA_URL",)
+JUDGE_KEY = PREFIX + "JUDGE_API_KEY"
+
+# Variables that are no server option: what clients in the terminal use.
+OTHER_VARIABLES = ("PROA_URL", JUDGE_KEY)
 
 
 def environment_name(option: str) -> str:
@@ -70,3 +72,8 @@ def client_settings(environ: Mapping[str, str]) -> tuple[str, str | None]:
     """
     keys = environ.get(environment_name("api_key"), "").split(",")
     return environ.get("PROA_URL") or "http://127.0.0.1:8000", keys[0] or None
+
+
+def judge_key(environ: Mapping[str, str]) -> str | None:
+    """Return the key of the server whose model judges, if it has its own."""
+    return environ.get(JUDGE_KEY) or None

@@ -125,7 +125,7 @@ THIRD_PARTY = {
     "serve.engine.scheduler": set(),
     "serve.bench": set(),
     "serve.experiments": set(),
-    "evaluation": {"matplotlib"},
+    "evaluation": {"matplotlib", "tqdm"},
     "serve.ui": {"gradio", "fastapi", "starlette", "markdown_it", "pygments"},
 }  # fmt: skip
 
@@ -136,7 +136,7 @@ SLOW_OR_OPTIONAL = {
     "serve.server", "serve.bench.engine", "serve.cli.adapter_folders", "serve.cli.train_run",
     "serve.cli.compress_run", "serve.cli.prune_run", "matplotlib", "gradio", "gradio.routes",
     "serve.ui.app", "serve.cli.quantize_run", "serve.cli.ui_run", "serve.cli.vision_run", "PIL",
-    "evaluation.code.plots",
+    "evaluation.code.plots", "evaluation.chat.plots",
 }  # fmt: skip
 
 # Requirements that nothing imports by name.

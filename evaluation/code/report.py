@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation.records import Record
-from stats.bootstrap import Estimate, bootstrap_difference, bootstrap_mean
+from evaluation.tables import describe_estimate, table
+from stats.bootstrap import bootstrap_difference, bootstrap_mean
 from stats.pass_at_k import pass_at_k
 
 BASE, PLUS = "base", "plus"
@@ -67,7 +68,7 @@ def _figures(records: Sequence[Record], name: str, ks: Sequence[int] | None) -> 
         "tasks": len(counts),
         "samples": fewest,
         "pass_at": {
-            str(k): _describe(bootstrap_mean([pass_at_k(*of, k) for of in counts.values()]))
+            str(k): describe_estimate(bootstrap_mean([pass_at_k(*of, k) for of in counts.values()]))
             for k in choose_ks(fewest, ks)
         },
         "results": dict(kinds.most_common()),
@@ -81,7 +82,7 @@ def _differences(
     tasks = [task for task in ours if task in theirs]
     fewest = min((min(ours[task][0], theirs[task][0]) for task in tasks), default=0)
     return {
-        str(k): _describe(
+        str(k): describe_estimate(
             bootstrap_difference(
                 [pass_at_k(*ours[task], k) for task in tasks],
                 [pass_at_k(*theirs[task], k) for task in tasks],
@@ -95,11 +96,6 @@ def choose_ks(num_samples: int, ks: Sequence[int] | None) -> list[int]:
     """Return the k that so many samples can tell of."""
     asked = (1, 5, 10, 15, 20, 50, 100, num_samples) if ks is None else ks
     return sorted({k for k in asked if 1 <= k <= num_samples})
-
-
-def _describe(estimate: Estimate) -> dict[str, float]:
-    found = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    return found if estimate.p is None else {**found, "p": estimate.p}
 
 
 def to_markdown(summary: Mapping[str, Any], title: str) -> str:
@@ -124,26 +120,28 @@ def to_markdown(summary: Mapping[str, Any], title: str) -> str:
 
 def _pass_table(arms: Mapping[str, Any]) -> list[str]:
     ks = sorted({int(k) for of in arms.values() for k in of["pass_at"]})
-    lines = _head(["", "tasks", "samples", *(f"pass@{k}" for k in ks)])
-    for label, of in arms.items():
-        cells = [_share(of["pass_at"].get(str(k))) for k in ks]
-        lines.append(_row([f"`{label}`", str(of["tasks"]), str(of["samples"]), *cells]))
-    return lines
+    rows = [
+        [f"`{label}`", str(of["tasks"]), str(of["samples"])]
+        + [_share(of["pass_at"].get(str(k))) for k in ks]
+        for label, of in arms.items()
+    ]
+    return table(["", "tasks", "samples", *(f"pass@{k}" for k in ks)], rows)
 
 
 def _difference_table(differences: Mapping[str, Any]) -> list[str]:
     ks = sorted({int(k) for of in differences.values() for k in of})
-    lines = _head(["", *(f"pass@{k}" for k in ks)])
-    for label, of in differences.items():
-        cells = [
-            f"{100 * e['value']:+.2f} [{100 * e['low']:+.2f}, {100 * e['high']:+.2f}], "
-            f"p = {e['p']:.3f}"
-            if (e := of.get(str(k)))
-            else ""
-            for k in ks
-        ]
-        lines.append(_row([f"`{label}`", *cells]))
-    return lines
+    rows = [
+        [f"`{label}`", *(_difference(of.get(str(k))) for k in ks)]
+        for label, of in differences.items()
+    ]
+    return table(["", *(f"pass@{k}" for k in ks)], rows)
+
+
+def _difference(estimate: Mapping[str, float] | None) -> str:
+    if estimate is None:
+        return ""
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}], p = {estimate['p']:.3f}"
 
 
 def _kind_table(arms: Mapping[str, Any]) -> list[str]:
@@ -151,12 +149,11 @@ def _kind_table(arms: Mapping[str, Any]) -> list[str]:
     for of in arms.values():
         total.update(of["results"])
     kinds = [kind for kind, _ in total.most_common(_MOST_KINDS)]
-    lines = _head(["", *kinds])
+    rows = []
     for label, of in arms.items():
         num = sum(of["results"].values())
-        cells = [f"{100 * of['results'].get(kind, 0) / num:.1f}" for kind in kinds]
-        lines.append(_row([f"`{label}`", *cells]))
-    return lines
+        rows.append([f"`{label}`", *(f"{100 * of['results'].get(k, 0) / num:.1f}" for k in kinds)])
+    return table(["", *kinds], rows)
 
 
 def _share(estimate: Mapping[str, float] | None) -> str:
@@ -164,11 +161,3 @@ def _share(estimate: Mapping[str, float] | None) -> str:
         return ""
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
     return f"{value:.2f} [{low:.1f}, {high:.1f}]"
-
-
-def _head(cells: Sequence[str]) -> list[str]:
-    return [_row(cells), "|---" * len(cells) + "|"]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -3,16 +3,19 @@
 import argparse
 from types import MappingProxyType
 
-from serve.cli import eval_code, eval_images
+from serve.cli import eval_chat, eval_code, eval_images
 
 EXAMPLES = """\
 examples:
   proa eval humaneval --data HumanEval.jsonl.gz --output ./he --allow-code-execution
   proa eval mbpp --data mbpp.jsonl --model smollm2,smollm2@adapt --samples 20 --output ./mbpp
+  proa eval mt-bench --questions question.jsonl --judge qwen --output ./mt
   proa eval images --model ./vit --data ./images/test
 """
 
-_KINDS = MappingProxyType({"humaneval": eval_code, "mbpp": eval_code, "images": eval_images})
+_KINDS = MappingProxyType(
+    {"humaneval": eval_code, "mbpp": eval_code, "mt-bench": eval_chat, "images": eval_images}
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,12 +5,8 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from evaluation.code.problems import HUMANEVAL, Problem, join_tests, read_problems
 from evaluation.code.prompts import CHAT, COMPLETION
@@ -24,6 +20,7 @@ from evaluation.code.run import (
 )
 from evaluation.code.sandbox import Limits, Sandbox, SandboxError
 from evaluation.folder import digest_of, file_names, open_folder, write_whole
+from evaluation.progress import bars
 from evaluation.records import read_records
 from evaluation.server import open_servers
 from serve.cli.arguments import (
@@ -179,7 +176,7 @@ async def _run(
         assert judge is not None
         samples = read_samples(arguments.score, test.problems)
         open_folder(arguments.output, {**settings, "samples": digest_of(arguments.score)})
-        with _bars(0, len(samples)) as progress:
+        with bars(sys.stderr, sample=0, result=len(samples)) as progress:
             await score_samples(test, samples, arguments.output, judge, progress)
         return {_SCORED: _SCORED}
     arms = await build_arms(arguments, fields)
@@ -193,7 +190,7 @@ async def _run(
     open_folder(arguments.output, settings)
     count = len(test.problems) * test.num_samples * len(arms)
     async with open_servers(patience_s=arguments.patience) as servers:
-        with _bars(count, 0 if judge is None else count) as progress:
+        with bars(sys.stderr, sample=count, result=0 if judge is None else count) as progress:
             await run_code_test(
                 test, arms, arguments.output, servers, judge=judge,
                 concurrency=arguments.concurrency, progress=progress,
@@ -240,19 +237,6 @@ def _build_judge(arguments: argparse.Namespace, test: CodeTest) -> Judge | None:
         return None
     jobs = arguments.jobs or max(1, (os.cpu_count() or 1) // 2)
     return Judge(Sandbox(), test, jobs=jobs)
-
-
-@contextmanager
-def _bars(num_samples: int, num_results: int) -> Iterator[Callable[[str, int], None]]:
-    bars = {
-        name: tqdm(total=total, desc=name, unit="", file=sys.stderr, disable=not total)
-        for name, total in (("sample", num_samples), ("result", num_results))
-    }
-    try:
-        yield lambda name, count: bars[name].update(count)
-    finally:
-        for bar in bars.values():
-            bar.close()
 
 
 def _report(arguments: argparse.Namespace, names: dict[str, str], ks: list[int] | None) -> int:
