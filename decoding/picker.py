@@ -9,14 +9,26 @@ from typing import Protocol
 
 from torch import Tensor
 
-from decoding.row import Row
+from decoding.params import SamplingParams
+from decoding.penalties import Edits
+
+
+class PickedRow(Protocol):
+    """What a picker reads of a row: `decoding.row.Row`, or one that its strategy has shaped."""
+
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def is_filtered(self) -> bool: ...
+    def uniform(self) -> float: ...
+    def edits(self, row: int) -> Edits | None: ...
 
 
 class Picker(Protocol):
     """Takes a token from each row; a row's token depends on that row only."""
 
     def pick(
-        self, logits: Tensor, rows: Sequence[Row], temperatures: Sequence[float]
+        self, logits: Tensor, rows: Sequence[PickedRow], temperatures: Sequence[float]
     ) -> list[int | None]:
         """Return the next token of each row, None where its logits are not numbers.
 
@@ -26,7 +38,9 @@ class Picker(Protocol):
             temperatures: B temperatures; 0 takes the first of the largest logits, without a draw.
         """
 
-    def measure(self, logits: Tensor, rows: Sequence[Row] | None) -> tuple[Tensor, Tensor, Tensor]:
+    def measure(
+        self, logits: Tensor, rows: Sequence[PickedRow] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the fields of `decoding.spread.Spread`.
 
         Args:

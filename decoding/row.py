@@ -1,16 +1,19 @@
 """What the sampler remembers of one sequence."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from decoding.draw import uniforms
+from decoding.draw import derive_seed, uniforms
 from decoding.params import SamplingParams
 from decoding.penalties import Edits, TokenCounts
-from decoding.strategies import Controller
+from decoding.strategies import Controller, Shape
 
 _NUM_UNIFORMS_AHEAD = 64
+# Beyond the numbers of a request's sequences.
+_SECOND_STREAM = 2**40
 
 
 class Row:
@@ -23,6 +26,7 @@ class Row:
         params: sampling parameters.
         controller: the strategy bound to the vocabulary.
         is_traced: report class, temperature and entropy.
+        prompt_token_ids: the prompt.
         is_filtered: top-k, typical-p, top-p or min-p drop tokens.
     """
 
@@ -40,9 +44,9 @@ class Row:
         self.params = params
         self.controller = controller
         self.is_traced = is_traced
-        self.is_filtered = (
-            params.top_k > 0 or params.typical_p < 1.0 or params.top_p < 1.0 or params.min_p > 0.0
-        )
+        self.prompt_token_ids = prompt_token_ids
+        self.is_filtered = is_filtered(params)
+        self._notes: list[float | None] = []
         self._seed = seed
         self._token_ids: list[int] = []
         self._automaton = controller.automaton
@@ -75,6 +79,16 @@ class Row:
     def state(self) -> int:
         """State of the strategy for the next token."""
         return self._states[-1]
+
+    @property
+    def last_note(self) -> float | None:
+        """What was noted of the last token."""
+        return self._notes[len(self._token_ids) - 1] if self._token_ids and self._notes else None
+
+    def note(self, value: float | None) -> None:
+        """Keep what is to be remembered of the token that is appended next."""
+        del self._notes[len(self._token_ids) :]
+        self._notes.append(value)
 
     def append(self, token_id: int) -> None:
         """Add a generated token."""
@@ -110,6 +124,11 @@ class Row:
             self._uniforms = uniforms(torch.tensor(self._seed), ahead).tolist()
         return self._uniforms[offset]
 
+    def second_uniform(self) -> float:
+        """Return another random number in [0, 1) for the next token."""
+        seed = derive_seed(self._seed, _SECOND_STREAM)
+        return float(uniforms(torch.tensor(seed), torch.tensor(len(self._token_ids))))
+
     def edits(self, row: int) -> Edits | None:
         """Return the changes to the logits for the next token, if any.
 
@@ -121,3 +140,48 @@ class Row:
             return None
         banned = self._banned if is_early else None
         return Edits(row=row, bias=self._bias, counts=self._counts, banned=banned)
+
+
+class ShapedRow:
+    """A row as the picker sees it once its strategy has had its say, at one step.
+
+    Args:
+        row: the row.
+        shape: what becomes of its distribution.
+    """
+
+    def __init__(self, row: Row, shape: Shape) -> None:
+        self.params = row.params
+        if shape.min_p > row.params.min_p:
+            self.params = replace(row.params, min_p=min(1.0, shape.min_p))
+        self.is_filtered = is_filtered(self.params)
+        self._row = row
+        self._shape = shape
+
+    def uniform(self) -> float:
+        """Return the random number of the draw, see `Row`."""
+        return self._row.uniform()
+
+    def edits(self, row: int) -> Edits | None:
+        """Return the changes to the logits, see `Row`, and the strategy's own."""
+        bias, banned = self._shape.bias, self._shape.banned
+        own = self._row.edits(row)
+        if bias is None and banned is None:
+            return own
+        if own is None:
+            return Edits(row=row, bias=bias, counts=None, banned=banned)
+        if bias is not None and own.bias is not None:
+            bias = (torch.cat([own.bias[0], bias[0]]), torch.cat([own.bias[1], bias[1]]))
+        if banned is not None and own.banned is not None:
+            banned = torch.cat([own.banned, banned])
+        return Edits(
+            row=row,
+            bias=own.bias if bias is None else bias,
+            counts=own.counts,
+            banned=own.banned if banned is None else banned,
+        )
+
+
+def is_filtered(params: SamplingParams) -> bool:
+    """Return whether top-k, typical-p, top-p or min-p drop tokens."""
+    return params.top_k > 0 or params.typical_p < 1.0 or params.top_p < 1.0 or params.min_p > 0.0

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from decoding.logprobs import MAX_ROWS, LogitsError, TopLogprobs, token_logprobs
 from decoding.params import SamplingParams
-from decoding.picker import Picker
-from decoding.row import Row
+from decoding.penalties import apply_edits
+from decoding.picker import PickedRow, Picker
+from decoding.row import Row, ShapedRow
 from decoding.spread import Spread
 from decoding.strategies import Controller, Strategy
 from decoding.tables import TokenTables
@@ -119,7 +120,7 @@ class Sampler:
         )
 
     def sample(self, logits: Tensor, rows: Sequence[Row]) -> Sampled:
-        """Choose the next token of each row; the rows are not changed.
+        """Choose the next token of each row; the rows are not changed, but for their notes.
 
         Args:
             logits: (B, V) float32, raw model output; not changed.
@@ -132,12 +133,31 @@ class Sampler:
         if logits.dtype != torch.float32 or not logits.is_contiguous():
             logits = logits.float().contiguous()
         temperatures = self._temperatures(logits, rows)
+        shaped = [
+            self._shape(logits[index], row, temperature)
+            for index, (row, temperature) in enumerate(zip(rows, temperatures, strict=True))
+        ]
         token_ids: list[int] = []
-        for token_id in self._picker.pick(logits, rows, temperatures):
+        for token_id in self._picker.pick(logits, shaped, temperatures):
             if token_id is None:
                 raise LogitsError
             token_ids.append(token_id)
+        for index, row in enumerate(rows):
+            if shaped[index] is not row:
+                self._learn(logits[index], row, temperatures[index], token_ids[index])
         return self._report(logits, rows, token_ids, temperatures)
+
+    def _shape(self, logits: Tensor, row: Row, temperature: float) -> PickedRow:
+        """Return a row as its strategy has shaped it; the row itself where it has no say."""
+        shaper = row.controller.shaper
+        if shaper is None or (temperature == 0.0 and not shaper.shapes_greedy):
+            return row
+        return ShapedRow(row, shaper.shape(_edited(logits, row), row, temperature))
+
+    def _learn(self, logits: Tensor, row: Row, temperature: float, token_id: int) -> None:
+        shaper = row.controller.shaper
+        assert shaper is not None
+        row.note(shaper.learn(_edited(logits, row), row, temperature, token_id))
 
     def score(
         self, logits: Tensor, token_ids: Sequence[int], *, num_top: int
@@ -211,6 +231,16 @@ class Sampler:
             entropies=entropy,
             classes=[self._tables.class_name(token_id) for token_id in token_ids],
         )
+
+
+def _edited(logits: Tensor, row: Row) -> Tensor:
+    """Return (V,) logits of a row after bias, penalties and bans."""
+    edits = row.edits(0)
+    if edits is None:
+        return logits
+    changed = logits.clone()[None]
+    apply_edits(changed, [edits])
+    return changed[0]
 
 
 def _select_rows(logits: Tensor, indices: list[int]) -> Tensor:

@@ -28,11 +28,15 @@ class TokenTables:
             blanks only, K is empty (special and control tokens).
         shapes: the distinct shapes of the tokens' texts, see `build_token_tables`.
         shape_ids: index into `shapes` of each token.
+        texts: bytes of each token, None or empty without a text.
     """
 
-    def __init__(self, shapes: Sequence[bytes], shape_ids: Sequence[int]) -> None:
+    def __init__(
+        self, shapes: Sequence[bytes], shape_ids: Sequence[int], texts: Sequence[bytes | None]
+    ) -> None:
         self.shapes = tuple(shapes)
         self.shape_ids = tuple(shape_ids)
+        self.texts = texts
         class_of_shape = torch.tensor([_class_of(shape) for shape in shapes], dtype=torch.uint8)
         self.classes: Tensor = class_of_shape[torch.tensor(self.shape_ids)]
         self._class_of_token = bytes(self.classes.tolist())
@@ -45,6 +49,14 @@ class TokenTables:
     def class_name(self, token_id: int) -> str:
         """Return the class of a token's text, one of `TOKEN_CLASSES`."""
         return TOKEN_CLASSES[self._class_of_token[token_id]]
+
+    def tokens_with(self, parts: Sequence[bytes]) -> frozenset[int]:
+        """Return the tokens whose text has one of these parts in it."""
+        return frozenset(
+            token_id
+            for token_id, text in enumerate(self.texts)
+            if text and any(part in text for part in parts)
+        )
 
     def line_automaton(self, *, is_bracket_opener: bool) -> Automaton:
         """Return the automaton of `decoding.lines` over this vocabulary, built at first use.
@@ -76,7 +88,7 @@ def build_token_tables(token_bytes: Sequence[bytes | None]) -> TokenTables:
     found: dict[bytes, int] = {}
     joined = _REPEATS.sub(b"", b"|".join(texts))
     shape_ids = [found.setdefault(shape, len(found)) for shape in joined.split(b"|")]
-    return TokenTables(tuple(found), shape_ids)
+    return TokenTables(tuple(found), shape_ids, token_bytes)
 
 
 def _class_of(shape: bytes) -> int:

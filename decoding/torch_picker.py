@@ -10,7 +10,7 @@ from torch import Tensor
 from decoding.draw import draw_dense
 from decoding.filters import draw_filtered
 from decoding.penalties import apply_edits
-from decoding.row import Row
+from decoding.picker import PickedRow
 from decoding.rows import argmax_rows
 from decoding.spread import Spread, measure_spread
 from decoding.weights import distances, weights_of
@@ -30,7 +30,7 @@ class TorchPicker:
             self._max_rows = max(1, _MAX_LOGITS_CPU // vocab_size)
 
     def pick(
-        self, logits: Tensor, rows: Sequence[Row], temperatures: Sequence[float]
+        self, logits: Tensor, rows: Sequence[PickedRow], temperatures: Sequence[float]
     ) -> list[int | None]:
         token_ids: list[int | None] = [None] * len(rows)
         greedy: list[int] = []
@@ -54,7 +54,7 @@ class TorchPicker:
                     token_ids[index] = token_id
         return token_ids
 
-    def measure(self, logits: Tensor, rows: Sequence[Row] | None) -> Spread:
+    def measure(self, logits: Tensor, rows: Sequence[PickedRow] | None) -> Spread:
         parts = [
             measure_spread(
                 logits[part[0] : part[-1] + 1] if rows is None else self._take(logits, rows, part)
@@ -68,7 +68,7 @@ class TorchPicker:
         size = self._max_rows
         return [indices[start : start + size] for start in range(0, len(indices), size)]
 
-    def _take(self, logits: Tensor, rows: Sequence[Row], part: list[int]) -> Tensor:
+    def _take(self, logits: Tensor, rows: Sequence[PickedRow], part: list[int]) -> Tensor:
         """Return (P, V) logits of some rows after bias, penalties and bans.
 
         Args:
@@ -97,7 +97,7 @@ class TorchPicker:
         return taken
 
     def _draw(
-        self, logits: Tensor, rows: Sequence[Row], part: list[int], temperatures: Tensor
+        self, logits: Tensor, rows: Sequence[PickedRow], part: list[int], temperatures: Tensor
     ) -> list[int | None]:
         """Draw a token of each row of a part, whose rows are all filtered or all not."""
         members = [rows[index] for index in part]

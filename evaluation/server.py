@@ -41,6 +41,7 @@ class Arm:
         fields: sampling fields of the requests, such as temperature and decoding.
         url: of the server.
         key: of the server, or empty. It is kept in no file.
+        salt: makes its seeds other ones than those of the other arms, unless empty.
     """
 
     label: str
@@ -48,6 +49,7 @@ class Arm:
     fields: dict[str, Any] = field(default_factory=dict)
     url: str = DEFAULT_URL
     key: str = field(default="", repr=False)
+    salt: str = ""
 
     def describe(self) -> dict[str, Any]:
         """Return what is kept of it."""
@@ -71,6 +73,7 @@ class Servers:
         self._patience_s = patience_s
         self._make = make_client or _connect
         self._clients: dict[str, ApiClient] = {}
+        self._compares: dict[str, bool] = {}
         self._jitter = random.Random()
 
     def client(self, url: str) -> ApiClient:
@@ -117,6 +120,44 @@ class Servers:
         if not isinstance(answer, dict):
             raise RunError(f"the server at {arm.url} does not speak this API: {path}")
         return answer
+
+    async def ask_each(
+        self, arms: Sequence[Arm], path: str, body: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return the answers of several arms to one request, in their order.
+
+        Arms of one server that offers /v1/compare are asked in one request: it computes the prompt
+        once for all that share a base, and they draw the same random numbers.
+
+        Args:
+            arms: whose models and fields are added.
+            path: /v1/completions or /v1/chat/completions.
+            body: the other fields, with a seed.
+
+        Raises:
+            RunError: a server refuses it, or was gone for too long.
+        """
+        first = arms[0]
+        together = len(arms) > 1 and all((a.url, a.key) == (first.url, first.key) for a in arms)
+        if not together or not await self._offers_compare(first):
+            return list(await asyncio.gather(*(self.ask(arm, path, body) for arm in arms)))
+        entries = [{"label": arm.label, "model": arm.model, **arm.fields} for arm in arms]
+        answer = await self.retry(
+            lambda: self.client(first.url).request(
+                "POST", "/v1/compare", key=first.key, body={**body, "arms": entries}
+            )
+        )
+        found = sorted(answer["arms"], key=lambda entry: int(entry["index"]))
+        return [{"choices": [entry], "usage": entry["usage"]} for entry in found]
+
+    async def _offers_compare(self, arm: Arm) -> bool:
+        if arm.url not in self._compares:
+            try:
+                described = await self.client(arm.url).request("GET", "/openapi.json", key=arm.key)
+                self._compares[arm.url] = "/v1/compare" in described["paths"]
+            except (RequestError, KeyError, TypeError):
+                self._compares[arm.url] = False
+        return self._compares[arm.url]
 
     async def retry(self, work: Callable[[], Awaitable[Any]]) -> Any:
         """Return what `work` gives, trying again with growing pauses while the server is gone.

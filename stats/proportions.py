@@ -58,6 +58,7 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
     """
     if min(only_first, only_second) < 0:
         raise ValueError(f"counts must not be negative, got {only_first} and {only_second}")
+    only_first, only_second = int(only_first), int(only_second)
     count = only_first + only_second
     tail = sum(math.comb(count, k) for k in range(min(only_first, only_second) + 1))
     return min(1.0, 2 * tail / 2**count)

@@ -125,7 +125,7 @@ THIRD_PARTY = {
     "serve.engine.scheduler": set(),
     "serve.bench": set(),
     "serve.experiments": set(),
-    "evaluation": {"matplotlib", "tqdm"},
+    "evaluation": {"matplotlib", "tqdm", "yaml", "markdown_it"},
     "serve.ui": {"gradio", "fastapi", "starlette", "markdown_it", "pygments"},
 }  # fmt: skip
 
@@ -137,6 +137,7 @@ SLOW_OR_OPTIONAL = {
     "serve.cli.compress_run", "serve.cli.prune_run", "matplotlib", "gradio", "gradio.routes",
     "serve.ui.app", "serve.cli.quantize_run", "serve.cli.ui_run", "serve.cli.vision_run", "PIL",
     "evaluation.code.plots", "evaluation.chat.plots",
+    "evaluation.comparison.plots",
 }  # fmt: skip
 
 # Requirements that nothing imports by name.

@@ -1,4 +1,4 @@
-"""Decoding strategies: how a request's temperature varies from token to token.
+"""Decoding strategies: how a request's distribution is changed from token to token.
 
 A new strategy is one file here and one line in `STRATEGIES`.
 """
@@ -10,16 +10,30 @@ from typing import Any
 from decoding.options import ParameterError, options_of, schema_of
 from decoding.strategies.adapt import Adapt
 from decoding.strategies.base import Controller, Strategy
+from decoding.strategies.dry import Dry
 from decoding.strategies.dynatemp import DynaTemp
+from decoding.strategies.edt import Edt
 from decoding.strategies.fixed import Fixed
+from decoding.strategies.mirostat import Mirostat2
+from decoding.strategies.shaping import Shape, ShapedText, Shaper
+from decoding.strategies.top_n_sigma import TopNSigma
+from decoding.strategies.xtc import Xtc
 
 __all__ = [
     "STRATEGIES",
     "Adapt",
     "Controller",
+    "Dry",
     "DynaTemp",
+    "Edt",
     "Fixed",
+    "Mirostat2",
+    "Shape",
+    "ShapedText",
+    "Shaper",
     "Strategy",
+    "TopNSigma",
+    "Xtc",
     "parse_strategy",
     "strategy_schema",
 ]
@@ -28,6 +42,11 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     Fixed.name: Fixed,
     Adapt.name: Adapt,
     DynaTemp.name: DynaTemp,
+    Edt.name: Edt,
+    TopNSigma.name: TopNSigma,
+    Xtc.name: Xtc,
+    Dry.name: Dry,
+    Mirostat2.name: Mirostat2,
 }
 
 

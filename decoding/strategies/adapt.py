@@ -127,6 +127,7 @@ class AdaptController:
     """See `Adapt`."""
 
     reads_spread = False
+    shaper = None
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from decoding.automaton import Automaton
 from decoding.spread import Spread
+from decoding.strategies.shaping import Shaper
 from decoding.tables import TokenTables
 
 
@@ -23,6 +24,10 @@ class Controller(Protocol):
     @property
     def reads_spread(self) -> bool:
         """Whether `temperatures` needs the spread."""
+
+    @property
+    def shaper(self) -> Shaper | None:
+        """Has a say in more than the temperature; None: nothing has."""
 
     def start(self, prompt_token_ids: Sequence[int], *, prompt_is_template: bool) -> int:
         """Return the state for the first generated token.

@@ -58,6 +58,7 @@ class DynaTempController:
 
     automaton = None
     reads_spread = True
+    shaper = None
 
     def __init__(self, spread: float, exponent: float) -> None:
         self._spread = spread

@@ -30,6 +30,7 @@ class FixedController:
 
     automaton = None
     reads_spread = False
+    shaper = None
 
     def start(self, prompt_token_ids: Sequence[int], *, prompt_is_template: bool) -> int:
         """Return the state for the first generated token, see `Controller`."""

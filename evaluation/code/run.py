@@ -180,33 +180,51 @@ async def run_code_test(
                 for sample in files[label].missing_results():
                     examine(label, sample)
 
-            async def answer(item: tuple[Arm, Key]) -> None:
-                arm, key = item
-                sample = await _sample(test, problems[key[0]], key[1], arm, servers)
-                files[arm.label].samples.add(sample)
-                progress("sample", 1)
-                examine(arm.label, sample)
+            async def answer(item: tuple[Key, list[Arm]]) -> None:
+                (task_id, sample), asked = item
+                found = await _sample(test, problems[task_id], sample, asked, servers)
+                for arm, record in zip(asked, found, strict=True):
+                    files[arm.label].samples.add(record)
+                    progress("sample", 1)
+                    examine(arm.label, record)
 
-            # Arm after arm for each sample: the arms meet the same state of the server, and the
-            # prompt is in its cache.
+            # All arms for each sample: they meet the same state of the server, and share what it
+            # computes of the prompt.
             missing = {arm.label: set(files[arm.label].missing_samples(wanted)) for arm in arms}
-            items = [(arm, key) for key in wanted for arm in arms if key in missing[arm.label]]
-            await run_each(items, answer, concurrency=concurrency)
+            items = [
+                (key, asked)
+                for key in wanted
+                for salt in dict.fromkeys(arm.salt for arm in arms)
+                if (asked := [a for a in arms if a.salt == salt and key in missing[a.label]])
+            ]
+            await run_each(items, answer, concurrency=max(1, concurrency // len(arms)))
 
 
 async def _sample(
-    test: CodeTest, problem: Problem, sample: int, arm: Arm, servers: Servers
-) -> Record:
+    test: CodeTest, problem: Problem, sample: int, arms: Sequence[Arm], servers: Servers
+) -> list[Record]:
+    """Return the sample of each arm; they share their seed."""
     path, body = build_request(problem, test.form)
-    seed = seed_of(test.seed, problem.task_id, sample)
+    seed = seed_of(test.seed, problem.task_id, sample, *([arms[0].salt] if arms[0].salt else []))
     body |= {"max_tokens": test.max_tokens, "seed": seed}
     try:
-        answer = await servers.ask(arm, path, body)
+        answers = await servers.ask_each(arms, path, body)
+    except RunError as error:
+        labels = ", ".join(repr(arm.label) for arm in arms)
+        raise RunError(f"arm {labels}, task {problem.task_id}: {error}") from None
+    return [
+        _describe_sample(test, problem, sample, seed, arm, answer)
+        for arm, answer in zip(arms, answers, strict=True)
+    ]
+
+
+def _describe_sample(
+    test: CodeTest, problem: Problem, sample: int, seed: int, arm: Arm, answer: dict[str, Any]
+) -> Record:
+    try:
         choice = answer["choices"][0]
         text = choice["text"] if test.form != CHAT else choice["message"]["content"] or ""
         finish, usage = choice.get("finish_reason"), answer.get("usage") or {}
-    except RunError as error:
-        raise RunError(f"arm {arm.label!r}, task {problem.task_id}: {error}") from None
     except (KeyError, IndexError, TypeError, AttributeError):
         raise RunError(f"arm {arm.label!r}: the server at {arm.url} gives no choices") from None
     program = build_program(problem, text, test.form)

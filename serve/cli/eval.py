@@ -3,18 +3,27 @@
 import argparse
 from types import MappingProxyType
 
-from serve.cli import eval_chat, eval_code, eval_images
+from serve.cli import eval_chat, eval_code, eval_images, eval_language
 
 EXAMPLES = """\
 examples:
   proa eval humaneval --data HumanEval.jsonl.gz --output ./he --allow-code-execution
   proa eval mbpp --data mbpp.jsonl --model smollm2,smollm2@adapt --samples 20 --output ./mbpp
   proa eval mt-bench --questions question.jsonl --judge qwen --output ./mt
+  proa eval perplexity --text wiki.test.raw --output ./ppl
+  proa eval choices --task hellaswag --data hellaswag_val.jsonl --output ./hs
   proa eval images --model ./vit --data ./images/test
 """
 
 _KINDS = MappingProxyType(
-    {"humaneval": eval_code, "mbpp": eval_code, "mt-bench": eval_chat, "images": eval_images}
+    {
+        "humaneval": eval_code,
+        "mbpp": eval_code,
+        "mt-bench": eval_chat,
+        "perplexity": eval_language,
+        "choices": eval_language,
+        "images": eval_images,
+    }
 )
 
 

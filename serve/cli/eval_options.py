@@ -15,7 +15,7 @@ from serve.cli.arguments import CommandError, UserError
 from serve.environment import client_settings
 
 
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+def add_server_arguments(parser: argparse.ArgumentParser, *, with_models: bool = True) -> None:
     """Declare the server that is asked, and how it is asked."""
     url, api_key = client_settings(os.environ)
     group = parser.add_argument_group("Server")
@@ -26,9 +26,10 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--api-key", metavar="KEY", default=api_key, help="its key [env: PROA_API_KEY]"
     )
-    group.add_argument(
-        "--model", metavar="ID[,ID...]", help="model ids [default: the first of /v1/models]"
-    )
+    if with_models:
+        group.add_argument(
+            "--model", metavar="ID[,ID...]", help="model ids [default: the first of /v1/models]"
+        )
     group.add_argument(
         "--concurrency", metavar="N", type=int, default=CONCURRENCY,
         help="requests under way at once; more than the server runs keep it busy "

@@ -22,6 +22,7 @@ COMMANDS = {
     "prune": "search for a pruned variant of the model",
     "compress": "make a mixed-rank variant of the model",
     "eval": "measure how good a model is",
+    "compare": "compare models and strategies on the same prompts",
     "adapters": "list, inspect and verify adapters",
     "quantize": "write a 4-bit checkpoint that transformers loads too",
     "bench": "measure decode and prefill speed",
@@ -43,7 +44,8 @@ examples:
   proa prune disp --data text.txt --remove 0.3 --output ./small
   proa serve --variant small=./small      the model ids are then smollm2 and smollm2:small
   proa compress --data text.txt --remove 0.2 --output ./thin
-  proa eval images --model ./vit --data ./images/test
+  proa eval humaneval --data HumanEval.jsonl.gz --output ./he --allow-code-execution
+  proa compare --arms arms.yaml --task answers --data questions.jsonl --output ./ab
   proa adapters inspect ./my-adapter
   proa quantize ./Llama-3.2-1B ./Llama-3.2-1B-nf4
   proa bench --streams 1,8,32

@@ -204,7 +204,7 @@ def test_answer_without_choices_is_an_error(
 def test_refusal_names_arm_and_task(tmp_path: Path, make_server: Make) -> None:
     server = make_server(complete)
     server.failures = [(400, "prompt is too long")]
-    with pytest.raises(RunError, match="arm 'a', task HumanEval/0: prompt is too long"):
+    with pytest.raises(RunError, match="arm 'a', 'b', task HumanEval/0: prompt is too"):
         run(tmp_path, server, FakeSandbox())
 
 

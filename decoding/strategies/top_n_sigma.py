@@ -1,0 +1,66 @@
+"""Top-n-sigma: keep the logits that stand out of the noise."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from decoding.options import check_options, option
+from decoding.strategies.shaping import Shape, ShapedText, Unmoved
+from decoding.tables import TokenTables
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopNSigma:
+    """Keep tokens whose logit is at most n standard deviations below the largest.
+
+    The standard deviation is over the logits of all tokens that bias, penalties and masks leave
+    possible. What is kept does not depend on the temperature, so that it may be high.
+
+    Source: Tang et al., "Top-n-sigma: not all logits are you need" (2024); llama.cpp,
+    `llama_sampler_top_n_sigma_apply` (MIT), followed as a definition.
+    """
+
+    name: ClassVar[str] = "top_n_sigma"
+
+    n: float = option(
+        1.0,
+        "How many standard deviations below the largest logit a token may be.",
+        "number",
+        minimum=0.0,
+        maximum=100.0,
+        is_minimum_excluded=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self, prefix="decoding.")
+
+    def token_ids(self) -> Mapping[str, tuple[int, ...]]:
+        """Return the token ids among the parameters, see `Strategy`."""
+        return {}
+
+    def bind(self, tables: TokenTables) -> Unmoved:
+        """Return the controller for a vocabulary."""
+        return Unmoved(_Shaper(self.n))
+
+
+class _Shaper:
+    shapes_greedy = False
+
+    def __init__(self, n: float) -> None:
+        self._n = n
+
+    def shape(self, logits: Tensor, text: ShapedText, temperature: float) -> Shape:
+        possible = logits[logits.isfinite()]
+        if len(possible) < 2:
+            return Shape()
+        deviation = float(possible.double().std(correction=0))
+        # A distance between logits is a ratio of probabilities at a temperature.
+        return Shape(min_p=math.exp(-self._n * deviation / temperature))
+
+    def learn(
+        self, logits: Tensor, text: ShapedText, temperature: float, token_id: int
+    ) -> float | None:
+        return None

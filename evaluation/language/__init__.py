@@ -1,0 +1,1 @@
+"""Language evaluation by log-likelihood: perplexity and multiple choice."""
