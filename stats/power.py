@@ -7,7 +7,12 @@ POWER = 0.8
 
 
 def pairs_needed(
-    difference: float, deviation: float, *, confidence: float = 0.95, power: float = POWER
+    difference: float,
+    deviation: float,
+    *,
+    confidence: float = 0.95,
+    power: float = POWER,
+    is_exact: bool = False,
 ) -> int:
     """Return how many pairs show a difference, two-sided, with some power.
 
@@ -16,11 +21,14 @@ def pairs_needed(
         deviation: standard deviation of the difference of one pair.
         confidence: of the interval that leaves 0 out.
         power: share of comparisons that show it.
+        is_exact: by McNemar's exact test, which wants one more disagreement than the normal
+            approximation.
 
     Raises:
         ValueError: an argument is out of range.
 
-    Source: the normal approximation of a paired test, in any textbook.
+    Source: the normal approximation of a paired test, in any textbook, with the continuity
+    correction of Fleiss, Statistical methods for rates and proportions.
     """
     if difference == 0 or not math.isfinite(difference):
         raise ValueError(f"no number of pairs shows a difference of {difference}")
@@ -28,4 +36,7 @@ def pairs_needed(
         raise ValueError("deviation must be >= 0, confidence and power between 0 and 1")
     normal = NormalDist()
     reach = normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(power)
-    return max(2, math.ceil((reach * deviation / difference) ** 2))
+    count = (reach * deviation / difference) ** 2
+    if is_exact and count:
+        count *= (1 + math.sqrt(1 + 4 / (count * abs(difference)))) ** 2 / 4
+    return max(2, math.ceil(count))

@@ -90,7 +90,8 @@ def _compare_pair(first: Outcomes, second: Outcomes) -> dict[str, Any]:
     entry["is_decided"] = entry["difference"]["p"] < SIGNIFICANT
     entry["more_tasks"] = None
     if not entry["is_decided"] and difference.value and deviation:
-        needed = pairs_needed(difference.value, deviation)
+        is_exact = entry["test"] == "McNemar"
+        needed = pairs_needed(difference.value, deviation, is_exact=is_exact)
         entry["more_tasks"] = max(0, needed - len(gaps))
         entry["power"] = POWER
     entry["variance"] = _variances(first, second)
