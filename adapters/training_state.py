@@ -72,24 +72,21 @@ def save_progress(folder: Path, progress: Progress, tensors: Mapping[str, Tensor
     part, target = folder / _PART, folder / f"step-{progress.step:08d}"
     if target.exists():
         return
-    content = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    )
-    state = {
-        "version": _VERSION,
-        "tensors_sha256": hashlib.sha256(content).hexdigest(),
-        **asdict(progress),
-    }
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     older = _checkpoints(folder)
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        _write(part / _TENSOR_FILE, content)
+        # Straight from the tensors' memory, of which there may be much.
+        safetensors.torch.save_file(whole, part / _TENSOR_FILE)
+        _sync(part / _TENSOR_FILE)
+        digest = _digest(part / _TENSOR_FILE)
+        state = {"version": _VERSION, "tensors_sha256": digest, **asdict(progress)}
         _write(part / _STATE_FILE, (json.dumps(state) + "\n").encode())
-        _sync_folder(part)
+        _sync(part)
         part.rename(target)
-        _sync_folder(folder)
-    except OSError as error:
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         kept = f"that of {older[0].name} is whole" if older else "there is none yet"
         raise TrainingError(
@@ -111,15 +108,14 @@ def load_progress(folder: Path) -> tuple[Progress, dict[str, Tensor]] | None:
     path = found[0]
     try:
         state = json.loads((path / _STATE_FILE).read_text(encoding="utf-8"))
-        content = (path / _TENSOR_FILE).read_bytes()
         if state.pop("version") != _VERSION:
             raise TrainingError(f"{path}: a checkpoint of another version of proa; train anew")
-        if state.pop("tensors_sha256") != hashlib.sha256(content).hexdigest():
+        if state.pop("tensors_sha256") != _digest(path / _TENSOR_FILE):
             raise ValueError(f"{_TENSOR_FILE} is not what was written")
         known = {item.name for item in fields(Progress)}
         if set(state) != known:
             raise ValueError(f"fields {sorted(set(state) ^ known)}")
-        return Progress(**state), safetensors.torch.load(content)
+        return Progress(**state), safetensors.torch.load_file(path / _TENSOR_FILE)
     except TrainingError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -169,6 +165,11 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as stream:
         stream.write(content)
@@ -176,8 +177,8 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

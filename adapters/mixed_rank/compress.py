@@ -151,22 +151,25 @@ class _DecoderJob(CompressJob):
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the factors and metrics, and the streams of both decoders or their gradients."""
         tensors = super().state_tensors()
-        if self._gradients:
-            tensors["gradients"] = torch.stack(self._gradients)
+        kept: dict[str, Sequence[Tensor]] = {"gradients": self._gradients}
         if self._streams is not None:
-            for name, streams in zip(("plain", "compressed"), self._streams, strict=True):
-                tensors[f"streams.{name}"] = torch.stack(list(streams))
-        return tensors
+            plain, compressed = self._streams
+            kept["streams.plain"] = plain
+            # Until something is compressed the two are one.
+            kept["streams.compressed"] = [] if compressed is plain else compressed
+        # Each by itself: together they would take their memory once more.
+        return tensors | {
+            f"{name}.{number}": tensor
+            for name, of in kept.items()
+            for number, tensor in enumerate(of)
+        }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state_tensors` returned."""
         super().load_state_tensors(tensors)
-        self._gradients = list(tensors.get("gradients", ()))
-        if "streams.plain" in tensors:
-            plain, compressed = (list(tensors[f"streams.{n}"]) for n in ("plain", "compressed"))
-            # Until something is compressed the two are one.
-            is_one = all(map(torch.equal, plain, compressed))
-            self._streams = plain, plain if is_one else compressed
+        self._gradients = _numbered(tensors, "gradients")
+        if plain := _numbered(tensors, "streams.plain"):
+            self._streams = plain, _numbered(tensors, "streams.compressed") or plain
 
     def measured(self, layer: int) -> dict[str, Measured]:
         """Walk a layer of the decoder as it was, forth and back."""
@@ -315,6 +318,12 @@ class _DecoderJob(CompressJob):
         head = self._program.head.pieces[0].weight
         compressed = build_program(checkpoint.spec, weights, head)
         return mean_loss(compressed, windows), mean_loss(self._program, windows)
+
+
+def _numbered(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Return those called `name.0`, `name.1` and so on."""
+    count = sum(other.startswith(f"{name}.") for other in tensors)
+    return [tensors[f"{name}.{number}"] for number in range(count)]
 
 
 def _check_finite(layer: int, streams: Sequence[Tensor]) -> None:

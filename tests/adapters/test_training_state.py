@@ -68,6 +68,8 @@ def test_failure_at_any_moment_leaves_a_whole_checkpoint(
         patch.setattr(Path, "mkdir", failing(Path.mkdir))
         patch.setattr(Path, "rename", failing(Path.rename))
         patch.setattr(module, "_write", failing(module._write))
+        save_file = module.safetensors.torch.save_file
+        patch.setattr(module.safetensors.torch, "save_file", failing(save_file))
         patch.setattr(os, "fsync", failing(os.fsync))
         with pytest.raises((Crash, TrainingError)) as raised:
             save_progress(tmp_path, SECOND, TENSORS)
