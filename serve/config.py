@@ -289,6 +289,20 @@ class ServeConfig:
         kind=PATH,
         group=PROCESS,
     )
+    experiments: str | None = option(
+        None,
+        "A YAML file of experiments: arms that clients are divided among. Each is a model id by "
+        "its name.",
+        kind=PATH,
+        group=PROCESS,
+    )
+    experiment_data: str | None = option(
+        None,
+        "The SQLite file, on a local disk, that keeps who was shown which arm and what came of it. "
+        "Without it: experiments.sqlite3 beside the votes.",
+        kind=PATH,
+        group=PROCESS,
+    )
     drain_timeout_s: float = option(
         30.0,
         "How long running requests may finish once the server is asked to stop.",

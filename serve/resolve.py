@@ -93,16 +93,25 @@ def resolve_adapters(config: ServeConfig) -> ServeConfig:
 
 
 def resolve_votes(config: ServeConfig, *, data_folder: Path) -> ServeConfig:
-    """Make the path of the file of votes absolute; without one it is in the data folder.
+    """Make the paths of the files of votes and experiments absolute; without them they are in the
+    data folder.
 
     Raises:
-        ConfigError: the path begins with a home folder that is unknown.
+        ConfigError: a path begins with a home folder that is unknown.
     """
-    path = data_folder / "votes.sqlite3" if config.votes is None else Path(config.votes)
-    try:
-        return replace(config, votes=str(path.expanduser().absolute()))
-    except RuntimeError:
-        raise ConfigError(f"votes: {path} is in an unknown home folder") from None
+
+    def resolve(name: str, given: str | None, file: str) -> str:
+        path = data_folder / file if given is None else Path(given)
+        try:
+            return str(path.expanduser().absolute())
+        except RuntimeError:
+            raise ConfigError(f"{name}: {path} is in an unknown home folder") from None
+
+    return replace(
+        config,
+        votes=resolve("votes", config.votes, "votes.sqlite3"),
+        experiment_data=resolve("experiment_data", config.experiment_data, "experiments.sqlite3"),
+    )
 
 
 def resolve_capacity(

@@ -10,17 +10,19 @@ import signal
 import socket
 import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
+import yaml
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
 from serve.api import ApiSettings, create_app
+from serve.api.context import Experiments
 from serve.api.settings import UnknownFields
 from serve.backends.building import Report, build_backend
 from serve.backends.protocol import Backend
@@ -28,7 +30,10 @@ from serve.config import ServeConfig
 from serve.connections import ConnectionLimits, LimitedProtocol
 from serve.environment import data_folder, let_gradio_stay_silent
 from serve.event_loop import run_on_loop
-from serve.experiments.store import VoteStore, VoteStoreError
+from serve.experiments.database import DatabaseError
+from serve.experiments.exposures import ExposureStore
+from serve.experiments.plan import PlanError, parse_experiments
+from serve.experiments.store import VoteStore
 from serve.options import ConfigError
 from serve.resolve import resolve_access, resolve_adapters, resolve_connections, resolve_votes
 from serve.ui.mount import PATH, UserInterface
@@ -68,7 +73,11 @@ class Service:
 
 
 def build_service(
-    config: ServeConfig, *, report: Report, votes: VoteStore | None = None
+    config: ServeConfig,
+    *,
+    report: Report,
+    votes: VoteStore | None = None,
+    experiments: Experiments | None = None,
 ) -> Service:
     """Load the model and build everything that serves it.
 
@@ -76,16 +85,23 @@ def build_service(
         config: what was asked for.
         report: told what happens.
         votes: keeps the votes on comparisons; None: they cannot be voted on.
+        experiments: that run; None: none.
 
     Raises:
-        ConfigError: an option does not suit the model or the machine, or the model, a variant or an
-            adapter cannot be loaded.
+        ConfigError: an option does not suit the model or the machine, the model, a variant or an
+            adapter cannot be loaded, or an experiment wants what there is not.
     """
     config = resolve_adapters(resolve_access(config))
     built = build_backend(config, report=report)
     config, backend, tokenizer = built.config, built.backend, built.tokenizer
     model_id = config.served_model_name or built.model_name
-    app = create_app(backend, tokenizer, settings=_api_settings(config, model_id), votes=votes)
+    try:
+        app = create_app(
+            backend, tokenizer, settings=_api_settings(config, model_id), votes=votes,
+            experiments=experiments,
+        )  # fmt: skip
+    except PlanError as error:
+        raise ConfigError(f"experiments: {error}") from None
     gc.collect()
     gc.freeze()
     return Service(
@@ -111,8 +127,37 @@ def open_votes(config: ServeConfig) -> VoteStore:
     assert config.votes is not None
     try:
         return VoteStore(Path(config.votes))
-    except VoteStoreError as error:
+    except DatabaseError as error:
         raise ConfigError(f"votes: {error}; name another file with --votes") from None
+
+
+def open_experiments(config: ServeConfig) -> Experiments | None:
+    """Read the experiments and open the file that keeps what comes of them; None: there are none.
+
+    Args:
+        config: with the paths resolved.
+
+    Raises:
+        ConfigError: a file cannot be used.
+    """
+    if config.experiments is None:
+        return None
+    assert config.experiment_data is not None
+    try:
+        content = yaml.safe_load(Path(config.experiments).read_text(encoding="utf-8"))
+        entries = content.get("experiments") if isinstance(content, dict) else None
+        plan = {experiment.name: experiment for experiment in parse_experiments(entries)}
+        return Experiments(plan=plan, store=ExposureStore(Path(config.experiment_data)))
+    except OSError as error:
+        raise ConfigError(f"experiments: {config.experiments}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        raise ConfigError(f"experiments: {config.experiments} is no YAML") from None
+    except PlanError as error:
+        raise ConfigError(f"experiments: {config.experiments}: {error}") from None
+    except DatabaseError as error:
+        raise ConfigError(
+            f"experiment_data: {error}; name another file with --experiment-data"
+        ) from None
 
 
 def _api_settings(config: ServeConfig, model_id: str) -> ApiSettings:
@@ -154,8 +199,11 @@ def run_server(config: ServeConfig, *, report: Report) -> int:
     config = resolve_connections(config, max_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     # Bound before the model is loaded: an address in use is told at once.
     listener = bind(config.host, config.port)
-    with listener, closing(open_votes(config)) as votes:
-        service = build_service(config, report=report, votes=votes)
+    with listener, closing(open_votes(config)) as votes, ExitStack() as stack:
+        experiments = open_experiments(config)
+        if experiments is not None:
+            stack.callback(experiments.store.close)
+        service = build_service(config, report=report, votes=votes, experiments=experiments)
         interface = _add_interface(service, listener) if config.ui else None
         settings = uvicorn.Config(
             service.app,

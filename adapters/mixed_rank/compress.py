@@ -276,6 +276,11 @@ class _DecoderJob(CompressJob):
 
     def finish(self, host: Host, description: str) -> CompressResult:
         """Write the variant, and what is told of it."""
+        # All that the passes needed; the models are still to be tested.
+        self.begin()
+        for name in ("_walk", "_before", "_products"):
+            vars(self).pop(name, None)
+        self.metrics = {}
         config, checkpoint = self.config, self._checkpoint
         groups, removed, whole = self.finished_groups()
         factors = {name: _split(name, checkpoint, *pair) for name, pair in self.factors.items()}

@@ -16,12 +16,14 @@ def mean_loss(program: Program, windows: Tensor) -> float:
     positions = torch.arange(windows.shape[1] - 1)
     count, length = windows.shape[0], len(positions)
     attend = PackedAttention(torch.arange(count + 1) * length, torch.device("cpu"))
-    *_, stream = walk_layers(
+    # One stream at a time, of which only the last is wanted.
+    for stream in walk_layers(
         program, windows[:, :-1].flatten(), positions.repeat(count), attend=attend
-    )
+    ):
+        last = stream
     weight = dense(program.head.pieces[0].weight)
     total = 0.0
-    for rows, targets in zip(stream.split(length), windows[:, 1:], strict=True):
+    for rows, targets in zip(last.split(length), windows[:, 1:], strict=True):
         logits = apply_head(
             program, apply_prologue(program.head, rows), linear=lambda x, _: x @ weight.T
         )

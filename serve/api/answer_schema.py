@@ -262,6 +262,98 @@ class PairTallyList(AnswerModel):
     data: list[PairTally]
 
 
+class ExperimentArm(AnswerModel):
+    """An arm of an experiment as it is configured."""
+
+    label: str
+    model: str
+    fields: dict[str, Any]
+    weight: float
+
+
+class ExperimentEntry(AnswerModel):
+    """An experiment as it is configured."""
+
+    id: str
+    object: Literal["experiment"]
+    unit: Literal["user", "conversation", "request", "paired"]
+    arms: list[ExperimentArm]
+
+
+class ExperimentList(AnswerModel):
+    """All experiments."""
+
+    object: Literal["list"]
+    data: list[ExperimentEntry]
+
+
+class ExperimentArmReport(ExperimentArm):
+    """An arm, and what it was asked."""
+
+    exposures: int
+    units: int
+    first_token_s: float | None
+    seconds: float | None
+    completion_tokens: float | None
+    failures: int
+
+
+class OutcomeOfArm(AnswerModel):
+    """What clients said of an arm's answers."""
+
+    count: int
+    units: int
+    mean: float | None
+
+
+class Difference(AnswerModel):
+    """A difference to the first arm; interval and p hold at all times together."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    verdict: Literal["better", "worse", "undecided"]
+
+
+class DifferencePoint(AnswerModel):
+    """A difference at some time."""
+
+    created: float
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+class OutcomeReport(AnswerModel):
+    """One kind of outcome: of each arm, of each against the first, and that over time."""
+
+    arms: dict[str, OutcomeOfArm]
+    differences: dict[str, Difference | None]
+    series: dict[str, list[DifferencePoint]]
+
+
+class ExperimentReport(AnswerModel):
+    """What is known of an experiment."""
+
+    object: Literal["experiment.report"]
+    name: str
+    unit: Literal["user", "conversation", "request", "paired"]
+    arms: list[ExperimentArmReport]
+    outcomes: dict[str, OutcomeReport]
+    confidence: float
+
+
+class FeedbackAnswer(AnswerModel):
+    """What was kept."""
+
+    id: str
+    object: Literal["feedback"]
+    experiment: str
+    arm: str | None
+
+
 class ModelEntry(AnswerModel):
     """A model id that may be asked for."""
 
@@ -273,7 +365,7 @@ class ModelEntry(AnswerModel):
     parent: str | None
     max_model_len: int
     x_kind: str = Field(
-        description="What the id stands for: base, variant, side_network or strategy."
+        description="What the id stands for: base, variant, side_network, strategy or experiment."
     )
 
 

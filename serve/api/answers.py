@@ -5,7 +5,7 @@ Shared by all endpoints that generate. What is sent stops the work when the clie
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -199,20 +199,25 @@ class JsonWhenDone(Response):
 
     Args:
         work: computes it.
+        extra: more headers.
     """
 
     media_type = "application/json"
 
-    def __init__(self, work: Coroutine[Any, Any, bytes]) -> None:
+    def __init__(
+        self, work: Coroutine[Any, Any, bytes], *, extra: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
         self._work = work
+        self._extra = extra
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             body = await run_while_connected(receive, self._work)
         except ClientGoneError:
             return
-        response = Response(body, media_type=self.media_type)
+        headers = None if self._extra is None else dict(self._extra)
+        response = Response(body, headers=headers, media_type=self.media_type)
         with suppress(OSError):
             await response(scope, receive, send)
 
@@ -226,13 +231,20 @@ class EventStream(Response):
     Args:
         frames: whole events, one item for each write.
         ping_interval_s: seconds without data after which a comment is sent.
+        extra: more headers.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], *, ping_interval_s: float) -> None:
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes, None],
+        *,
+        ping_interval_s: float,
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(extra or {})},
             media_type=self.media_type,
         )
         del self.headers["content-length"]

@@ -9,8 +9,10 @@ from serve.api.adapters import build_adapters_router
 from serve.api.chat import build_chat_router
 from serve.api.compare import build_compare_router
 from serve.api.completions import build_completions_router
-from serve.api.context import ApiContext
+from serve.api.context import ApiContext, Experiments
+from serve.api.enrolment import check_experiments
 from serve.api.errors import ApiError, handle_error
+from serve.api.experiments import build_experiments_router
 from serve.api.metrics import Metrics
 from serve.api.middleware import BodyMiddleware, FailureMiddleware, RequestMiddleware
 from serve.api.models import build_models_router
@@ -37,6 +39,7 @@ _ROUTERS = (
     build_completions_router,
     build_compare_router,
     build_votes_router,
+    build_experiments_router,
     build_models_router,
     build_adapters_router,
     build_tokenization_router,
@@ -61,6 +64,7 @@ def create_app(
     *,
     settings: ApiSettings,
     votes: VoteStore | None = None,
+    experiments: Experiments | None = None,
 ) -> FastAPI:
     """Build the HTTP API of one model.
 
@@ -69,15 +73,22 @@ def create_app(
         tokenizer: the model's.
         settings: id, access and limits.
         votes: keeps the votes on comparisons; None: they cannot be voted on.
+        experiments: that run; None: none.
 
     Returns:
         An ASGI application. It starts and stops nothing; the caller drains the backend and closes
-        the store of votes.
+        the stores.
+
+    Raises:
+        PlanError: an experiment wants what the server cannot do.
     """
     metrics = Metrics(backend, settings.model_id)
     context = ApiContext(
-        backend=backend, tokenizer=tokenizer, settings=settings, metrics=metrics, votes=votes
-    )
+        backend=backend, tokenizer=tokenizer, settings=settings, metrics=metrics, votes=votes,
+        experiments=experiments,
+    )  # fmt: skip
+    if experiments is not None:
+        check_experiments(context, experiments.plan)
     app = FastAPI(
         title="Proa",
         version=VERSION,

@@ -19,6 +19,7 @@ from serve.api.answers import (
 from serve.api.body import read_request
 from serve.api.chunks import Details, make_chat_writer
 from serve.api.context import ApiContext, make_id
+from serve.api.enrolment import OnEnd, enrol, watch
 from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
 from serve.api.logprobs import make_chat_entry, make_trace_entry
@@ -43,14 +44,18 @@ def build_chat_router(context: ApiContext) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
-        body = await read_request(request, ChatBody, context.settings)
+        answer_id = make_id("chatcmpl")
+        body, enrolment = enrol(
+            context, await read_request(request, ChatBody, context.settings), answer_id
+        )
         choice = split_model(body.model, context)
         check_stream_options(body)
-        asked = await _make_request(context, body, choice)
+        asked = await _make_request(context, body, choice, answer_id)
         describe = None
         if body.logprobs or body.return_decoding_trace:
             describe = partial(_describe, context.tokenizer, body)
         generation = Generation(context, [asked])
+        on_end, extra = watch(enrolment, generation)
         head: dict[str, object] = {
             "id": asked.request_id,
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -58,7 +63,7 @@ def build_chat_router(context: ApiContext) -> APIRouter:
             "model": choice.model,
         }
         if not body.stream:
-            return JsonWhenDone(_answer(context, body, generation, head))
+            return JsonWhenDone(_answer(context, body, generation, head, on_end), extra=extra)
         options = body.stream_options
         writer = make_chat_writer(head, with_usage=bool(options and options.include_usage))
         frames = stream_answer(
@@ -68,14 +73,15 @@ def build_chat_router(context: ApiContext) -> APIRouter:
             opening=writer.opening,
             describe=describe,
             options=options,
+            on_end=on_end,
         )
-        return EventStream(frames, ping_interval_s=context.settings.ping_interval_s)
+        return EventStream(frames, ping_interval_s=context.settings.ping_interval_s, extra=extra)
 
     return router
 
 
 async def _make_request(
-    context: ApiContext, body: ChatBody, choice: ModelChoice
+    context: ApiContext, body: ChatBody, choice: ModelChoice, answer_id: str
 ) -> GenerationRequest:
     num_sequences = check_num_sequences(body.n, 1, context.settings)
     logprobs = _resolve_logprobs(body)
@@ -99,7 +105,7 @@ async def _make_request(
         logprobs=logprobs,
     )
     return GenerationRequest(
-        request_id=make_id("chatcmpl"),
+        request_id=answer_id,
         prompt_token_ids=token_ids,
         arms=(arm,),
         is_traced=bool(body.return_decoding_trace),
@@ -133,9 +139,15 @@ def _describe(tokenizer: Tokenizer, body: ChatBody, piece: Piece) -> Details:
 
 
 async def _answer(
-    context: ApiContext, body: ChatBody, generation: Generation, head: dict[str, object]
+    context: ApiContext,
+    body: ChatBody,
+    generation: Generation,
+    head: dict[str, object],
+    on_end: OnEnd,
 ) -> bytes:
     answers = await collect_answers(generation, generation.num_choices)
+    if on_end is not None:
+        await on_end()
     return await encode_whole(
         head,
         "choices",

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -23,6 +23,7 @@ from serve.api.answers import (
 from serve.api.body import read_request
 from serve.api.chunks import Details, make_comparison_writer
 from serve.api.context import COMPARISON_PREFIX, ApiContext, make_id
+from serve.api.enrolment import Enrolment, comparison_arms, enrol_paired, watch
 from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
 from serve.api.logprobs import make_trace_entry
@@ -37,7 +38,7 @@ from serve.api.resolve import (
 )
 from serve.api.schema import CompareBody, ComparisonArm, SamplingFields, StreamOptions
 from serve.experiments.comparison import ArmIdentity, Comparison, build_identity
-from serve.experiments.store import VoteStoreError
+from serve.experiments.database import DatabaseError
 from serve.requests import Arm, GenerationRequest
 
 _LOG = logging.getLogger("proa.api")
@@ -50,17 +51,34 @@ def build_compare_router(context: ApiContext) -> APIRouter:
     @router.post("/v1/compare")
     async def create_comparison(request: Request) -> Response:
         body = await read_request(request, CompareBody, context.settings)
-        _check(body, context)
-        asked, arms = await _make_request(context, body)
-        comparison = _Comparison(context, body, asked, arms)
+        answer_id = make_id(COMPARISON_PREFIX)
+        enrolment = None
+        if body.experiment is not None:
+            enrolment = enrol_paired(context, body.experiment, answer_id)
+        compared = body.arms or ()
+        if enrolment is not None:
+            compared = comparison_arms(enrolment.experiment)
+        _check(body, compared, context)
+        asked, arms = await _make_request(context, body, compared, answer_id)
+        comparison = _Comparison(context, body, asked, arms, enrolment)
         if not body.stream:
-            return JsonWhenDone(comparison.answer())
-        return EventStream(comparison.stream(), ping_interval_s=context.settings.ping_interval_s)
+            return JsonWhenDone(comparison.answer(), extra=comparison.extra)
+        return EventStream(
+            comparison.stream(),
+            ping_interval_s=context.settings.ping_interval_s,
+            extra=comparison.extra,
+        )
 
     return router
 
 
-def _check(body: CompareBody, context: ApiContext) -> None:
+def _check(body: CompareBody, arms: Sequence[ComparisonArm], context: ApiContext) -> None:
+    if (body.arms is None) == (body.experiment is None):
+        raise ApiError(
+            "Give exactly one of arms and experiment.",
+            param="arms" if body.arms is None else "experiment",
+            code="invalid_value",
+        )
     if (body.messages is None) == (body.prompt is None):
         raise ApiError(
             "Give exactly one of messages and prompt.",
@@ -68,10 +86,10 @@ def _check(body: CompareBody, context: ApiContext) -> None:
             code="invalid_value",
         )
     limit = context.settings.max_sequences_per_prompt
-    if len(body.arms) > limit:
+    if len(arms) > limit:
         raise ApiError(f"arms must be at most {limit}.", param="arms", code="invalid_value")
     if body.common_random_numbers:
-        for index, arm in enumerate(body.arms):
+        for index, arm in enumerate(arms):
             if arm.seed is not None:
                 raise ApiError(
                     f"arms[{index}].seed contradicts common_random_numbers: true.",
@@ -81,7 +99,7 @@ def _check(body: CompareBody, context: ApiContext) -> None:
 
 
 async def _make_request(
-    context: ApiContext, body: CompareBody
+    context: ApiContext, body: CompareBody, compared: Sequence[ComparisonArm], answer_id: str
 ) -> tuple[GenerationRequest, tuple[ArmIdentity, ...]]:
     """Return what the backend is asked, and what votes will know of the arms."""
     add = body.add_special_tokens
@@ -94,7 +112,7 @@ async def _make_request(
     SamplingParams(seed=seed)  # refuses one out of range, which a derived seed would hide
     is_common = body.common_random_numbers is not False
     arms, identities, has_sides = [], [], []
-    for index, arm in enumerate(body.arms):
+    for index, arm in enumerate(compared):
         arm_seed = seed if is_common else derive_seed(seed, index)
         try:
             choice = split_model(arm.model, context)
@@ -106,7 +124,7 @@ async def _make_request(
             raise _at_arm(error, index, arm) from None
     resolve_adapter_scale(body.adapter_scale, has_side=any(has_sides))
     asked = GenerationRequest(
-        request_id=make_id(COMPARISON_PREFIX),
+        request_id=answer_id,
         prompt_token_ids=token_ids,
         arms=tuple(arms),
         is_traced=bool(body.return_decoding_trace),
@@ -168,7 +186,11 @@ def _at_arm(error: ApiError | ParameterError, index: int, arm: ComparisonArm) ->
 
 
 class _Comparison:
-    """The answer to one request; an arm is a choice."""
+    """The answer to one request; an arm is a choice.
+
+    Attributes:
+        extra: headers of an experiment's.
+    """
 
     def __init__(
         self,
@@ -176,12 +198,14 @@ class _Comparison:
         body: CompareBody,
         asked: GenerationRequest,
         arms: tuple[ArmIdentity, ...],
+        enrolment: Enrolment | None,
     ) -> None:
         self._context = context
         self._body = body
         self._num_arms = len(arms)
         self._comparison = Comparison(id=asked.request_id, created=int(time.time()), arms=arms)
         self._generation = Generation(context, [asked])
+        self._on_end, self.extra = watch(enrolment, self._generation)
         self._head: dict[str, object] = {
             "id": self._comparison.id,
             "object": "comparison.chunk" if body.stream else "comparison",
@@ -234,11 +258,13 @@ class _Comparison:
 
         What goes wrong is logged: the answer matters more.
         """
+        if self._on_end is not None:
+            await self._on_end()
         if self._context.votes is None:
             return
         try:
             await asyncio.to_thread(self._context.votes.remember, self._comparison)
-        except VoteStoreError as error:
+        except DatabaseError as error:
             _LOG.error("a comparison cannot be kept for votes: %s", error)
 
     def _usage(self) -> dict[str, object]:

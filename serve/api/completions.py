@@ -20,6 +20,7 @@ from serve.api.answers import (
 from serve.api.body import read_request
 from serve.api.chunks import ChunkWriter, Details, make_completion_writer
 from serve.api.context import ApiContext, make_id, run_work
+from serve.api.enrolment import Enrolment, enrol, watch
 from serve.api.errors import ApiError
 from serve.api.generation import Generation, Piece
 from serve.api.logprobs import LegacyLogprobs, make_trace_entry
@@ -45,10 +46,12 @@ def build_completions_router(context: ApiContext) -> APIRouter:
 
     @router.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
-        body = await read_request(request, CompletionBody, context.settings)
+        answer_id = make_id("cmpl")
+        body, enrolment = enrol(
+            context, await read_request(request, CompletionBody, context.settings), answer_id
+        )
         choice = split_model(body.model, context)
         _check(body)
-        answer_id = make_id("cmpl")
         requests = await _make_requests(context, body, choice, answer_id)
         head: dict[str, object] = {
             "id": answer_id,
@@ -56,11 +59,13 @@ def build_completions_router(context: ApiContext) -> APIRouter:
             "created": int(time.time()),
             "model": choice.model,
         }
-        completion = _Completion(context, body, requests)
+        completion = _Completion(context, body, requests, enrolment)
         if not body.stream:
-            return JsonWhenDone(completion.answer(head))
+            return JsonWhenDone(completion.answer(head), extra=completion.extra)
         return EventStream(
-            completion.stream(head), ping_interval_s=context.settings.ping_interval_s
+            completion.stream(head),
+            ping_interval_s=context.settings.ping_interval_s,
+            extra=completion.extra,
         )
 
     return router
@@ -127,10 +132,18 @@ def _check_num_logprobs(number: int, body: CompletionBody) -> None:
 
 
 class _Completion:
-    """The answer to one request."""
+    """The answer to one request.
+
+    Attributes:
+        extra: headers of an experiment's.
+    """
 
     def __init__(
-        self, context: ApiContext, body: CompletionBody, requests: list[GenerationRequest]
+        self,
+        context: ApiContext,
+        body: CompletionBody,
+        requests: list[GenerationRequest],
+        enrolment: Enrolment | None,
     ) -> None:
         (arm,) = requests[0].arms
         is_dry = not arm.params.max_tokens and requests[0].prompt_logprobs is None
@@ -138,6 +151,7 @@ class _Completion:
         self._body = body
         self._requests = requests
         self._generation = Generation(context, requests, is_dry=is_dry)
+        self._on_end, self.extra = watch(enrolment, self._generation)
         self._echoes = [self._echo(prompt) for prompt in body.prompt]
         self._echoed: dict[int, LegacyLogprobs] = {}
 
@@ -149,6 +163,8 @@ class _Completion:
     async def answer(self, head: dict[str, object]) -> bytes:
         """Return the whole answer."""
         answers = await collect_answers(self._generation, self._generation.num_choices)
+        if self._on_end is not None:
+            await self._on_end()
         for prompt in range(len(self._requests)):
             await self._prepare(prompt)
         num_tokens = count_tokens(answers)
@@ -219,6 +235,7 @@ class _Completion:
             ),
             options=options,
             prepare=self._prepare_pieces,
+            on_end=self._on_end,
         )
 
     def _open(self, writer: ChunkWriter, index: int, usage: str | None) -> str:

@@ -4,13 +4,15 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from serve.api.metrics import Metrics
 from serve.api.settings import ApiSettings
 from serve.backends.protocol import Backend
+from serve.experiments.exposures import ExposureStore
+from serve.experiments.plan import Experiment
 from serve.experiments.store import VoteStore
 from text.tokenizer import Tokenizer
 
@@ -21,11 +23,25 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Experiments:
+    """What is tried out on clients.
+
+    Attributes:
+        plan: the experiments by their names.
+        store: keeps who was shown what, and what came of it.
+    """
+
+    plan: Mapping[str, Experiment]
+    store: ExposureStore
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ApiContext:
     """The served model and the means to serve it.
 
     Attributes:
         votes: keeps the votes on comparisons; None: they cannot be voted on.
+        experiments: that run; None: none.
         created: Unix time at which the application was made, in seconds.
     """
 
@@ -34,6 +50,7 @@ class ApiContext:
     settings: ApiSettings
     metrics: Metrics
     votes: VoteStore | None = None
+    experiments: Experiments | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
 

@@ -1,7 +1,8 @@
 """Run the requests of one answer, one for each prompt, and turn their tokens into text."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -104,6 +105,8 @@ class Generation:
         num_sequences: answers to each prompt.
         num_choices: how many answers there are in all.
         prompt_logprobs: of each prompt, once its first token has arrived and if asked for.
+        first_output_s: when the first output came, on the monotonic clock; None before that.
+        on_failure: told `abort` or `error` where it ended without an answer.
     """
 
     def __init__(
@@ -136,6 +139,8 @@ class Generation:
         self.num_choices = self._num_open = len(self._choices)
         self._completion_tokens = 0
         self._cached_tokens = 0
+        self.first_output_s: float | None = None
+        self.on_failure: Callable[[str], None] | None = None
         self.prompt_logprobs: list[list[TokenLogprob | None] | None] = [None] * len(requests)
 
     def usage(self) -> dict[str, object]:
@@ -147,6 +152,10 @@ class Generation:
         choice = self._choices[index]
         num_prompt_tokens = len(self._requests[index // self.num_sequences].prompt_token_ids)
         return _usage(num_prompt_tokens, choice.num_tokens, choice.num_cached_tokens)
+
+    def finish_reason(self, index: int) -> str | None:
+        """Return why a choice ended; None: it has not."""
+        return self._choices[index].finish_reason
 
     async def steps(self) -> AsyncGenerator[list[Piece], None]:
         """Yield the pieces of each step until every choice has finished.
@@ -165,6 +174,8 @@ class Generation:
                 async for prompt, outputs in merged:
                     if self._requests[prompt].prompt_logprobs is not None:
                         outputs = self._hold_early(early, prompt, outputs)
+                    if self.first_output_s is None:
+                        self.first_output_s = time.monotonic()
                     pieces = self._advance(prompt, outputs)
                     if pieces:
                         yield pieces
@@ -220,6 +231,8 @@ class Generation:
         raise GenerationFailedError
 
     def _record_end(self, reason: str) -> None:
+        if self._num_open and self.on_failure is not None:
+            self.on_failure(reason)
         for meter in self._meters:
             choices = [choice for choice in self._choices if choice.meter is meter]
             for choice in choices:

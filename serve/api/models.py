@@ -32,6 +32,11 @@ def build_models_router(context: ApiContext) -> APIRouter:
             "x_kind": kind,
         }
 
+    plan = {} if context.experiments is None else context.experiments.plan
+
+    def describe_experiment(name: str) -> dict[str, object]:
+        return {**describe(None, None), "id": name, "x_kind": "experiment"}
+
     @router.get("/v1/models")
     async def list_models() -> dict[str, object]:
         data = [
@@ -39,10 +44,12 @@ def build_models_router(context: ApiContext) -> APIRouter:
             for adapter in (None, *context.backend.adapters())
             for strategy in (None, *STRATEGIES)
         ]
-        return {"object": "list", "data": data}
+        return {"object": "list", "data": data + [describe_experiment(n) for n in plan]}
 
     @router.get("/v1/models/{model_id:path}")
     async def retrieve_model(model_id: str) -> dict[str, object]:
+        if model_id in plan:
+            return describe_experiment(model_id)
         choice = split_model(model_id, context)
         adapters = {info.name: info for info in context.backend.adapters()}
         return describe(adapters[choice.adapter] if choice.adapter else None, choice.strategy)

@@ -73,6 +73,13 @@ _OPERATIONS = {
         answer=answers.VoteAnswer, body=bodies.VoteBody, errors=(400, 404, 503)
     ),
     ("get", "/v1/compare/votes"): _Operation(answer=answers.PairTallyList, errors=(404, 503)),
+    ("get", "/v1/experiments"): _Operation(answer=answers.ExperimentList),
+    ("get", "/v1/experiments/{name}"): _Operation(
+        answer=answers.ExperimentReport, errors=(404, 503)
+    ),
+    ("post", "/v1/feedback"): _Operation(
+        answer=answers.FeedbackAnswer, body=bodies.FeedbackBody, errors=(400, 404, 503)
+    ),
     ("get", "/v1/models"): _Operation(answer=answers.ModelList),
     ("get", "/v1/models/{model_id}"): _Operation(answer=answers.ModelEntry, errors=(404,)),
     ("get", "/v1/adapters"): _Operation(answer=answers.AdapterList),

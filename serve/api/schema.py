@@ -125,11 +125,11 @@ class GenerationBody(SamplingFields):
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = Field(None, description=_SPECIAL)
     return_decoding_trace: bool | None = Field(None, description=_TRACE)
-    user: str | None = Field(None, description="Accepted, no effect.")
+    user: str | None = Field(None, description="Keeps its arm in an experiment; no other effect.")
     metadata: Metadata = Field(None, description="Accepted, no effect.")
     store: Literal[False] | None = Field(None, description="Accepted; nothing is stored.")
     service_tier: str | None = Field(None, description="Accepted, no effect.")
-    safety_identifier: str | None = Field(None, description="Accepted, no effect.")
+    safety_identifier: str | None = Field(None, description="Like user, and before it.")
     prompt_cache_key: str | None = Field(None, description="Accepted, no effect.")
     parallel_tool_calls: bool | None = Field(None, description="Accepted, no effect.")
 
@@ -219,8 +219,15 @@ class CompareBody(SamplingFields):
 
     messages: MaybeMessages = None
     prompt: Annotated[OnePrompt | None, Field(description="Text or token ids.")] = None
-    arms: Annotated[list[ComparisonArm], FailFast()] = Field(
-        min_length=1, max_length=MAX_ARMS, description="Their fields win over the shared ones."
+    arms: Annotated[list[ComparisonArm] | None, FailFast()] = Field(
+        None,
+        min_length=1,
+        max_length=MAX_ARMS,
+        description="Their fields win over the shared ones.",
+        json_schema_extra={"minItems": 1, "maxItems": MAX_ARMS},
+    )
+    experiment: str | None = Field(
+        None, description="In place of arms: those of a paired experiment of the server."
     )
     add_special_tokens: bool | None = Field(None, description=_SPECIAL)
     common_random_numbers: bool | None = Field(
@@ -234,6 +241,23 @@ class VoteBody(WireModel):
     """Body of /v1/compare/{id}/vote."""
 
     vote: VoteValue = Field(description="The index of the better arm, or one of the words.")
+
+
+class FeedbackBody(WireModel):
+    """Body of /v1/feedback."""
+
+    id: str = Field(description="Of the answer, or of the comparison.")
+    rating: float | None = Field(
+        None,
+        description="Of one answer: 0 is useless, 1 could not be better.",
+        json_schema_extra={"minimum": 0, "maximum": 1},
+    )
+    accepted: bool | None = Field(
+        None, description="Of one answer: whether it was taken over, as a completion is."
+    )
+    preferred: str | None = Field(
+        None, description="Of a comparison: the label of the better arm, or tie."
+    )
 
 
 class AdapterBody(WireModel):

@@ -15,7 +15,8 @@ from serve.api.context import COMPARISON_PREFIX, ApiContext, is_id
 from serve.api.errors import ApiError, encode_json
 from serve.api.schema import VoteBody
 from serve.experiments.comparison import Vote
-from serve.experiments.store import VoteStore, VoteStoreError
+from serve.experiments.database import DatabaseError
+from serve.experiments.store import VoteStore
 from serve.experiments.tally import PairTally, pairs_of, tally_pairs
 from stats.proportions import CONFIDENCE
 
@@ -51,7 +52,7 @@ async def _answer(context: ApiContext, work: Callable[[VoteStore], object]) -> R
         raise ApiError("This server keeps no votes.", status=404, code="votes_off")
     try:
         body = await asyncio.to_thread(_encode_result, work, context.votes)
-    except VoteStoreError as error:
+    except DatabaseError as error:
         _LOG.error("votes: %s", error)
         raise ApiError(
             "The server cannot read or write its file of votes; its log says why.",

@@ -2,10 +2,6 @@
 
 import json
 import sqlite3
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from serve.experiments.comparison import (
     build_identity,
     encode_canonical,
 )
+from serve.experiments.database import Database, DatabaseError
 
 MAX_UNVOTED = 10_000
 """Comparisons without a vote that are kept, the newest."""
@@ -35,17 +32,12 @@ _SCHEMA = (
     "CREATE TABLE votes (comparison_id TEXT PRIMARY KEY NOT NULL REFERENCES comparisons (id), "
     "vote NOT NULL CHECK (typeof(vote) = 'integer' OR vote IN ('tie', 'both_bad')), "
     "created INTEGER NOT NULL)",
-    f"PRAGMA application_id = {_APPLICATION_ID}",
 )
 _PRUNE = """
     DELETE FROM comparisons WHERE rowid IN (
         SELECT rowid FROM comparisons WHERE is_voted = 0 ORDER BY rowid DESC LIMIT -1 OFFSET ?
     )
 """
-
-
-class VoteStoreError(ValueError):
-    """The file cannot be used, or does not take a vote; the message names it and says why."""
 
 
 class VoteStore:
@@ -58,77 +50,16 @@ class VoteStore:
         busy_timeout_s: how long to wait for another process that is writing.
 
     Raises:
-        VoteStoreError: the file cannot be used; so does every method.
+        DatabaseError: the file cannot be used, or does not take a vote; so does every method.
     """
 
     def __init__(self, path: Path, *, busy_timeout_s: float = 5.0) -> None:
         self._path = path
-        self._lock = threading.Lock()
         self._pending: dict[str, Comparison] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            is_usable = not path.exists() or path.is_file()
-        except FileExistsError:
-            raise VoteStoreError(f"cannot use {path}: {path.parent} is not a folder") from None
-        except OSError as error:
-            raise VoteStoreError(f"cannot use {path}: {error.strerror}") from None
-        if not is_usable:
-            raise VoteStoreError(f"{path} is not a file")
-        with self._named_errors():
-            self._db = sqlite3.connect(
-                path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
-            )
-        try:
-            with self._named_errors():
-                self._prepare(busy_timeout_s=busy_timeout_s)
-        except VoteStoreError:
-            self._db.close()
-            raise
-
-    def _prepare(self, *, busy_timeout_s: float) -> None:
-        """Check whose file it is before anything is written to it; make the tables in a new one."""
-        self._db.execute("BEGIN")
-        is_new = self._check_owner()
-        self._db.execute("COMMIT")
-        # SQLite does not wait for others to leave when it changes the mode, so this does.
-        end_s = time.monotonic() + busy_timeout_s
-        while True:
-            try:
-                self._db.execute("PRAGMA journal_mode = WAL")
-                break
-            except sqlite3.OperationalError as error:
-                is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-                if not is_busy or time.monotonic() > end_s:
-                    raise
-                time.sleep(0.01)
-        # In this mode a weaker setting would lose acknowledged votes with the power.
-        self._db.execute("PRAGMA synchronous = FULL")
-        with self._transaction() as db:
-            # Another process may have been faster.
-            if is_new and self._check_owner():
-                for statement in _SCHEMA:
-                    db.execute(statement)
-            # Written each time, so that a file that cannot be written is found now.
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-    def _check_owner(self) -> bool:
-        """Return whether the file is empty, so that it becomes ours; call it in a transaction."""
-        (application_id,) = self._db.execute("PRAGMA application_id").fetchone()
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        (num_tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if application_id == version == num_tables == 0:
-            return True
-        if application_id != _APPLICATION_ID:
-            raise VoteStoreError(f"{self._path} is a database of another program")
-        if version != SCHEMA_VERSION:
-            raise VoteStoreError(
-                f"{self._path} has schema version {version}; this version of Proa reads "
-                f"{SCHEMA_VERSION} only"
-            )
-        (verdict,) = self._db.execute("PRAGMA integrity_check(1)").fetchone()
-        if verdict != "ok":
-            raise VoteStoreError(f"{self._path} is damaged: {' '.join(verdict.split())}")
-        return False
+        self._db = Database(
+            path, application_id=_APPLICATION_ID, version=SCHEMA_VERSION, schema=_SCHEMA,
+            busy_timeout_s=busy_timeout_s,
+        )  # fmt: skip
 
     def remember(self, comparison: Comparison) -> None:
         """Keep a comparison, so that it can be voted on; drop the oldest ones that nobody voted on.
@@ -137,24 +68,24 @@ class VoteStore:
         """
         size = len(_encode_arms(comparison))
         if size > MAX_ARMS_CHARS:
-            raise VoteStoreError(
+            raise DatabaseError(
                 f"the arms of a comparison take {size} characters, more than {MAX_ARMS_CHARS}"
             )
-        with self._lock:
+        with self._db.lock:
             self._pending[comparison.id] = comparison
             while len(self._pending) > _MAX_PENDING:
                 del self._pending[next(iter(self._pending))]
-            with self._transaction() as db:
+            with self._db.transaction() as db:
                 self._write_pending(db)
                 db.execute(_PRUNE, (MAX_UNVOTED,))
             self._pending.clear()
 
     def find(self, comparison_id: str) -> Comparison | None:
         """Return a comparison, or None if it is not or no longer known."""
-        with self._lock, self._named_errors():
+        with self._db.reading() as db:
             if comparison_id in self._pending:
                 return self._pending[comparison_id]
-            found = self._db.execute(
+            found = db.execute(
                 "SELECT created, arms FROM comparisons WHERE id = ?", (comparison_id,)
             ).fetchone()
         if found is None:
@@ -172,8 +103,8 @@ class VoteStore:
         Returns:
             Whether the comparison is known.
         """
-        with self._lock:
-            with self._transaction() as db:
+        with self._db.lock:
+            with self._db.transaction() as db:
                 self._write_pending(db)
                 written = db.execute(
                     "INSERT INTO votes SELECT id, ?, ? FROM comparisons WHERE id = ? "
@@ -187,8 +118,8 @@ class VoteStore:
 
     def ballots(self) -> list[Ballots]:
         """Return all votes, equal ones together."""
-        with self._lock, self._named_errors():
-            rows = self._db.execute(
+        with self._db.reading() as db:
+            rows = db.execute(
                 "SELECT arms, vote, count(*) FROM votes JOIN comparisons ON id = comparison_id "
                 "GROUP BY arms, vote"
             ).fetchall()
@@ -196,8 +127,7 @@ class VoteStore:
 
     def close(self) -> None:
         """Close the file; nothing can be called afterwards."""
-        with self._lock, self._named_errors():
-            self._db.close()
+        self._db.close()
 
     def _write_pending(self, db: sqlite3.Connection) -> None:
         db.executemany(
@@ -209,27 +139,8 @@ class VoteStore:
         try:
             arms: list[dict[str, Any]] = json.loads(text)
         except ValueError:
-            raise VoteStoreError(f"{self._path} is damaged: it has arms that are no JSON") from None
+            raise DatabaseError(f"{self._path} is damaged: it has arms that are no JSON") from None
         return tuple(build_identity(arm.pop("label"), arm.pop("model"), fields=arm) for arm in arms)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._named_errors():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise VoteStoreError(f"cannot use {self._path}: {error}") from None
 
 
 def _encode_arms(comparison: Comparison) -> str:

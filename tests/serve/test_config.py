@@ -66,7 +66,8 @@ def test_every_option_can_be_set_from_every_source(
         "max_waiting_tokens": "12", "max_sequences_per_prompt": "13",
         "max_sequences_per_request": "14",
         "max_body_bytes": "2KiB", "unknown_fields": "ignore", "drain_timeout_s": "1.5",
-        "log_level": "debug", "ui": "off", "votes": "v",
+        "log_level": "debug", "ui": "off", "votes": "v", "experiments": "x",
+        "experiment_data": "y",
     }  # fmt: skip
     assert texts.keys() == OPTIONS.keys()
     from_arguments = build_config(texts, environ={})

@@ -221,7 +221,7 @@ ARM = {"model": "smollm2"}
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "no-arms": ({"arms": []}, "arms", "at least 1"),
     "many-arms": ({"arms": [ARM] * 17}, "arms", "at most 16"),
-    "arms-null": ({"arms": None}, "arms", "must be a valid list, got null"),
+    "arms-null": ({"arms": None}, "arms", "exactly one of arms and experiment"),
     "arm-text": ({"arms": ["smollm2"]}, "arms[0]", "must be"),
     "no-model": ({"arms": [{}]}, "arms[0].model", "is required"),
     "both": ({"prompt": "a"}, "prompt", "exactly one of messages and prompt"),

@@ -12,7 +12,10 @@ import pytest
 from fastapi import FastAPI
 
 from serve.api import ApiSettings, create_app
+from serve.api.context import Experiments
 from serve.attachments.registry import NAME_PATTERN
+from serve.experiments.exposures import ExposureStore
+from serve.experiments.plan import parse_experiments
 from serve.experiments.store import VoteStore
 from text.tokenizer import Tokenizer
 
@@ -69,6 +72,10 @@ def asks() -> Iterator[Ask]:
         yield post(path, {"user": "a" * 99_999}, 413)
         yield post(path, {}, 415, headers={**API, "Content-Encoding": "gzip"})
     yield post("/v1/chat/completions", {**CHAT, "model": "other"}, 404)
+    yield "get", "/v1/experiments", "", None, API, 200
+    yield "get", "/v1/experiments/{name}", "no", None, API, 404
+    yield post("/v1/feedback", {"id": "x", "rating": 1.0}, 404)
+    yield post("/v1/feedback", {"id": "x"}, 400)
     yield post("/tokenize", {"prompt": "the fox", "return_token_strs": True})
     yield post("/tokenize", {"content": "the fox", "with_pieces": True})
     yield post("/detokenize", {"tokens": [5, 6]})
@@ -89,15 +96,20 @@ def asks() -> Iterator[Ask]:
 
 @pytest.fixture
 def whole_app(backend: FakeBackend, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[FastAPI]:
-    """Everything switched on: keys, an adapter root, votes."""
+    """Everything switched on: keys, an adapter root, votes, experiments."""
     backend.attached["poet"] = make_adapter("poet")
     settings = ApiSettings(
         model_id="smollm2", api_keys=("api",), admin_keys=("admin",), adapter_root="/adapters",
         max_body_bytes=50_000,
     )  # fmt: skip
     votes = VoteStore(tmp_path / "votes.sqlite3")
-    yield create_app(backend, tokenizer, settings=settings, votes=votes)
+    store = ExposureStore(tmp_path / "experiments.sqlite3")
+    arms = [{"label": "a", "model": "smollm2"}, {"label": "b", "model": "smollm2@adapt"}]
+    plan = parse_experiments([{"name": "trial", "unit": "paired", "arms": arms}])
+    experiments = Experiments(plan={item.name: item for item in plan}, store=store)
+    yield create_app(backend, tokenizer, settings=settings, votes=votes, experiments=experiments)
     votes.close()
+    store.close()
 
 
 class Schemas:
@@ -192,7 +204,17 @@ def test_every_answer_is_as_documented(whole_app: FastAPI) -> None:
                 url = f"/v1/compare/{name}/vote"
                 response = await client.post(url, headers=API, json=body)
                 got.append(((*VOTE, name, body, API, status), response))
+            for number in range(25):
+                tried = await client.post(
+                    "/v1/compare", headers=API, json={**CHAT, "experiment": "trial"}
+                )
+                body = {"id": tried.json()["id"], "preferred": "ab"[number % 2]}
+                given = await client.post("/v1/feedback", headers=API, json=body)
+                got.append((("post", "/v1/feedback", "", body, API, 200), given))
             votes = await client.get("/v1/compare/votes", headers=API)
+            report = await client.get("/v1/experiments/trial", headers=API)
+            assert report.json()["outcomes"]["preferred"]["series"]["b"]
+            got.append((("get", "/v1/experiments/{name}", "trial", None, API, 200), report))
             got.append((("get", "/v1/compare/votes", "", None, API, 200), votes))
         return document, got
 

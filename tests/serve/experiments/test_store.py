@@ -13,7 +13,8 @@ import pytest
 
 from serve.experiments import store as store_module
 from serve.experiments.comparison import ArmIdentity, Ballots, Comparison
-from serve.experiments.store import MAX_ARMS_CHARS, SCHEMA_VERSION, VoteStore, VoteStoreError
+from serve.experiments.database import DatabaseError
+from serve.experiments.store import MAX_ARMS_CHARS, SCHEMA_VERSION, VoteStore
 
 ROOT = Path(__file__).parents[3]
 ARMS = (
@@ -129,13 +130,13 @@ def test_ten_thousand_comparisons_without_a_vote_are_kept() -> None:
 
 def test_comparison_of_huge_arms_is_refused(open_store: OpenStore) -> None:
     arms = (ArmIdentity(label="A" * MAX_ARMS_CHARS, model="m"),)
-    with pytest.raises(VoteStoreError, match=r"take \d+ characters, more than 32768"):
+    with pytest.raises(DatabaseError, match=r"take \d+ characters, more than 32768"):
         open_store().remember(make_comparison(1, arms))
 
 
 def test_every_commit_waits_for_the_disk(open_store: OpenStore) -> None:
     store = open_store()
-    (level,) = store._db.execute("PRAGMA synchronous").fetchone()
+    (level,) = store._db._db.execute("PRAGMA synchronous").fetchone()
     assert level == 2  # FULL
 
 
@@ -195,7 +196,7 @@ def test_acknowledged_votes_survive_kills(open_store: OpenStore, path: Path) -> 
         # The last line may have been cut.
         acknowledged += [int(line) for line in ("".join(lines) + rest).split("\n")[:-1]]
     store = open_store()
-    assert store._db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert store._db._db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     votes = dict(read_rows(path, "SELECT comparison_id, vote FROM votes"))  # type: ignore[arg-type]
     assert len(acknowledged) >= 158
     assert {number: votes.get(make_id(number)) for number in acknowledged} == {
@@ -223,7 +224,7 @@ def test_write_that_fails_is_an_error_with_the_path(
 ) -> None:
     store = open_store()
     block.execute("BEGIN IMMEDIATE")
-    with pytest.raises(VoteStoreError, match=f"cannot use {path}: database is locked"):
+    with pytest.raises(DatabaseError, match=f"cannot use {path}: database is locked"):
         store.remember(make_comparison(1))
 
 
@@ -232,7 +233,7 @@ def test_vote_that_fails_changes_nothing(open_store: OpenStore, block: sqlite3.C
     store.remember(make_comparison(1))
     store.vote(make_id(1), 0, created=1)
     block.execute("BEGIN IMMEDIATE")
-    with pytest.raises(VoteStoreError, match="database is locked"):
+    with pytest.raises(DatabaseError, match="database is locked"):
         store.vote(make_id(1), 1, created=2)
     block.execute("ROLLBACK")
     assert store.ballots() == [Ballots(arms=ARMS, vote=0, count=1)]
@@ -243,7 +244,7 @@ def test_comparison_that_could_not_be_written_can_be_voted_on_later(
 ) -> None:
     store = open_store()
     block.execute("BEGIN IMMEDIATE")
-    with pytest.raises(VoteStoreError, match="database is locked"):
+    with pytest.raises(DatabaseError, match="database is locked"):
         store.remember(make_comparison(1))
     assert store.find(make_id(1)) == make_comparison(1)
     block.execute("ROLLBACK")
@@ -255,7 +256,7 @@ def test_comparison_that_could_not_be_written_is_written_with_the_next(
 ) -> None:
     store = open_store()
     block.execute("BEGIN IMMEDIATE")
-    with pytest.raises(VoteStoreError, match="database is locked"):
+    with pytest.raises(DatabaseError, match="database is locked"):
         store.remember(make_comparison(1))
     block.execute("ROLLBACK")
     store.remember(make_comparison(2))
@@ -269,7 +270,7 @@ def test_comparisons_that_cannot_be_written_do_not_fill_the_memory(
     store = open_store()
     block.execute("BEGIN IMMEDIATE")
     for number in range(3):
-        with pytest.raises(VoteStoreError, match="database is locked"):
+        with pytest.raises(DatabaseError, match="database is locked"):
             store.remember(make_comparison(number))
     assert [store.find(make_id(number)) is None for number in range(3)] == [True, False, False]
 
@@ -277,7 +278,7 @@ def test_comparisons_that_cannot_be_written_do_not_fill_the_memory(
 def test_closed_store_is_an_error(open_store: OpenStore) -> None:
     store = open_store()
     store.close()
-    with pytest.raises(VoteStoreError, match="closed database"):
+    with pytest.raises(DatabaseError, match="closed database"):
         store.find(make_id(1))
 
 
@@ -288,19 +289,19 @@ def test_folder_of_the_file_is_made(tmp_path: Path) -> None:
 
 
 def test_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(VoteStoreError, match=f"{tmp_path} is not a file"):
+    with pytest.raises(DatabaseError, match=f"{tmp_path} is not a file"):
         VoteStore(tmp_path)
 
 
 def test_pipe_is_refused(path: Path) -> None:
     os.mkfifo(path)
-    with pytest.raises(VoteStoreError, match=f"{path} is not a file"):
+    with pytest.raises(DatabaseError, match=f"{path} is not a file"):
         VoteStore(path)
 
 
 def test_path_below_a_file_is_refused(path: Path) -> None:
     path.touch()
-    with pytest.raises(VoteStoreError, match=f"{path} is not a folder"):
+    with pytest.raises(DatabaseError, match=f"{path} is not a folder"):
         VoteStore(path / "votes")
 
 
@@ -314,7 +315,7 @@ def test_path_below_a_file_is_refused(path: Path) -> None:
     ids=["file", "folder"],
 )
 def test_path_that_cannot_be_made_is_refused(name: str, match: str) -> None:
-    with pytest.raises(VoteStoreError, match=match):
+    with pytest.raises(DatabaseError, match=match):
         VoteStore(Path(name))
 
 
@@ -323,13 +324,13 @@ def test_path_that_cannot_be_made_is_refused(name: str, match: str) -> None:
 def test_file_without_permission_is_refused(open_store: OpenStore, path: Path, mode: int) -> None:
     open_store().close()
     path.chmod(mode)
-    with pytest.raises(VoteStoreError, match=f"cannot use {path}: "):
+    with pytest.raises(DatabaseError, match=f"cannot use {path}: "):
         VoteStore(path)
 
 
 def test_file_that_is_no_database_is_refused_and_stays(path: Path) -> None:
     path.write_bytes(b"dear diary")
-    with pytest.raises(VoteStoreError, match=f"cannot use {path}: file is not a database"):
+    with pytest.raises(DatabaseError, match=f"cannot use {path}: file is not a database"):
         VoteStore(path)
     assert path.read_bytes() == b"dear diary"
 
@@ -337,7 +338,7 @@ def test_file_that_is_no_database_is_refused_and_stays(path: Path) -> None:
 def test_database_of_another_program_is_refused_and_stays(path: Path) -> None:
     read_rows(path, "CREATE TABLE diary (day)")
     before = path.read_bytes()
-    with pytest.raises(VoteStoreError, match=f"{path} is a database of another program"):
+    with pytest.raises(DatabaseError, match=f"{path} is a database of another program"):
         VoteStore(path)
     assert path.read_bytes() == before
 
@@ -345,7 +346,7 @@ def test_database_of_another_program_is_refused_and_stays(path: Path) -> None:
 def test_newer_schema_is_refused(open_store: OpenStore, path: Path) -> None:
     open_store().close()
     read_rows(path, f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    with pytest.raises(VoteStoreError, match=f"{path} has schema version 2; .* reads 1 only"):
+    with pytest.raises(DatabaseError, match=f"{path} has schema version 2; .* reads 1 only"):
         VoteStore(path)
 
 
@@ -367,14 +368,14 @@ def filled(open_store: OpenStore, path: Path) -> Path:
 def test_cut_file_is_refused(filled: Path) -> None:
     data = filled.read_bytes()
     filled.write_bytes(data[: len(data) // 2])
-    with pytest.raises(VoteStoreError, match=f"{filled}: database disk image is malformed"):
+    with pytest.raises(DatabaseError, match=f"{filled}: database disk image is malformed"):
         VoteStore(filled)
 
 
 def test_overwritten_page_is_refused(filled: Path) -> None:
     data = filled.read_bytes()
     filled.write_bytes(data[:4096] + b"\xff" * 4096 + data[8192:])
-    with pytest.raises(VoteStoreError, match=f"{filled} is damaged: "):
+    with pytest.raises(DatabaseError, match=f"{filled} is damaged: "):
         VoteStore(filled)
 
 
@@ -382,7 +383,7 @@ def test_arms_that_cannot_be_read_are_an_error(filled: Path) -> None:
     filled.write_bytes(filled.read_bytes().replace(b'[{"label"', b'[?"label"'))
     store = VoteStore(filled)
     try:
-        with pytest.raises(VoteStoreError, match=f"{filled} is damaged: it has arms that are no"):
+        with pytest.raises(DatabaseError, match=f"{filled} is damaged: it has arms that are no"):
             store.find(make_id(1))
     finally:
         store.close()
