@@ -47,20 +47,6 @@ def free_memory_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGR
     return free
 
 
-def return_freed_memory() -> bool:
-    """Let memory of 1 MB and more go back to the system as soon as it is freed.
-
-    The C library keeps what was freed, up to 32 MB a piece, for the next of its size; in a run that
-    holds many pieces for a while that is as much again as it needs.
-
-    Returns:
-        Whether the C library takes such a wish; only GNU's does.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    map_threshold = -3
-    return set_option is not None and bool(set_option(map_threshold, 2**20))
-
-
 def release_mapped_pages(folder: Path, smaps: Path = Path("/proc/self/smaps")) -> int:
     """Give back the resident pages of files mapped from a folder, unless something wrote to them.
 

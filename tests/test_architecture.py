@@ -137,7 +137,7 @@ SLOW_OR_OPTIONAL = {
     "serve.cli.compress_run", "serve.cli.prune_run", "matplotlib", "gradio", "gradio.routes",
     "serve.ui.app", "serve.cli.quantize_run", "serve.cli.ui_run", "serve.cli.vision_run", "PIL",
     "evaluation.code.plots", "evaluation.chat.plots",
-    "evaluation.comparison.plots",
+    "evaluation.comparison.plots", "evaluation.language.difficulty_plot",
 }  # fmt: skip
 
 # Requirements that nothing imports by name.

@@ -6,6 +6,7 @@ lost at each rank. Then ranks are planned for all, and the layers are factored i
 make up for what those before it have lost.
 """
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,6 +209,7 @@ class CompressJob(ABC):
 
     def step(self, step: int) -> StepRecord:
         """Measure a layer, or factor it."""
+        _return_freed_memory()
         is_second = step > self._num_layers
         layer = step - self._num_layers - 1 if is_second else self._num_layers - step
         if is_second and layer == 0:
@@ -337,6 +339,16 @@ class CompressJob(ABC):
             found["layer_error_fitted"] = recovery.before
             found["layer_error_trained"] = recovery.after
         return paired(trained)
+
+
+def _return_freed_memory() -> None:
+    """Give what was freed back to the system: GNU's C library keeps it for the next of its size.
+
+    A layer frees as much as the streams of all observations, in pieces.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def planned_error(groups: Mapping[str, Mapping[str, Any]]) -> float:

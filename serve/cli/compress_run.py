@@ -17,7 +17,7 @@ from serve.cli.arguments import UserError, say
 from serve.cli.long_run import run_to_end
 from serve.cli.stop_signals import INTERRUPTED
 from serve.cli.variant_result import describe_variant, say_what_next
-from serve.machine import count_processors, return_freed_memory
+from serve.machine import count_processors
 from serve.model_options import ModelOptions, resolve_model_options
 from text.chat_template import ChatTemplateError
 from text.errors import TokenOutsideVocabularyError
@@ -55,7 +55,6 @@ def run_compression(
             "fewer or shorter sequences"
         )
     torch.set_num_threads(int(options.threads))
-    return_freed_memory()
     settle_memory(original.weights_folder)
     say(f"{arguments.data}: {len(token_ids)} tokens; {options.threads} threads")
 

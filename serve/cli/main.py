@@ -23,6 +23,7 @@ COMMANDS = {
     "compress": "make a mixed-rank variant of the model",
     "eval": "measure how good a model is",
     "compare": "compare models and strategies on the same prompts",
+    "analyse": "how hard a model finds code and prose",
     "experiments": "what a server's experiments have shown",
     "adapters": "list, inspect and verify adapters",
     "quantize": "write a 4-bit checkpoint that transformers loads too",

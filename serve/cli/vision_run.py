@@ -19,7 +19,7 @@ from adapters.mixed_rank.vision_folder import VisionError, VisionModel, open_vis
 from serve.cli.arguments import CommandError, UserError, say
 from serve.cli.long_run import run_to_end
 from serve.cli.stop_signals import INTERRUPTED
-from serve.machine import count_processors, return_freed_memory
+from serve.machine import count_processors
 from serve.model_options import ModelOptions, resolve_model_options
 from stats.proportions import wilson_interval
 
@@ -30,7 +30,6 @@ def run_vision_compression(
     """Compress an image classifier as `serve.cli.compress` was told; see its `run`."""
     options = resolve_model_options(options, has_cuda=False, num_processors=count_processors())
     torch.set_num_threads(int(options.threads))
-    return_freed_memory()
     assert options.model is not None
     model, images = _load(Path(options.model), arguments.data)
     if len(images) < config.sequences:

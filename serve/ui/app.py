@@ -1,4 +1,4 @@
-"""The interface put together: a page of four tabs."""
+"""The interface put together: a page of five tabs."""
 
 from importlib import resources
 from typing import Any
@@ -10,6 +10,7 @@ from client.errors import RequestError
 from serve.ui.catalog import EMPTY, Catalog, load_catalog
 from serve.ui.chat import ChatTab
 from serve.ui.compare import CompareTab
+from serve.ui.experiments import ExperimentsTab
 from serve.ui.inside import InsideTab
 from serve.ui.markdown import code_css
 from serve.ui.messages import render_problem
@@ -49,6 +50,8 @@ def build_ui(client: ApiClient) -> gr.Blocks:
                 compare = CompareTab(client, catalog, key)
             with gr.Tab("Inside", id="inside"):
                 InsideTab(client, catalog, key)
+            with gr.Tab("Experiments", id="experiments") as experiments_tab:
+                experiments = ExperimentsTab(client, key)
             with gr.Tab("Server", id="server") as server_tab:
                 server = ServerTab(client, catalog, key)
 
@@ -73,6 +76,7 @@ def build_ui(client: ApiClient) -> gr.Blocks:
         compare.load(page)
         server.load(page)
         server.follow(tabs, server_tab)
+        experiments.follow(experiments_tab)
     page.queue(default_concurrency_limit=CONCURRENCY, max_size=MAX_QUEUED, api_open=False)
     return page
 

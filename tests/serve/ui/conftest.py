@@ -14,7 +14,10 @@ import uvicorn
 from starlette.responses import RedirectResponse
 
 from serve.api import ApiSettings, create_app
+from serve.api.context import Experiments
 from serve.connections import ConnectionLimits, LimitedProtocol
+from serve.experiments.exposures import ExposureStore
+from serve.experiments.plan import Experiment
 from serve.experiments.store import VoteStore
 from serve.ui.mount import PATH, UserInterface
 from tests.browser import Browser, find_chromium
@@ -41,6 +44,7 @@ class LiveServer:
 
     Attributes:
         backend: answers; may be changed at any time.
+        plan: experiments, of which a server that is started knows.
         say: encodes what it shall answer.
     """
 
@@ -51,6 +55,7 @@ class LiveServer:
             max_context_tokens=8192, attached={"poet": make_adapter("poet")},
         )  # fmt: skip
         self.say("hello fox")
+        self.plan: tuple[Experiment, ...] = ()
         self._port = 0
         self.start()
 
@@ -63,7 +68,12 @@ class LiveServer:
         """Listen, with a new application."""
         settings = ApiSettings(model_id="smollm2", **self._settings)  # type: ignore[arg-type]
         self.votes = VoteStore(self._folder / "votes.sqlite3")
-        app = create_app(self.backend, self._tokenizer, settings=settings, votes=self.votes)
+        self.exposures = ExposureStore(self._folder / "experiments.sqlite3")
+        plan = {item.name: item for item in self.plan}
+        app = create_app(
+            self.backend, self._tokenizer, settings=settings, votes=self.votes,
+            experiments=Experiments(plan=plan, store=self.exposures) if plan else None,
+        )  # fmt: skip
         self._listener = socket.create_server(("127.0.0.1", self._port))
         self._port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}"
@@ -103,6 +113,7 @@ class LiveServer:
         self._thread.join()
         self._listener.close()
         self.votes.close()
+        self.exposures.close()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
