@@ -1,4 +1,4 @@
-"""`proa eval`, `proa compare`, `proa analyse` and `proa experiments` against a server on a socket."""
+"""`proa eval`, `compare`, `analyse` and `experiments` against a server on a socket."""
 
 import json
 import threading
