@@ -233,7 +233,6 @@ def _parse_ks(text: str | None) -> list[int] | None:
 
 def _build_judge(arguments: argparse.Namespace, test: CodeTest) -> Judge | None:
     if not arguments.allow_code_execution:
-        say("programs are kept and not run; add --allow-code-execution to run them in a sandbox")
         return None
     jobs = arguments.jobs or max(1, (os.cpu_count() or 1) // 2)
     return Judge(Sandbox(), test, jobs=jobs)
@@ -242,7 +241,10 @@ def _build_judge(arguments: argparse.Namespace, test: CodeTest) -> Judge | None:
 def _report(arguments: argparse.Namespace, names: dict[str, str], ks: list[int] | None) -> int:
     folder: Path = arguments.output
     if not arguments.allow_code_execution:
-        say(f"{folder}: samples of {len(names)} models")
+        say(
+            f"{folder}: samples of {len(names)} models, not run; the same command with "
+            "--allow-code-execution judges them in a sandbox"
+        )
         return 0
     results = {
         label: [record for _, record in read_records(folder / f"{name}_results.jsonl")]
