@@ -31,13 +31,15 @@ class Enrolment:
     """A request's part in an experiment.
 
     Attributes:
+        experiments: of the server.
         experiment, arms: what it takes part in, and whose answers it gets.
         unit: what tells the client from others.
         answer_id: of the answer.
         started_s: on the monotonic clock.
+        is_noted: its end has been kept.
     """
 
-    store: Experiments
+    experiments: Experiments
     experiment: Experiment
     arms: Sequence[ExperimentArm]
     unit: str
@@ -56,7 +58,7 @@ class Enrolment:
         self.is_noted = True
         exposures = self._exposures(generation, None)
         try:
-            await asyncio.to_thread(self.store.store.record, exposures)
+            await asyncio.to_thread(self.experiments.store.record, exposures)
         except DatabaseError as error:
             _LOG.error("an exposure cannot be kept: %s", error)
 
@@ -66,7 +68,7 @@ class Enrolment:
             self.is_noted = True
             exposures = self._exposures(generation, reason)
             work = asyncio.get_running_loop().run_in_executor(
-                None, self.store.store.record, exposures
+                None, self.experiments.store.record, exposures
             )
             work.add_done_callback(_log_failure)
 
@@ -75,7 +77,8 @@ class Enrolment:
         first_s = generation.first_output_s
         exposures = []
         for index, arm in enumerate(self.arms):
-            usage = generation.choice_usage(index)
+            # Of one arm, all answers that were asked for.
+            usage = generation.usage() if len(self.arms) == 1 else generation.choice_usage(index)
             exposures.append(
                 Exposure(
                     id=self.answer_id,
