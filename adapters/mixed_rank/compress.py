@@ -236,11 +236,14 @@ class _DecoderJob(CompressJob):
 
     def factored(self, layer: int) -> Iterator[Linear]:
         """Walk a layer of both."""
+        # Held by the walk alone, which frees each as it goes on.
+        streams, self._streams = self._streams, None
         self._walk = Walk(
-            self._program, self._texts, has_drift=self.config.fits_drift, streams=self._streams
+            self._program, self._texts, has_drift=self.config.fits_drift, streams=streams
         )
-        self._before = self._walk.streams if self._streams is None else self._streams[1]
-        self._is_drifted = self._streams is not None and self._streams[0] is not self._before
+        self._before = list(self._walk.streams if streams is None else streams[1])
+        self._is_drifted = streams is not None and streams[0] is not streams[1]
+        del streams
         self._products = layer_matrices(self._program, layer)
         self._ops: dict[str, LinearOp] = {}
         for op in self._walk.linears(layer, self._products):
@@ -271,7 +274,11 @@ class _DecoderJob(CompressJob):
         plain = self._walk.streams
         compressed: Sequence[Tensor] = plain
         if self.config.compensate and (pairs or self._is_drifted):
-            compressed = [self.forward(layer, i, pairs) for i in range(len(self._before))]
+            compressed = []
+            for number in range(len(self._before)):
+                compressed.append(self.forward(layer, number, pairs))
+                self._before[number] = torch.empty(0)
+        self._before = []
         self._streams = plain, compressed
 
     def finish(self, host: Host, description: str) -> CompressResult:
