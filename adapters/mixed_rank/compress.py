@@ -18,6 +18,7 @@ from adapters.mixed_rank.layers import (
     Measurement,
     Pair,
     planned_error,
+    return_freed_memory,
     stream_name,
 )
 from adapters.mixed_rank.loss import LABELS, mean_loss, sampled_gradients
@@ -288,6 +289,7 @@ class _DecoderJob(CompressJob):
         for name in ("_walk", "_before", "_products"):
             vars(self).pop(name, None)
         self.metrics = {}
+        return_freed_memory()
         config, checkpoint = self.config, self._checkpoint
         groups, removed, whole = self.finished_groups()
         factors = {name: _split(name, checkpoint, *pair) for name, pair in self.factors.items()}

@@ -209,7 +209,7 @@ class CompressJob(ABC):
 
     def step(self, step: int) -> StepRecord:
         """Measure a layer, or factor it."""
-        _return_freed_memory()
+        return_freed_memory()
         is_second = step > self._num_layers
         layer = step - self._num_layers - 1 if is_second else self._num_layers - step
         if is_second and layer == 0:
@@ -341,7 +341,7 @@ class CompressJob(ABC):
         return paired(trained)
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give what was freed back to the system: GNU's C library keeps it for the next of its size.
 
     A layer frees as much as the streams of all observations, in pieces.
