@@ -197,18 +197,11 @@ def _paths() -> list[tuple[str, str]]:
 def _bubblewrap(command: Sequence[str]) -> list[str]:
     """Return the arguments of bwrap."""
     words = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    # First, since Python may be installed below it.
+    words += ["--size", str(jail.SCRATCH_BYTES), "--tmpfs", "/tmp"]
     for source, target in _paths():
         words += ["--ro-bind", source, target]
-    words += [
-        "--dev",
-        "/dev",
-        "--proc",
-        "/proc",
-        "--size",
-        str(jail.SCRATCH_BYTES),
-        "--tmpfs",
-        "/tmp",
-    ]
+    words += ["--dev", "/dev", "--proc", "/proc"]
     words += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
     return [*words, *command]
 

@@ -39,6 +39,7 @@ class FadingController:
     """See `Fading`; state 0 is the first token, 1 any later one."""
 
     reads_spread = False
+    shaper = None
 
     def __init__(self, share: float, vocab_size: int) -> None:
         self.automaton = Automaton([bytes([1, 1])], [0] * vocab_size)

@@ -33,22 +33,27 @@ def enter(paths: Sequence[tuple[str, str]]) -> None:
         OSError: the system does not allow it.
     """
     _mount(None, "/", None, _RECURSIVE | _PRIVATE)
+    # Opened before the new root covers some of them.
+    opened = [
+        (os.open(source, os.O_PATH | os.O_CLOEXEC), target)
+        for source, target in paths
+        if os.path.isdir(source)
+    ]
     root = "/tmp"
     _mount("tmpfs", root, "tmpfs", _NO_SET_UID | _NO_DEVICES, f"size={SCRATCH_BYTES}")
-    for source, target in paths:
-        if not os.path.isdir(source):
-            continue
+    os.mkdir(root + "/tmp")
+    _mount("tmpfs", root + "/tmp", "tmpfs", _NO_SET_UID | _NO_DEVICES, f"size={SCRATCH_BYTES}")
+    for source, target in opened:
         inside = root + target
         os.makedirs(inside, exist_ok=True)
-        _mount(source, inside, None, _BIND | _RECURSIVE)
+        _mount(f"/proc/self/fd/{source}", inside, None, _BIND | _RECURSIVE)
         _make_read_only(inside)
+        os.close(source)
     os.mkdir(root + "/dev")
     for name in _DEVICES:
         with open(f"{root}/dev/{name}", "w"):
             pass
         _mount(f"/dev/{name}", f"{root}/dev/{name}", None, _BIND)
-    os.makedirs(root + "/tmp", exist_ok=True)
-    _mount("tmpfs", root + "/tmp", "tmpfs", _NO_SET_UID | _NO_DEVICES, f"size={SCRATCH_BYTES}")
     os.chdir(root)
     _check(_LIBRARY.syscall(_PIVOT_ROOT[platform.machine()], b".", b"."))
     _check(_LIBRARY.umount2(b".", _DETACH))

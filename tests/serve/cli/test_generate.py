@@ -42,7 +42,7 @@ def test_generate_works_where_the_servers_key_is_set(run_proa, words) -> None:
     ("extra", "match"),
     [
         (["--temperature", "9"], "temperature must be"),
-        (["--decoding", "warm"], "decoding.strategy must be one of adapt, dynatemp, fixed"),
+        (["--decoding", "warm"], "decoding.strategy must be one of adapt, dry, dynatemp"),
         (["--decoding", '{"strategy": "adapt", "c": 1}'], "decoding.c is not a parameter"),
         (["--max-tokens", "-1"], "max_tokens must be"),
         (["--max-context", "4"], "no option --max-context"),

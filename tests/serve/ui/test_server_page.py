@@ -116,7 +116,7 @@ def test_no_tab_is_wider_than_the_screen(
     size: tuple[int, int], live: LiveServer, browser: Browser
 ) -> None:
     page = browser.open(f"{live.url}/ui/", size=size)
-    for name in ("Compare", "Inside", "Server", "Chat"):
+    for name in ("Compare", "Inside", "Experiments", "Server", "Chat"):
         page.get_by_role("tab", name=name).click()
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
