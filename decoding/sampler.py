@@ -133,31 +133,24 @@ class Sampler:
         if logits.dtype != torch.float32 or not logits.is_contiguous():
             logits = logits.float().contiguous()
         temperatures = self._temperatures(logits, rows)
-        shaped = [
-            self._shape(logits[index], row, temperature)
-            for index, (row, temperature) in enumerate(zip(rows, temperatures, strict=True))
-        ]
+        # Most steps have none of these rows, and taking a row out of the logits costs.
+        shapers = [(i, s) for i, row in enumerate(rows) if (s := row.controller.shaper) is not None]
+        shaped: list[PickedRow] = list(rows)
+        for index, shaper in shapers:
+            if temperatures[index] or shaper.shapes_greedy:
+                edited = _edited(logits[index], rows[index])
+                shape = shaper.shape(edited, rows[index], temperatures[index])
+                shaped[index] = ShapedRow(rows[index], shape)
         token_ids: list[int] = []
         for token_id in self._picker.pick(logits, shaped, temperatures):
             if token_id is None:
                 raise LogitsError
             token_ids.append(token_id)
-        for index, row in enumerate(rows):
-            if shaped[index] is not row:
-                self._learn(logits[index], row, temperatures[index], token_ids[index])
+        for index, shaper in shapers:
+            if shaped[index] is not rows[index] and shaper.learn is not None:
+                row, edited = rows[index], _edited(logits[index], rows[index])
+                row.note(shaper.learn(edited, row, temperatures[index], token_ids[index]))
         return self._report(logits, rows, token_ids, temperatures)
-
-    def _shape(self, logits: Tensor, row: Row, temperature: float) -> PickedRow:
-        """Return a row as its strategy has shaped it; the row itself where it has no say."""
-        shaper = row.controller.shaper
-        if shaper is None or (temperature == 0.0 and not shaper.shapes_greedy):
-            return row
-        return ShapedRow(row, shaper.shape(_edited(logits, row), row, temperature))
-
-    def _learn(self, logits: Tensor, row: Row, temperature: float, token_id: int) -> None:
-        shaper = row.controller.shaper
-        assert shaper is not None
-        row.note(shaper.learn(_edited(logits, row), row, temperature, token_id))
 
     def score(
         self, logits: Tensor, token_ids: Sequence[int], *, num_top: int

@@ -73,6 +73,7 @@ class Dry:
 
 class _Shaper:
     shapes_greedy = True
+    learn = None
 
     def __init__(self, strategy: Dry, breakers: frozenset[int]) -> None:
         self._strategy = strategy
@@ -103,11 +104,6 @@ class _Shaper:
             if history[-1 - distance] in self._breakers:
                 return distance
         return len(history)
-
-    def learn(
-        self, logits: Tensor, text: ShapedText, temperature: float, token_id: int
-    ) -> float | None:
-        return None
 
 
 def _last(text: ShapedText, count: int) -> list[int]:

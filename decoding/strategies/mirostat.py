@@ -68,9 +68,7 @@ class _Shaper:
         # The likeliest token stays however small the bound.
         return Shape(min_p=math.exp(min(0.0, -self._bound(text) * math.log(2) - largest)))
 
-    def learn(
-        self, logits: Tensor, text: ShapedText, temperature: float, token_id: int
-    ) -> float | None:
+    def learn(self, logits: Tensor, text: ShapedText, temperature: float, token_id: int) -> float:
         logprobs = (logits.double() / temperature).log_softmax(0)
         bound = self._bound(text)
         kept = logprobs >= min(-bound * math.log(2), float(logprobs.amax()))

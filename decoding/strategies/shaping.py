@@ -1,6 +1,6 @@
 """What strategies may do to a distribution beside its temperature, row by row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -40,6 +40,10 @@ class ShapedText(Protocol):
         """Return a random number in [0, 1) for the next token, beside the one it is drawn with."""
 
 
+Learn = Callable[[Tensor, ShapedText, float, int], float]
+"""Of logits, text and temperature as for `Shaper.shape`, and the token that was drawn."""
+
+
 class Shaper(Protocol):
     """Shapes the distributions of rows; a pure function of the row and its logits."""
 
@@ -56,15 +60,9 @@ class Shaper(Protocol):
             temperature: of the draw; 0 is greedy.
         """
 
-    def learn(
-        self, logits: Tensor, text: ShapedText, temperature: float, token_id: int
-    ) -> float | None:
-        """Return what is to be remembered once a token was drawn; None: nothing.
-
-        Args:
-            logits, text, temperature: as for `shape`.
-            token_id: that was drawn.
-        """
+    @property
+    def learn(self) -> Learn | None:
+        """Gives what is to be remembered once a token was drawn; None: nothing ever is."""
 
 
 class Unmoved:

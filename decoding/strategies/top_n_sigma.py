@@ -48,6 +48,7 @@ class TopNSigma:
 
 class _Shaper:
     shapes_greedy = False
+    learn = None
 
     def __init__(self, n: float) -> None:
         self._n = n
@@ -59,8 +60,3 @@ class _Shaper:
         deviation = float(possible.double().std(correction=0))
         # A distance between logits is a ratio of probabilities at a temperature.
         return Shape(min_p=math.exp(-self._n * deviation / temperature))
-
-    def learn(
-        self, logits: Tensor, text: ShapedText, temperature: float, token_id: int
-    ) -> float | None:
-        return None

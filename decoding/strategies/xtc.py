@@ -50,6 +50,7 @@ class Xtc:
 
 class _Shaper:
     shapes_greedy = False
+    learn = None
 
     def __init__(self, probability: float, threshold: float) -> None:
         self._probability = probability
@@ -65,8 +66,3 @@ class _Shaper:
         # Of equal ones the first stays, as everywhere.
         keep = int(probs[likely].argmin())
         return Shape(banned=torch.cat([likely[:keep], likely[keep + 1 :]]).cpu())
-
-    def learn(
-        self, logits: Tensor, text: ShapedText, temperature: float, token_id: int
-    ) -> float | None:
-        return None
