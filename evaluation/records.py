@@ -7,15 +7,16 @@ written, so a run that was killed goes on after the last whole line.
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from evaluation.errors import DataFileError, RunError
 
 Record = dict[str, Any]
+Item = TypeVar("Item")
 
 # Files in the wild have these before an object: byte order marks, zero-width blanks.
 _BLANKS = " \t\r\n\ufeff\u200b\u200c\u200d\u2060\xa0"
@@ -84,6 +85,14 @@ def shown(value: object) -> str:
     """Return a value as messages show it."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def spread(items: Sequence[Item], count: int | None) -> list[Item]:
+    """Return so many items, spread over all, which may be sorted; None: all."""
+    if count is None or count >= len(items):
+        return list(items)
+    step = len(items) / count
+    return [items[int(index * step)] for index in range(count)]
 
 
 class RecordLog:

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -191,6 +191,22 @@ class Servers:
         """Close the connections."""
         for client in self._clients.values():
             await client.close()
+
+
+def message_of(answer: Mapping[str, Any], who: str) -> str:
+    """Return the text of a chat's answer.
+
+    Args:
+        answer: of the server.
+        who: gave it, for the message.
+
+    Raises:
+        RunError: it has no choices.
+    """
+    try:
+        return str(answer["choices"][0]["message"]["content"] or "")
+    except (KeyError, IndexError, TypeError):
+        raise RunError(f"{who} gives no choices") from None
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ from evaluation.chat.questions import Question
 from evaluation.errors import RunError
 from evaluation.folder import file_names, seed_of
 from evaluation.records import Record, RecordLog
-from evaluation.server import Arm, Servers, run_each
+from evaluation.server import Arm, Servers, message_of, run_each
 
 ANSWERS = "model_answer"
 
@@ -96,11 +96,9 @@ async def _ask(
         }
         try:
             answer = await servers.ask(arm, "/v1/chat/completions", body)
-            content = answer["choices"][0]["message"]["content"] or ""
         except RunError as error:
             raise RunError(f"arm {arm.label!r}, question {question.question_id}: {error}") from None
-        except (KeyError, IndexError, TypeError):
-            raise RunError(f"arm {arm.label!r}: the server at {arm.url} gives no choices") from None
+        content = message_of(answer, f"arm {arm.label!r}: the server at {arm.url}")
         turns.append(content)
         usage.append(answer.get("usage") or {})
         messages.append({"role": "assistant", "content": content})

@@ -14,7 +14,7 @@ from evaluation.chat.questions import JudgePrompt, Question
 from evaluation.errors import DataFileError, RunError
 from evaluation.folder import seed_of
 from evaluation.records import Record, RecordLog
-from evaluation.server import Arm, Servers, run_each
+from evaluation.server import Arm, Servers, message_of, run_each
 
 JUDGMENTS = "model_judgment"
 SINGLE, PAIRWISE = "single", "pairwise"
@@ -189,13 +189,11 @@ class _Judge:
             }
             try:
                 answer = await self._servers.ask(self._arm, "/v1/chat/completions", body)
-                said = answer["choices"][0]["message"]["content"] or ""
             except RunError as error:
                 raise RunError(
                     f"the judge, question {case.question.question_id}: {error}"
                 ) from None
-            except (KeyError, IndexError, TypeError):
-                raise RunError(f"the judge at {self._arm.url} gives no choices") from None
+            said = message_of(answer, f"the judge at {self._arm.url}")
             found = read(said)
             if found is not None:
                 break

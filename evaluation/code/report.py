@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation.records import Record
-from evaluation.tables import describe_estimate, table
+from evaluation.tables import describe_estimate, percent, table, tested_points
 from stats.bootstrap import bootstrap_difference, bootstrap_mean
 from stats.pass_at_k import pass_at_k
 
@@ -122,7 +122,7 @@ def _pass_table(arms: Mapping[str, Any]) -> list[str]:
     ks = sorted({int(k) for of in arms.values() for k in of["pass_at"]})
     rows = [
         [f"`{label}`", str(of["tasks"]), str(of["samples"])]
-        + [_share(of["pass_at"].get(str(k))) for k in ks]
+        + [percent(of["pass_at"].get(str(k))) for k in ks]
         for label, of in arms.items()
     ]
     return table(["", "tasks", "samples", *(f"pass@{k}" for k in ks)], rows)
@@ -140,8 +140,7 @@ def _difference_table(differences: Mapping[str, Any]) -> list[str]:
 def _difference(estimate: Mapping[str, float] | None) -> str:
     if estimate is None:
         return ""
-    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}], p = {estimate['p']:.3f}"
+    return tested_points(estimate)
 
 
 def _kind_table(arms: Mapping[str, Any]) -> list[str]:
@@ -154,10 +153,3 @@ def _kind_table(arms: Mapping[str, Any]) -> list[str]:
         num = sum(of["results"].values())
         rows.append([f"`{label}`", *(f"{100 * of['results'].get(k, 0) / num:.1f}" for k in kinds)])
     return table(["", *kinds], rows)
-
-
-def _share(estimate: Mapping[str, float] | None) -> str:
-    if estimate is None:
-        return ""
-    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    return f"{value:.2f} [{low:.1f}, {high:.1f}]"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.comparison.figures import Outcomes
-from evaluation.errors import DataFileError, RunError
+from evaluation.errors import DataFileError
 from evaluation.folder import file_names, seed_of
 from evaluation.records import RecordLog, read_records, shown
-from evaluation.server import Arm, Servers, run_each
+from evaluation.server import Arm, Servers, message_of, run_each
 
 # GSM8K's own mark before the answer.
 _MARK = "####"
@@ -128,7 +128,7 @@ async def ask_exercises(
             }
             answers = await servers.ask_each(asked, "/v1/chat/completions", body)
             for arm, answer in zip(asked, answers, strict=True):
-                said = _content(arm, answer)
+                said = message_of(answer, f"arm {arm.label!r}: the server at {arm.url}")
                 logs[arm.label].add(
                     {
                         "task_id": exercise.name,
@@ -154,13 +154,6 @@ async def ask_exercises(
         ]
         await run_each(items, ask, concurrency=max(1, concurrency // len(arms)))
         return {label: _outcomes(log, exercises, num_samples) for label, log in logs.items()}
-
-
-def _content(arm: Arm, answer: dict[str, Any]) -> str:
-    try:
-        return str(answer["choices"][0]["message"]["content"] or "")
-    except (KeyError, IndexError, TypeError):
-        raise RunError(f"arm {arm.label!r}: the server at {arm.url} gives no choices") from None
 
 
 def _outcomes(log: RecordLog, exercises: Sequence[Exercise], num_samples: int) -> Outcomes:

@@ -11,7 +11,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from evaluation.comparison.figures import SIGNIFICANT, Outcomes
-from evaluation.tables import table
+from evaluation.tables import percent, points, table
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
@@ -32,7 +32,7 @@ def to_markdown(summary: Mapping[str, Any], title: str, plots: Mapping[str, str]
     lines = [f"# {title}", ""]
     lines += [f"{summary['tasks']} tasks, {summary['samples']} samples of each by each arm.", ""]
     lines += table(
-        ["", "mean, %"], [[f"`{m}`", _share(of["mean"])] for m, of in summary["arms"].items()]
+        ["", "mean, %"], [[f"`{m}`", percent(of["mean"])] for m, of in summary["arms"].items()]
     )
     lines.append("")
     if summary["samples"] > 1 and "any_of" in next(iter(summary["arms"].values())):
@@ -42,7 +42,7 @@ def to_markdown(summary: Mapping[str, Any], title: str, plots: Mapping[str, str]
             lines += table(
                 ["", *(f"k = {k}" for k in ks)],
                 [
-                    [f"`{m}`", *(_share(of[name].get(k)) for k in ks)]
+                    [f"`{m}`", *(percent(of[name].get(k)) for k in ks)]
                     for m, of in summary["arms"].items()
                 ],
             )
@@ -51,7 +51,7 @@ def to_markdown(summary: Mapping[str, Any], title: str, plots: Mapping[str, str]
     lines += table(
         ["", "difference, points", "p", "test", "verdict"],
         [
-            [f"`{m}`", _signed(p["difference"]), f"{p['difference']['p']:.3f}", p["test"],
+            [f"`{m}`", points(p["difference"]), f"{p['difference']['p']:.3f}", p["test"],
              _verdict(p)]
             for m, p in summary["pairs"].items()
         ],
@@ -81,7 +81,7 @@ def _calibration(pair: Mapping[str, Any], label: str) -> list[str]:
     return [
         "## Calibration",
         "",
-        f"`{label}` against itself with other random numbers: {_signed(pair['difference'])} "
+        f"`{label}` against itself with other random numbers: {points(pair['difference'])} "
         f"points, p = {pair['difference']['p']:.3f}. "
         + (
             "So large a difference is noise."
@@ -98,18 +98,6 @@ def _verdict(pair: Mapping[str, Any]) -> str:
     if pair["more_tasks"]:
         return f"undecided; {pair['more_tasks']} more tasks would show a difference of this size"
     return "undecided"
-
-
-def _share(estimate: Mapping[str, float] | None) -> str:
-    if estimate is None:
-        return ""
-    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    return f"{value:.2f} [{low:.1f}, {high:.1f}]"
-
-
-def _signed(estimate: Mapping[str, float]) -> str:
-    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _saved(share: float | None) -> str:

@@ -10,7 +10,7 @@ from evaluation.language.scoring import score_continuations
 from evaluation.language.tasks import Question
 from evaluation.records import Record, RecordLog
 from evaluation.server import Arm, Servers, run_each
-from evaluation.tables import describe_estimate, table
+from evaluation.tables import describe_estimate, percent, table, tested_points
 from stats.bootstrap import bootstrap_difference
 from stats.proportions import mcnemar_p, wilson_interval
 
@@ -114,7 +114,7 @@ def to_markdown(summary: dict[str, Any], title: str) -> str:
     lines += table(
         ["", "questions", *METRICS],
         [
-            [f"`{label}`", str(of["questions"]), *(_share(of[metric]) for metric in METRICS)]
+            [f"`{label}`", str(of["questions"]), *(percent(of[metric]) for metric in METRICS)]
             for label, of in summary["arms"].items()
         ],
     )
@@ -124,7 +124,10 @@ def to_markdown(summary: dict[str, Any], title: str) -> str:
         lines += table(
             ["", *METRICS],
             [
-                [f"`{label}`", *(_signed(of[metric]) for metric in METRICS)]
+                [
+                    f"`{label}`",
+                    *(tested_points(of[metric]) for metric in METRICS),
+                ]
                 for label, of in summary["differences"].items()
             ],
         )
@@ -144,13 +147,3 @@ def to_markdown(summary: dict[str, Any], title: str) -> str:
         )
     lines += ["", "Brackets: 95 % intervals by Wilson; of differences by bootstrap."]
     return "\n".join(lines) + "\n"
-
-
-def _share(estimate: dict[str, float]) -> str:
-    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    return f"{value:.2f} [{low:.1f}, {high:.1f}]"
-
-
-def _signed(estimate: dict[str, float]) -> str:
-    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}], p = {estimate['p']:.3f}"

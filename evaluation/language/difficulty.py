@@ -11,12 +11,13 @@ Language Models", AAAI 2024, for the question; the exact measure of that paper i
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from evaluation.errors import RunError
-from evaluation.records import Record, RecordLog
+from evaluation.language.scoring import read_echo
+from evaluation.records import Record, RecordLog, spread
 from evaluation.server import Arm, Servers, run_each
 from evaluation.tables import describe_estimate, table
 from stats.bootstrap import bootstrap_mean
@@ -98,35 +99,26 @@ async def measure_difficulty(
     progress("text", len(there))
 
     async def show(sample: Sample) -> None:
-        body = {
-            "prompt": sample.context + sample.text, "echo": True, "logprobs": 1, "max_tokens": 1,
-            "temperature": 0.0,
-        }  # fmt: skip
-        answer = await servers.ask(arm, "/v1/completions", body)
-        log.add(_read(sample, answer, arm))
+        prompt = sample.context + sample.text
+        log.add(await read_echo(arm, prompt, servers, partial(_read, sample)))
         progress("text", 1)
 
     await run_each([s for s in samples if s.name not in there], show, concurrency=concurrency)
     return log.records
 
 
-def _read(sample: Sample, answer: Mapping[str, Any], arm: Arm) -> Record:
+def _read(sample: Sample, choices: Sequence[Mapping[str, Any]]) -> Record:
     whole = sample.context + sample.text
     losses, places = [], []
-    try:
-        logprobs = answer["choices"][0]["logprobs"]
-        offsets = [int(offset) for offset in logprobs["text_offset"]]
-        for index, value in enumerate(logprobs["token_logprobs"]):
-            start = offsets[index]
-            if value is None or start < len(sample.context) or start >= len(whole):
-                continue
-            end = offsets[index + 1] if index + 1 < len(offsets) else len(whole)
-            losses.append(-float(value))
-            places.append(PLACES.index(place_of(whole[:start], whole[start:end])))
-    except (KeyError, TypeError, ValueError, IndexError):
-        raise RunError(
-            f"arm {arm.label!r}: the server at {arm.url} echoes no log probabilities of prompts"
-        ) from None
+    logprobs = choices[0]["logprobs"]
+    offsets = [int(offset) for offset in logprobs["text_offset"]]
+    for index, value in enumerate(logprobs["token_logprobs"]):
+        start = offsets[index]
+        if value is None or start < len(sample.context) or start >= len(whole):
+            continue
+        end = offsets[index + 1] if index + 1 < len(offsets) else len(whole)
+        losses.append(-float(value))
+        places.append(PLACES.index(place_of(whole[:start], whole[start:end])))
     return {"name": sample.name, "kind": sample.kind, "losses": losses, "places": places}
 
 
@@ -254,9 +246,7 @@ def read_prose(path: Path, text: str, count: int) -> list[Sample]:
         count: most of them, spread over the text.
     """
     paragraphs = [line.strip() for line in text.splitlines() if len(line.split()) >= 30]
-    step = max(1.0, len(paragraphs) / count)
-    chosen = [paragraphs[int(i * step)] for i in range(min(count, len(paragraphs)))]
     return [
         Sample(name=f"{path.name}/{number}", kind=PROSE, context="", text=paragraph)
-        for number, paragraph in enumerate(chosen)
+        for number, paragraph in enumerate(spread(paragraphs, count))
     ]

@@ -1,10 +1,13 @@
 """Log-likelihoods over the completions endpoint, which echoes a prompt with its tokens' own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from evaluation.errors import RunError
 from evaluation.server import Arm, Servers
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +40,34 @@ async def score_continuations(
     Raises:
         RunError: the server refuses, is gone, or echoes no log probabilities.
     """
+    prompts = [context + continuation for context, continuation in pairs]
+
+    def read(choices: list[dict[str, Any]]) -> list[Likelihood]:
+        choices = sorted(choices, key=lambda choice: int(choice["index"]))
+        return [
+            _read(choice["logprobs"], len(context), len(context + continuation))
+            for choice, (context, continuation) in zip(choices, pairs, strict=True)
+        ]
+
+    return await read_echo(arm, prompts, servers, read)
+
+
+async def read_echo(
+    arm: Arm, prompt: object, servers: Servers, read: Callable[[list[dict[str, Any]]], Result]
+) -> Result:
+    """Return what is read of a prompt that comes back with the log probabilities of its tokens.
+
+    Args:
+        arm: who is asked.
+        prompt: of the completions endpoint, of any of its forms.
+        servers: of the arm.
+        read: of the answer's choices; it may raise where something is not there.
+
+    Raises:
+        RunError: the server refuses, is gone, or echoes no log probabilities.
+    """
     body = {
-        "prompt": [context + continuation for context, continuation in pairs],
+        "prompt": prompt,
         "echo": True,
         "logprobs": 1,
         # Not all servers take 0.
@@ -47,11 +76,7 @@ async def score_continuations(
     }
     answer = await servers.ask(arm, "/v1/completions", body)
     try:
-        choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
-        return [
-            _read(choice["logprobs"], len(context), len(context + continuation))
-            for choice, (context, continuation) in zip(choices, pairs, strict=True)
-        ]
+        return read(answer["choices"])
     except (KeyError, TypeError, ValueError, IndexError):
         raise RunError(
             f"arm {arm.label!r}: the server at {arm.url} echoes no log probabilities of prompts"
@@ -90,21 +115,12 @@ async def score_tokens(arm: Arm, token_ids: Sequence[int], servers: Servers) -> 
     Raises:
         RunError: the server refuses, is gone, or echoes no log probabilities.
     """
-    body = {
-        "prompt": list(token_ids),
-        "echo": True,
-        "logprobs": 1,
-        "max_tokens": 1,
-        "temperature": 0.0,
-    }
-    answer = await servers.ask(arm, "/v1/completions", body)
-    try:
-        values = answer["choices"][0]["logprobs"]["token_logprobs"]
+
+    def read(choices: list[dict[str, Any]]) -> list[float]:
+        values = choices[0]["logprobs"]["token_logprobs"]
         return [float(values[index]) for index in range(1, len(token_ids))]
-    except (KeyError, TypeError, ValueError, IndexError):
-        raise RunError(
-            f"arm {arm.label!r}: the server at {arm.url} echoes no log probabilities of prompts"
-        ) from None
+
+    return await read_echo(arm, list(token_ids), servers, read)
 
 
 async def tokenize(arm: Arm, text: str, servers: Servers) -> list[int]:

@@ -20,7 +20,7 @@ from evaluation.language.difficulty import (
 )
 from evaluation.language.perplexity import read_windows_text
 from evaluation.progress import bars
-from evaluation.records import RecordLog
+from evaluation.records import RecordLog, spread
 from evaluation.server import open_servers
 from serve.cli.arguments import say
 from serve.cli.eval_options import (
@@ -102,10 +102,8 @@ def _read_samples(arguments: argparse.Namespace) -> list[Sample]:
     written = [problem for problem in problems if problem.reference]
     if not written:
         raise DataFileError(f"{arguments.data} has no reference programs")
-    step = max(1.0, len(written) / arguments.limit)
-    chosen = [written[int(i * step)] for i in range(min(arguments.limit, len(written)))]
     samples = []
-    for problem in chosen:
+    for problem in spread(written, arguments.limit):
         reference = str(problem.reference).replace("\r\n", "\n")
         # A function's head and its description are given; of a task in words nothing is.
         head = problem.prompt if reference.startswith(problem.prompt) else ""

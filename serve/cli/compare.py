@@ -21,7 +21,7 @@ from evaluation.comparison.report import to_csv, to_html, to_markdown
 from evaluation.errors import DataFileError
 from evaluation.folder import digest_of, file_names, open_folder, write_whole
 from evaluation.progress import bars
-from evaluation.records import read_records
+from evaluation.records import read_records, spread
 from evaluation.server import Arm, open_servers
 from serve.cli.arguments import CommandError, UserError, say
 from serve.cli.eval_options import add_folder_argument, add_server_arguments, at_least, named_errors
@@ -144,7 +144,7 @@ async def _run(arguments: argparse.Namespace, arms: list[Arm]) -> dict[str, Outc
 async def _run_exercises(
     arguments: argparse.Namespace, arms: list[Arm], settings: dict[str, Any]
 ) -> dict[str, Outcomes]:
-    exercises = _spread(read_exercises(arguments.data), arguments.limit)
+    exercises = spread(read_exercises(arguments.data), arguments.limit)
     open_folder(arguments.output, settings)
     count = len(exercises) * arguments.samples * len(arms)
     async with open_servers(patience_s=arguments.patience) as servers:
@@ -159,7 +159,7 @@ async def _run_exercises(
 async def _run_code(
     arguments: argparse.Namespace, arms: list[Arm], settings: dict[str, Any]
 ) -> dict[str, Outcomes]:
-    problems = _spread(read_problems(arguments.data, arguments.task), arguments.limit)
+    problems = spread(read_problems(arguments.data, arguments.task), arguments.limit)
     more = {} if arguments.plus is None else join_tests(problems, arguments.plus, arguments.task)
     test = CodeTest(
         problems=problems, more_tests=more, form=arguments.prompt, num_samples=arguments.samples,
@@ -191,13 +191,6 @@ def _read_outcomes(path: Path) -> Outcomes:
         passed = record.get("plus_passed", record["passed"])
         found.setdefault(str(record["task_id"]), {})[int(record["sample"])] = float(bool(passed))
     return {task: [of[sample] for sample in sorted(of)] for task, of in found.items()}
-
-
-def _spread(items: list[Any], limit: int | None) -> list[Any]:
-    if limit is None or limit >= len(items):
-        return items
-    step = len(items) / limit
-    return [items[int(index * step)] for index in range(limit)]
 
 
 def _report(

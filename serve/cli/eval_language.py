@@ -11,6 +11,7 @@ from evaluation.folder import digest_of, open_folder, write_whole
 from evaluation.language import choices, perplexity
 from evaluation.language.tasks import TASKS, read_task
 from evaluation.progress import bars
+from evaluation.records import spread
 from evaluation.server import open_servers
 from serve.cli.arguments import UserError, say
 from serve.cli.eval_options import (
@@ -117,11 +118,7 @@ async def _run_perplexity(arguments: argparse.Namespace) -> tuple[str, dict[str,
 
 
 async def _run_choices(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    questions = read_task(arguments.task, arguments.data)
-    if arguments.limit is not None and arguments.limit < len(questions):
-        # Spread over the file, which may be sorted by subject.
-        step = len(questions) / arguments.limit
-        questions = [questions[int(index * step)] for index in range(arguments.limit)]
+    questions = spread(read_task(arguments.task, arguments.data), arguments.limit)
     if len({question.name for question in questions}) < len(questions):
         raise UserError(f"--data: {arguments.data} has questions of the same name")
     arms = await build_arms(arguments, {})
