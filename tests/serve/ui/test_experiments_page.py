@@ -115,7 +115,9 @@ def test_tab_shows_the_effect_of_an_experiment(experiment: LiveServer, browser: 
 def test_tab_of_a_server_without_experiments_says_how_to_start_them(
     live: LiveServer, browser: Browser
 ) -> None:
+    browser.troubles.clear()
     page = browser.open(f"{live.url}/ui/")
     page.get_by_role("tab", name="Experiments").click()
     page.locator("#experiments-report").get_by_text("runs no experiments").wait_for()
     page.context.close()
+    assert browser.troubles == []
