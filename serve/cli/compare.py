@@ -24,7 +24,15 @@ from evaluation.progress import bars
 from evaluation.records import read_records, spread
 from evaluation.server import Arm, open_servers
 from serve.cli.arguments import CommandError, UserError, say
-from serve.cli.eval_options import add_folder_argument, add_server_arguments, at_least, named_errors
+from serve.cli.eval_options import (
+    Task,
+    add_folder_argument,
+    add_part_argument,
+    add_server_arguments,
+    at_least,
+    choose_part,
+    named_errors,
+)
 
 DESCRIPTION = """\
 Compare models, adapters, variants and decoding strategies on the same prompts with the same random
@@ -66,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of each task and arm [default: %(default)s]",
     )  # fmt: skip
     group.add_argument("--limit", metavar="N", type=int, help="only so many tasks, spread over all")
+    add_part_argument(group)
     group.add_argument(
         "--calibrate", action="store_true",
         help="ask the first arm twice, with other random numbers: what chance alone makes",
@@ -130,6 +139,7 @@ async def _run(arguments: argparse.Namespace, arms: list[Arm]) -> dict[str, Outc
         "data": digest_of(arguments.data),
         "plus": None if arguments.plus is None else digest_of(arguments.plus),
         "limit": arguments.limit,
+        "part": arguments.part,
         "arms": [arm.describe() for arm in arms],
         "samples": arguments.samples,
         "max_tokens": arguments.max_tokens,
@@ -144,7 +154,7 @@ async def _run(arguments: argparse.Namespace, arms: list[Arm]) -> dict[str, Outc
 async def _run_exercises(
     arguments: argparse.Namespace, arms: list[Arm], settings: dict[str, Any]
 ) -> dict[str, Outcomes]:
-    exercises = spread(read_exercises(arguments.data), arguments.limit)
+    exercises = _choose(read_exercises(arguments.data), arguments)
     open_folder(arguments.output, settings)
     count = len(exercises) * arguments.samples * len(arms)
     async with open_servers(patience_s=arguments.patience) as servers:
@@ -156,10 +166,15 @@ async def _run_exercises(
             )  # fmt: skip
 
 
+def _choose(tasks: list[Task], arguments: argparse.Namespace) -> list[Task]:
+    """Return the tasks that --part and --limit leave."""
+    return spread(choose_part(tasks, arguments.part), arguments.limit)
+
+
 async def _run_code(
     arguments: argparse.Namespace, arms: list[Arm], settings: dict[str, Any]
 ) -> dict[str, Outcomes]:
-    problems = spread(read_problems(arguments.data, arguments.task), arguments.limit)
+    problems = _choose(read_problems(arguments.data, arguments.task), arguments)
     more = {} if arguments.plus is None else join_tests(problems, arguments.plus, arguments.task)
     test = CodeTest(
         problems=problems, more_tests=more, form=arguments.prompt, num_samples=arguments.samples,

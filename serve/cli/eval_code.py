@@ -32,9 +32,11 @@ from serve.cli.arguments import (
 )
 from serve.cli.eval_options import (
     add_folder_argument,
+    add_part_argument,
     add_server_arguments,
     at_least,
     build_arms,
+    choose_part,
     named_errors,
 )
 
@@ -77,10 +79,7 @@ def add_kind(kinds: Any, name: str) -> None:
     group.add_argument(
         "--tasks", metavar="FIRST-LAST", help="only the tasks with these numbers [default: all]"
     )
-    group.add_argument(
-        "--part", metavar="K/N",
-        help="only every Nth task from the Kth: 1/2 to choose parameters, 2/2 to report",
-    )  # fmt: skip
+    add_part_argument(group)
     group.add_argument(
         "--prompt", choices=(COMPLETION, CHAT), default=COMPLETION,
         help="how a program is asked for [default: %(default)s]",
@@ -212,14 +211,7 @@ def _choose(problems: list[Problem], arguments: argparse.Namespace) -> list[Prob
         ]
         if not problems:
             raise UserError(f"--tasks: {arguments.data} has no task of {arguments.tasks}")
-    if arguments.part is not None:
-        start, _, step = arguments.part.partition("/")
-        if not (start.isdecimal() and step.isdecimal() and 1 <= int(start) <= int(step)):
-            raise UserError(f"--part must be K/N with K from 1 to N, got {arguments.part!r}")
-        problems = problems[int(start) - 1 :: int(step)]
-        if not problems:
-            raise UserError(f"--part: {arguments.part} of the tasks is none")
-    return problems
+    return choose_part(problems, arguments.part)
 
 
 def _parse_ks(text: str | None) -> list[int] | None:

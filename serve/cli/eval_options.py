@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from client.address import parse_address
 from evaluation.errors import DataFileError, RunError
@@ -13,6 +13,8 @@ from evaluation.folder import SettingsError
 from evaluation.server import CONCURRENCY, PATIENCE_S, Arm, open_servers
 from serve.cli.arguments import CommandError, UserError
 from serve.environment import client_settings
+
+Task = TypeVar("Task")
 
 
 def add_server_arguments(parser: argparse.ArgumentParser, *, with_models: bool = True) -> None:
@@ -48,6 +50,31 @@ def add_folder_argument(parser: argparse.ArgumentParser) -> None:
         help="folder for samples, results and the report; the same command goes on with a run that "
         "was stopped",
     )  # fmt: skip
+
+
+def add_part_argument(group: argparse._ArgumentGroup) -> None:
+    """Declare which share of the tasks is done."""
+    group.add_argument(
+        "--part", metavar="K/N",
+        help="only every Nth task from the Kth: 1/2 to choose parameters, 2/2 to report",
+    )  # fmt: skip
+
+
+def choose_part(tasks: list[Task], part: str | None) -> list[Task]:
+    """Return the tasks that --part leaves.
+
+    Raises:
+        UserError: it is none, or leaves none.
+    """
+    if part is None:
+        return tasks
+    start, _, step = part.partition("/")
+    if not (start.isdecimal() and step.isdecimal() and 1 <= int(start) <= int(step)):
+        raise UserError(f"--part must be K/N with K from 1 to N, got {part!r}")
+    chosen = tasks[int(start) - 1 :: int(step)]
+    if not chosen:
+        raise UserError(f"--part: {part} of the tasks is none")
+    return chosen
 
 
 def at_least(arguments: argparse.Namespace, **least: float) -> None:
