@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.figures = Figures(options.results, SMALL)
-        self.stages = {
+        self.stages: dict[str, Callable[[], None]] = {
             "tune": self.tune,
             "humaneval": partial(self.report, "humaneval"),
             "mbpp": partial(self.report, "mbpp"),
