@@ -140,7 +140,7 @@ class Bench:
         arms_file = folder.with_suffix(".yaml")
         arms_file.write_text(yaml.safe_dump({"arms": listed}), encoding="utf-8")
         path = (model or options.model).resolve()
-        with running_server(["--model", str(path), "--served-model-name", "model"]) as server:
+        with running_server([str(path), "--served-model-name", "model"]) as server:
             run_command([
                 *PROA, "compare", "--arms", arms_file, "--task", task, "--data",
                 getattr(options, task), "--plus", getattr(options, f"{task}_plus"), "--part", part,

@@ -10,6 +10,7 @@ from decoding.draw import derive_seed, uniforms
 from decoding.params import SamplingParams
 from decoding.penalties import Edits, TokenCounts
 from decoding.strategies import Controller, Shape
+from decoding.temperature_head import TemperatureHead
 
 _NUM_UNIFORMS_AHEAD = 64
 # Beyond the numbers of a request's sequences.
@@ -28,6 +29,7 @@ class Row:
         is_traced: report class, temperature and entropy.
         prompt_token_ids: the prompt.
         is_filtered: top-k, typical-p, top-p or min-p drop tokens.
+        temperature_head: gives its temperatures, if the strategy reads one.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class Row:
         prompt_is_template: bool,
         is_traced: bool,
         banned_token_ids: Sequence[int],
+        temperature_head: TemperatureHead | None = None,
     ) -> None:
         self.params = params
         self.controller = controller
         self.is_traced = is_traced
+        self.temperature_head = temperature_head
         self.prompt_token_ids = prompt_token_ids
         self.is_filtered = is_filtered(params)
         self._notes: list[float | None] = []

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from decoding.logprobs import MAX_ROWS, LogitsError, TopLogprobs, token_logprobs
+from decoding.options import ParameterError
 from decoding.params import SamplingParams
 from decoding.penalties import apply_edits
 from decoding.picker import PickedRow, Picker
@@ -15,6 +16,7 @@ from decoding.row import Row, ShapedRow
 from decoding.spread import Spread
 from decoding.strategies import Controller, Strategy
 from decoding.tables import TokenTables
+from decoding.temperature_head import TemperatureHead
 from decoding.torch_picker import TorchPicker
 
 MIN_TEMPERATURE = 1e-5
@@ -36,6 +38,10 @@ class Sampled:
         entropies: entropy in nats of the model's distribution at temperature 1; None for a row
             that is not traced.
         classes: class of each token's text, one of `TOKEN_CLASSES`.
+        stages: the strategy's name of where each token stands, if it has one.
+        candidates: of a row that is to look ahead, what it tries, (token id, logprob) pairs, most
+            likely first; its token is not drawn yet, and the first of them stands for it. Empty
+            of all others.
     """
 
     token_ids: list[int]
@@ -44,6 +50,8 @@ class Sampled:
     temperatures: list[float]
     entropies: list[float | None]
     classes: list[str]
+    stages: list[str | None]
+    candidates: list[TopLogprobs]
 
 
 class Sampler:
@@ -93,6 +101,7 @@ class Sampler:
         seed: int,
         prompt_is_template: bool = False,
         is_traced: bool = False,
+        temperature_head: TemperatureHead | None = None,
     ) -> Row:
         """Begin a sequence.
 
@@ -103,28 +112,37 @@ class Sampler:
             prompt_is_template: the prompt ends in a chat template's header, so that the generated
                 text starts afresh. Strategies then do not look at the prompt.
             is_traced: report class, temperature and entropy of each token.
+            temperature_head: for a strategy that reads one.
 
         Raises:
             ParameterError: a token id among the parameters is not in the vocabulary, or no token
-                of it may be drawn before `min_tokens`.
+                of it may be drawn before `min_tokens`, or the strategy lacks its head.
         """
         params.check_vocabulary(self._tables.vocab_size, self._eos_token_ids)
+        controller = self._bind(params.strategy)
+        if params.strategy.reads_head and temperature_head is None:
+            raise ParameterError(
+                f"decoding.strategy {params.strategy.name} needs a temperature head",
+                param="decoding.strategy",
+            )
         return Row(
             params,
-            self._bind(params.strategy),
+            controller,
             prompt_token_ids,
             seed=seed,
             prompt_is_template=prompt_is_template,
             is_traced=is_traced,
             banned_token_ids=sorted(params.held_back_ids(self._eos_token_ids)),
+            temperature_head=temperature_head,
         )
 
-    def sample(self, logits: Tensor, rows: Sequence[Row]) -> Sampled:
+    def sample(self, logits: Tensor, rows: Sequence[Row], states: Tensor | None = None) -> Sampled:
         """Choose the next token of each row; the rows are not changed, but for their notes.
 
         Args:
             logits: (B, V) float32, raw model output; not changed.
             rows: B rows.
+            states: (B, D) float32, what the LM head read; needed by rows with a temperature head.
 
         Raises:
             LogitsError: a row's logits are not numbers.
@@ -132,7 +150,7 @@ class Sampler:
         assert logits.shape == (len(rows), self._tables.vocab_size), logits.shape
         if logits.dtype != torch.float32 or not logits.is_contiguous():
             logits = logits.float().contiguous()
-        temperatures = self._temperatures(logits, rows)
+        temperatures = self._temperatures(logits, rows, states)
         # Most steps have none of these rows, and taking a row out of the logits costs.
         shapers = [(i, s) for i, row in enumerate(rows) if (s := row.controller.shaper) is not None]
         shaped: list[PickedRow] = list(rows)
@@ -150,7 +168,34 @@ class Sampler:
             if shaped[index] is not rows[index] and shaper.learn is not None:
                 row, edited = rows[index], _edited(logits[index], rows[index])
                 row.note(shaper.learn(edited, row, temperatures[index], token_ids[index]))
-        return self._report(logits, rows, token_ids, temperatures)
+        candidates = self._find_candidates(logits, rows)
+        for index, tried in enumerate(candidates):
+            if tried:
+                token_ids[index] = tried[0][0]
+        return self.report(logits, rows, token_ids, temperatures, candidates)
+
+    def _find_candidates(self, logits: Tensor, rows: Sequence[Row]) -> list[TopLogprobs]:
+        """Return what rows try before they take their next token; none where that is easy."""
+        found: list[TopLogprobs] = [()] * len(rows)
+        strategies = [row.params.strategy for row in rows]
+        ahead = {i: each for i, of in enumerate(strategies) if (each := of.look_ahead) is not None}
+        if not ahead:
+            return found
+        indices = list(ahead)
+        taken = _select_rows(logits, indices)
+        spread = Spread(*self._picker.measure(taken, [rows[index] for index in indices]))
+        for position, entropy in enumerate(spread.entropies.tolist()):
+            index = indices[position]
+            if entropy > ahead[index].threshold:
+                edited = _edited(logits[index], rows[index])
+                count = min(ahead[index].num_candidates, int(spread.num_possible[position]))
+                # Of tokens with equal logits the first counts, everywhere.
+                bound = edited.topk(count).values[-1]
+                likely = torch.nonzero(edited >= bound)[:, 0]
+                likely = likely[edited[likely].argsort(descending=True, stable=True)][:count].cpu()
+                logprobs = edited.cpu()[likely].double() - spread.log_masses[position]
+                found[index] = tuple(zip(likely.tolist(), logprobs.tolist(), strict=True))
+        return found
 
     def score(
         self, logits: Tensor, token_ids: Sequence[int], *, num_top: int
@@ -165,7 +210,9 @@ class Sampler:
             )
         return found
 
-    def _temperatures(self, logits: Tensor, rows: Sequence[Row]) -> list[float]:
+    def _temperatures(
+        self, logits: Tensor, rows: Sequence[Row], hidden: Tensor | None
+    ) -> list[float]:
         """Return the temperature of each row; rows of the same strategy are handled together."""
         groups: dict[Controller, list[int]] = {}
         for index, row in enumerate(rows):
@@ -175,6 +222,8 @@ class Sampler:
         for controller, indices in groups.items():
             members = [rows[index] for index in indices]
             base = torch.tensor([row.params.temperature for row in members])
+            if members[0].params.strategy.reads_head:
+                base = torch.tensor([_read_head(rows[index], hidden, index) for index in indices])
             states = spread = None
             if controller.automaton is not None:
                 states = torch.tensor([row.state for row in members])
@@ -186,17 +235,19 @@ class Sampler:
                 temperatures[index] = value
         return temperatures
 
-    def _report(
+    def report(
         self,
         logits: Tensor,
         rows: Sequence[Row],
         token_ids: list[int],
         temperatures: list[float],
+        candidates: list[TopLogprobs],
     ) -> Sampled:
-        """Add what the rows ask to know about their tokens."""
+        """Add what the rows ask to know about their tokens, drawn by `sample` or otherwise."""
         logprobs: list[float | None] = [None] * len(rows)
         top: list[TopLogprobs] = [()] * len(rows)
         entropy: list[float | None] = [None] * len(rows)
+        stages: list[str | None] = [None] * len(rows)
         told = [i for i, row in enumerate(rows) if row.is_traced or row.params.logprobs is not None]
         if told:
             taken = _select_rows(logits, told)
@@ -206,7 +257,7 @@ class Sampler:
             for position, index in enumerate(told):
                 groups.setdefault(rows[index].params.logprobs or 0, []).append(position)
                 if rows[index].is_traced:
-                    entropy[index] = entropies[position]
+                    entropy[index], stages[index] = entropies[position], _stage(rows[index])
             for num_top, positions in groups.items():
                 found = token_logprobs(
                     _select_rows(taken, positions),
@@ -223,7 +274,20 @@ class Sampler:
             temperatures=temperatures,
             entropies=entropy,
             classes=[self._tables.class_name(token_id) for token_id in token_ids],
+            stages=stages,
+            candidates=candidates,
         )
+
+
+def _read_head(row: Row, hidden: Tensor | None, index: int) -> float:
+    assert row.temperature_head is not None
+    assert hidden is not None, "rows with a temperature head need the hidden states"
+    return row.temperature_head.temperature(hidden[index].float().cpu())
+
+
+def _stage(row: Row) -> str | None:
+    stages = row.controller.stages
+    return None if stages is None else stages[row.state]
 
 
 def _edited(logits: Tensor, row: Row) -> Tensor:

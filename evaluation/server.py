@@ -73,7 +73,7 @@ class Servers:
         self._patience_s = patience_s
         self._make = make_client or _connect
         self._clients: dict[str, ApiClient] = {}
-        self._compares: dict[str, bool] = {}
+        self._most_arms: dict[str, int] = {}
         self._jitter = random.Random()
 
     def client(self, url: str) -> ApiClient:
@@ -126,8 +126,9 @@ class Servers:
     ) -> list[dict[str, Any]]:
         """Return the answers of several arms to one request, in their order.
 
-        Arms of one server that offers /v1/compare are asked in one request: it computes the prompt
-        once for all that share a base, and they draw the same random numbers.
+        Arms of one server that offers /v1/compare are asked in one request, or in as few as it
+        takes: it computes the prompt once for all that share a base, and they draw the same random
+        numbers.
 
         Args:
             arms: whose models and fields are added.
@@ -139,8 +140,16 @@ class Servers:
         """
         first = arms[0]
         together = len(arms) > 1 and all((a.url, a.key) == (first.url, first.key) for a in arms)
-        if not together or not await self._offers_compare(first):
+        most = await self._most_compared(first) if together else 0
+        if not most:
             return list(await asyncio.gather(*(self.ask(arm, path, body) for arm in arms)))
+        parts = [arms[start : start + most] for start in range(0, len(arms), most)]
+        answers = await asyncio.gather(*(self._compare(part, body) for part in parts))
+        return [answer for part in answers for answer in part]
+
+    async def _compare(self, arms: Sequence[Arm], body: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the answers of arms of one server to one comparison."""
+        first = arms[0]
         entries = [{"label": arm.label, "model": arm.model, **arm.fields} for arm in arms]
         answer = await self.retry(
             lambda: self.client(first.url).request(
@@ -150,14 +159,16 @@ class Servers:
         found = sorted(answer["arms"], key=lambda entry: int(entry["index"]))
         return [{"choices": [entry], "usage": entry["usage"]} for entry in found]
 
-    async def _offers_compare(self, arm: Arm) -> bool:
-        if arm.url not in self._compares:
+    async def _most_compared(self, arm: Arm) -> int:
+        """Return how many arms the server of one compares in a request; 0: it does not."""
+        if arm.url not in self._most_arms:
             try:
                 described = await self.client(arm.url).request("GET", "/openapi.json", key=arm.key)
-                self._compares[arm.url] = "/v1/compare" in described["paths"]
-            except (RequestError, KeyError, TypeError):
-                self._compares[arm.url] = False
-        return self._compares[arm.url]
+                fields = described["components"]["schemas"]["CompareBody"]["properties"]
+                self._most_arms[arm.url] = int(fields["arms"]["maxItems"])
+            except (RequestError, KeyError, TypeError, ValueError):
+                self._most_arms[arm.url] = 0
+        return self._most_arms[arm.url]
 
     async def retry(self, work: Callable[[], Awaitable[Any]]) -> Any:
         """Return what `work` gives, trying again with growing pauses while the server is gone.

@@ -34,7 +34,13 @@ class Executor(Protocol):
         self, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> KVCache: ...
 
-    def forward(self, batch: PackedBatch, cache: KVCache, taps: Tensor | None = None) -> Tensor: ...
+    def forward(
+        self,
+        batch: PackedBatch,
+        cache: KVCache,
+        taps: Tensor | None = None,
+        states: Tensor | None = None,
+    ) -> Tensor: ...
 
     def hidden_states(self, batch: PackedBatch) -> Iterator[Tensor]: ...
 
@@ -151,7 +157,14 @@ class Decoder:
         dtype = dtype or self._default_cache_dtype
         return self._executor.make_cache(self.spec, num_blocks, block_size, dtype)
 
-    def forward(self, batch: PackedBatch, cache: KVCache, *, taps: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: PackedBatch,
+        cache: KVCache,
+        *,
+        taps: Tensor | None = None,
+        states: Tensor | None = None,
+    ) -> Tensor:
         """Run one step: write the step's keys and values to the cache, return logits.
 
         Args:
@@ -159,11 +172,13 @@ class Decoder:
             cache: from `make_cache`.
             taps: (layers + 1, T, D) float32 to receive the embedding and the residual stream
                 after each layer.
+            states: (L, D) float32 to receive what the LM head reads for each output row: the final
+                state after its norm, a side network blended in.
 
         Returns:
             (L, V) float32 logits of `batch.output_rows`, on the decoder's device.
         """
-        return self._executor.forward(batch, cache, taps)
+        return self._executor.forward(batch, cache, taps, states)
 
     def hidden_states(self, batch: PackedBatch) -> Iterator[Tensor]:
         """Compute whole sequences one layer at a time, without logits.

@@ -43,6 +43,8 @@ class GenerationRequest:
         prompt_logprobs: None, or how many alternatives to report beside each prompt token's own
             log probability.
         is_traced: fill `TokenOutput.trace`.
+        is_classification: score the prompt with the classification adapter of its only arm, and
+            generate nothing; `max_tokens` is 0.
     """
 
     request_id: str
@@ -51,6 +53,7 @@ class GenerationRequest:
     prompt_is_template: bool = False
     prompt_logprobs: int | None = None
     is_traced: bool = False
+    is_classification: bool = False
 
     @property
     def num_sequences(self) -> int:
@@ -109,11 +112,16 @@ class TokenTrace(NamedTuple):
         token_class: class of the token's text (`decoding` token classes).
         temperature: temperature the token was drawn with, 0 for greedy.
         entropy: entropy in nats of the model's distribution at temperature 1.
+        stage: the strategy's name of where the token stands, if it has one.
+        candidates: tokens that were tried before this one was taken, with the mean log probability
+            of each and of what was looked at after it.
     """
 
     token_class: str
     temperature: float
     entropy: float
+    stage: str | None = None
+    candidates: tuple[tuple[int, float], ...] = ()
 
 
 class TokenOutput(NamedTuple):
@@ -130,6 +138,8 @@ class TokenOutput(NamedTuple):
             output.
         prompt_logprobs: one entry for each prompt token (None for the first); on sequence 0's first
             output if asked for.
+        class_scores: what a classification adapter gives each of its labels, unscaled; on the only
+            output of a request for that.
     """
 
     sequence_index: int
@@ -139,3 +149,4 @@ class TokenOutput(NamedTuple):
     trace: TokenTrace | None = None
     cached_prompt_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    class_scores: tuple[float, ...] | None = None

@@ -9,12 +9,21 @@ from typing import Any
 
 from decoding.options import ParameterError, options_of, schema_of
 from decoding.strategies.adapt import Adapt
-from decoding.strategies.base import Controller, Strategy
+from decoding.strategies.base import (
+    CheckedStrategy,
+    Controller,
+    LookAhead,
+    PlainController,
+    Strategy,
+)
 from decoding.strategies.dry import Dry
 from decoding.strategies.dynatemp import DynaTemp
 from decoding.strategies.edt import Edt
 from decoding.strategies.fixed import Fixed
+from decoding.strategies.learned import Learned
+from decoding.strategies.look_ahead import LookAheadStrategy
 from decoding.strategies.mirostat import Mirostat2
+from decoding.strategies.plan_first import PlanFirst
 from decoding.strategies.shaping import Shape, ShapedText, Shaper
 from decoding.strategies.top_n_sigma import TopNSigma
 from decoding.strategies.xtc import Xtc
@@ -28,6 +37,12 @@ __all__ = [
     "Edt",
     "Fixed",
     "Mirostat2",
+    "PlanFirst",
+    "PlainController",
+    "LookAheadStrategy",
+    "LookAhead",
+    "Learned",
+    "CheckedStrategy",
     "Shape",
     "ShapedText",
     "Shaper",
@@ -47,6 +62,9 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     Xtc.name: Xtc,
     Dry.name: Dry,
     Mirostat2.name: Mirostat2,
+    Learned.name: Learned,
+    LookAheadStrategy.name: LookAheadStrategy,
+    PlanFirst.name: PlanFirst,
 }
 
 

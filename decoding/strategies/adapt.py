@@ -11,13 +11,14 @@ from decoding.automaton import Automaton
 from decoding.lines import LINE_STATES, STATE_INDEX, LineState, Place
 from decoding.options import ParameterError, check_options, option, options_of
 from decoding.spread import Spread
+from decoding.strategies.base import CheckedStrategy, PlainController
 from decoding.tables import TokenTables
 
 Policy = Literal["line_initial", "block_initial", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Adapt:
+class Adapt(CheckedStrategy):
     """Draw hard tokens, those that begin an indented line, at `a` and all others at `b`.
 
     The request's `temperature` has no part in it, except that 0 stays greedy, as in the authors'
@@ -123,11 +124,8 @@ _POLICIES_OF: dict[str, tuple[str, ...]] = {
 }
 
 
-class AdaptController:
+class AdaptController(PlainController):
     """See `Adapt`."""
-
-    reads_spread = False
-    shaper = None
 
     def __init__(
         self,
@@ -165,6 +163,7 @@ class AdaptController:
         else:
             kept = self._max_prompt_tokens
             tail = prompt_token_ids if kept is None else prompt_token_ids[-kept:]
+            assert self.automaton is not None
             state = self.automaton.run(self._prompt_state, tail)
         return state if self._first_states is None else self._first_states[state]
 

@@ -1,15 +1,16 @@
 """DRY: don't repeat yourself."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from decoding.options import check_options, option
-from decoding.strategies.shaping import Shape, ShapedText, Unmoved
+from decoding.options import option
+from decoding.strategies.base import CheckedStrategy, PlainController
+from decoding.strategies.shaping import Shape, ShapedText
 from decoding.tables import TokenTables
 
 # As llama.cpp has it: the largest exponent whose power is a float32.
@@ -17,7 +18,7 @@ _MAX_LOG = 88.7228391
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Dry:
+class Dry(CheckedStrategy):
     """Make a token less likely that would go on with what the text repeats.
 
     Where the last L tokens stand earlier in prompt or answer, and L is at least the allowed length,
@@ -59,16 +60,10 @@ class Dry:
         max_chars=64,
     )
 
-    def __post_init__(self) -> None:
-        check_options(self, prefix="decoding.")
-
-    def token_ids(self) -> Mapping[str, tuple[int, ...]]:
-        """Return the token ids among the parameters, see `Strategy`."""
-        return {}
-
-    def bind(self, tables: TokenTables) -> Unmoved:
+    def bind(self, tables: TokenTables) -> PlainController:
         """Return the controller for a vocabulary."""
-        return Unmoved(_Shaper(self, tables.tokens_with([text.encode() for text in self.breakers])))
+        breakers = tables.tokens_with([text.encode() for text in self.breakers])
+        return PlainController(shaper=_Shaper(self, breakers))
 
 
 class _Shaper:

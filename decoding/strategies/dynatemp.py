@@ -1,19 +1,19 @@
 """Entropy-based dynamic temperature, as llama.cpp defines it."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from decoding.options import check_options, option
+from decoding.options import option
 from decoding.spread import Spread
+from decoding.strategies.base import CheckedStrategy, PlainController
 from decoding.tables import TokenTables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DynaTemp:
+class DynaTemp(CheckedStrategy):
     """Raise the temperature with the entropy of the model's distribution.
 
     T = low + (high - low) * (entropy / maximum entropy) ** exponent, between
@@ -41,32 +41,19 @@ class DynaTemp:
         maximum=10.0,
     )
 
-    def __post_init__(self) -> None:
-        check_options(self, prefix="decoding.")
-
-    def token_ids(self) -> Mapping[str, tuple[int, ...]]:
-        """Return the token ids among the parameters, see `Strategy`."""
-        return {}
-
     def bind(self, tables: TokenTables) -> "DynaTempController":
         """Return the controller for a vocabulary."""
         return DynaTempController(self.range, self.exponent)
 
 
-class DynaTempController:
+class DynaTempController(PlainController):
     """See `DynaTemp`."""
 
-    automaton = None
     reads_spread = True
-    shaper = None
 
     def __init__(self, spread: float, exponent: float) -> None:
         self._spread = spread
         self._exponent = exponent
-
-    def start(self, prompt_token_ids: Sequence[int], *, prompt_is_template: bool) -> int:
-        """Return the state for the first generated token, see `Controller`."""
-        return 0
 
     def temperatures(self, states: Tensor | None, base: Tensor, spread: Spread | None) -> Tensor:
         assert spread is not None

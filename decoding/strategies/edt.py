@@ -1,19 +1,19 @@
 """EDT: a temperature from the entropy, after Zhang et al."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from decoding.options import check_options, option
+from decoding.options import option
 from decoding.spread import Spread
+from decoding.strategies.base import CheckedStrategy, PlainController
 from decoding.tables import TokenTables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Edt:
+class Edt(CheckedStrategy):
     """Lower the temperature where the model is sure: T = temperature * base ** (theta / entropy).
 
     The entropy is in nats, of the model's distribution after bias, penalties and bans. Where it is
@@ -41,32 +41,19 @@ class Edt:
         is_minimum_excluded=True,
     )
 
-    def __post_init__(self) -> None:
-        check_options(self, prefix="decoding.")
-
-    def token_ids(self) -> Mapping[str, tuple[int, ...]]:
-        """Return the token ids among the parameters, see `Strategy`."""
-        return {}
-
     def bind(self, tables: TokenTables) -> "EdtController":
         """Return the controller for a vocabulary."""
         return EdtController(self.theta, self.base)
 
 
-class EdtController:
+class EdtController(PlainController):
     """See `Edt`."""
 
-    automaton = None
     reads_spread = True
-    shaper = None
 
     def __init__(self, theta: float, base: float) -> None:
         self._theta = theta
         self._base = base
-
-    def start(self, prompt_token_ids: Sequence[int], *, prompt_is_template: bool) -> int:
-        """Return the state for the first generated token, see `Controller`."""
-        return 0
 
     def temperatures(self, states: Tensor | None, base: Tensor, spread: Spread | None) -> Tensor:
         assert spread is not None

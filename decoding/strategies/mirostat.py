@@ -1,20 +1,20 @@
 """Mirostat 2: a target for the surprise of the text."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from decoding.options import check_options, option
-from decoding.strategies.shaping import Shape, ShapedText, Unmoved
+from decoding.options import option
+from decoding.strategies.base import CheckedStrategy, PlainController
+from decoding.strategies.shaping import Shape, ShapedText
 from decoding.tables import TokenTables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mirostat2:
+class Mirostat2(CheckedStrategy):
     """Keep the surprise of the text near a target, by leaving out tokens that surprise too much.
 
     Tokens whose surprise (-log2 of the probability at the request's temperature) is above a bound
@@ -40,16 +40,9 @@ class Mirostat2:
         0.1, "The rate at which the bound follows.", "number", minimum=0.0, maximum=1.0
     )
 
-    def __post_init__(self) -> None:
-        check_options(self, prefix="decoding.")
-
-    def token_ids(self) -> Mapping[str, tuple[int, ...]]:
-        """Return the token ids among the parameters, see `Strategy`."""
-        return {}
-
-    def bind(self, tables: TokenTables) -> Unmoved:
+    def bind(self, tables: TokenTables) -> PlainController:
         """Return the controller for a vocabulary."""
-        return Unmoved(_Shaper(self.tau, self.eta))
+        return PlainController(shaper=_Shaper(self.tau, self.eta))
 
 
 class _Shaper:

@@ -5,8 +5,6 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from decoding.spread import Spread
-
 
 class Shape(NamedTuple):
     """What becomes of one row's distribution at one step.
@@ -31,6 +29,10 @@ class ShapedText(Protocol):
 
     @property
     def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def state(self) -> int:
+        """State of the strategy for the next token."""
 
     @property
     def last_note(self) -> float | None:
@@ -63,20 +65,3 @@ class Shaper(Protocol):
     @property
     def learn(self) -> Learn | None:
         """Gives what is to be remembered once a token was drawn; None: nothing ever is."""
-
-
-class Unmoved:
-    """The controller of a strategy that leaves the temperature to the request."""
-
-    automaton = None
-    reads_spread = False
-
-    def __init__(self, shaper: Shaper) -> None:
-        self.shaper = shaper
-
-    def start(self, prompt_token_ids: Sequence[int], *, prompt_is_template: bool) -> int:
-        """Return the state for the first generated token, see `Controller`."""
-        return 0
-
-    def temperatures(self, states: Tensor | None, base: Tensor, spread: Spread | None) -> Tensor:
-        return base

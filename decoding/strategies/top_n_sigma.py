@@ -1,19 +1,19 @@
 """Top-n-sigma: keep the logits that stand out of the noise."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from decoding.options import check_options, option
-from decoding.strategies.shaping import Shape, ShapedText, Unmoved
+from decoding.options import option
+from decoding.strategies.base import CheckedStrategy, PlainController
+from decoding.strategies.shaping import Shape, ShapedText
 from decoding.tables import TokenTables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TopNSigma:
+class TopNSigma(CheckedStrategy):
     """Keep tokens whose logit is at most n standard deviations below the largest.
 
     The standard deviation is over the logits of all tokens that bias, penalties and masks leave
@@ -34,16 +34,9 @@ class TopNSigma:
         is_minimum_excluded=True,
     )
 
-    def __post_init__(self) -> None:
-        check_options(self, prefix="decoding.")
-
-    def token_ids(self) -> Mapping[str, tuple[int, ...]]:
-        """Return the token ids among the parameters, see `Strategy`."""
-        return {}
-
-    def bind(self, tables: TokenTables) -> Unmoved:
+    def bind(self, tables: TokenTables) -> PlainController:
         """Return the controller for a vocabulary."""
-        return Unmoved(_Shaper(self.n))
+        return PlainController(shaper=_Shaper(self.n))
 
 
 class _Shaper:

@@ -1,19 +1,19 @@
 """XTC: exclude top choices."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from decoding.options import check_options, option
-from decoding.strategies.shaping import Shape, ShapedText, Unmoved
+from decoding.options import option
+from decoding.strategies.base import CheckedStrategy, PlainController
+from decoding.strategies.shaping import Shape, ShapedText
 from decoding.tables import TokenTables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Xtc:
+class Xtc(CheckedStrategy):
     """Now and then leave out all of the likely tokens but the least likely of them.
 
     With the given probability at each token: of the tokens at least as probable as the threshold,
@@ -36,16 +36,9 @@ class Xtc:
         is_minimum_excluded=True,
     )
 
-    def __post_init__(self) -> None:
-        check_options(self, prefix="decoding.")
-
-    def token_ids(self) -> Mapping[str, tuple[int, ...]]:
-        """Return the token ids among the parameters, see `Strategy`."""
-        return {}
-
-    def bind(self, tables: TokenTables) -> Unmoved:
+    def bind(self, tables: TokenTables) -> PlainController:
         """Return the controller for a vocabulary."""
-        return Unmoved(_Shaper(self.probability, self.threshold))
+        return PlainController(shaper=_Shaper(self.probability, self.threshold))
 
 
 class _Shaper:

@@ -1,9 +1,11 @@
 """Run the steps: schedule, forward, sample, finish. Synchronous, for one thread."""
 
 import logging
+import math
 import traceback
 from collections.abc import Container
 from collections.abc import Sequence as TokenIds
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +17,15 @@ from serve.engine.limits import EngineLimits
 from serve.engine.model import Model
 from serve.engine.runner import ModelRunner, group_by_variant
 from serve.engine.scheduler import Chunk, Scheduler
-from serve.engine.sequence import LiveRequest, Sequence, SequenceState
-from serve.requests import FinishReason, GenerationRequest, TokenLogprob, TokenOutput, TokenTrace
+from serve.engine.sequence import Choice, LiveRequest, Sequence, SequenceState
+from serve.requests import (
+    Arm,
+    FinishReason,
+    GenerationRequest,
+    TokenLogprob,
+    TokenOutput,
+    TokenTrace,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +118,36 @@ class Engine:
         """Refuse a request that could never run; safe to call from any thread.
 
         Raises:
-            ValueError: the prompt is empty, has ids outside the vocabulary or does not fit.
+            ValueError: the prompt is empty, has ids outside the vocabulary or does not fit, or
+                there is no room to look ahead.
         """
         request.check(vocab_size=self.vocab_size, max_context_tokens=self.limits.max_context_tokens)
+        for arm in request.arms:
+            self._check_look_ahead(arm, len(request.prompt_token_ids))
+
+    def _check_look_ahead(self, arm: Arm, num_prompt_tokens: int) -> None:
+        """Refuse an arm whose probes would find no room even with nothing else there."""
+        ahead = arm.params.strategy.look_ahead
+        if ahead is None:
+            return
+        limits, (_, num_candidates, num_tokens) = self.limits, ahead
+        if not limits.max_probes:
+            raise ValueError(
+                "decoding.strategy look_ahead needs prefix caching, and max_batch_tokens above "
+                "max_running_sequences"
+            )
+        size = limits.block_size
+        own = -(-(num_prompt_tokens + (arm.params.max_tokens or 0)) // size)
+        # Of each candidate the begun block and those of its tokens, and one to grow by.
+        needed = own + 1 + num_candidates * (2 - (-num_tokens // size))
+        room = limits.num_cache_blocks
+        if arm.adapter is not None:
+            room = min(room, limits.num_side_blocks)
+        if needed > room:
+            raise ValueError(
+                f"looking ahead with {num_candidates} candidates takes {needed} blocks of the "
+                f"cache for prompt and max_tokens of this length; it has {room}"
+            )
 
     def add(self, request: LiveRequest) -> None:
         """Queue a checked request."""
@@ -169,29 +205,34 @@ class Engine:
             with torch.inference_mode():
                 computed = self._forward(chunks)
                 if computed is not None:
-                    self.scheduler.commit(computed[0])
-                    self._read_logits(*computed)
+                    self.scheduler.commit(computed.chunks)
+                    self._read(computed)
         if not self._live:
             self._runner.forget()
         return self.take_outputs()
 
-    def _forward(self, chunks: list[Chunk]) -> tuple[list[Chunk], Tensor] | None:
+    def _forward(self, chunks: list[Chunk]) -> "_Computed | None":
         """Run the base and the variants that a step needs, one after the other.
 
         A fault ends the requests whose chunks it meets. The engine gives up after some steps in a
         row of which nothing could be computed.
 
         Returns:
-            The chunks of the requests that go on, those of a variant together, and their logits in
-            this order; None where nothing was computed.
+            Of the requests that go on, those of a variant together; None where nothing was
+            computed.
         """
+        needs_states = any(chunk.sequence.needs_states for chunk in chunks)
         computed: list[Chunk] = []
         parts: list[Tensor] = []
+        states: list[Tensor] = []
         failed: dict[LiveRequest, None] = {}
         name = ""
         for group in group_by_variant(chunks):
             try:
-                parts.append(self._runner.forward(group))
+                logits, read = self._runner.forward(group, needs_states=needs_states)
+                parts.append(logits)
+                if read is not None:
+                    states.append(read)
                 computed += group
             except Exception as error:
                 logger.error("forward failed: %s", describe_error(error))
@@ -209,8 +250,8 @@ class Engine:
             self._end(request, "error")
         if not parts:
             return None
-        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return _leave_out(failed, computed, logits) if failed else (computed, logits)
+        whole = _Computed(computed, _join(parts), _join(states) if states else None)
+        return _leave_out(failed, whole) if failed else whole
 
     def _has_side_caches(self, request: LiveRequest) -> bool:
         """Make the side caches that a request needs; False if there is no memory for one."""
@@ -223,8 +264,9 @@ class Engine:
             return False
         return True
 
-    def _read_logits(self, chunks: list[Chunk], logits: Tensor) -> None:
-        """Turn the logits of a step into prompt log probabilities and new tokens."""
+    def _read(self, computed: "_Computed") -> None:
+        """Turn what a step computed into prompt log probabilities, classes and new tokens."""
+        chunks, logits, states = computed
         sequences: list[Sequence] = []
         rows: list[int] = []
         num_read = 0
@@ -236,13 +278,25 @@ class Engine:
                 is_sound = self._score_prompt(sequence, prompt_logits)
             num_read += chunk.num_logits
             if chunk.is_last and is_sound:
-                if not sequence.params.max_tokens:
+                if sequence.request.asked.is_classification:
+                    assert states is not None
+                    self._classify(sequence, states[num_read - 1])
+                elif not sequence.params.max_tokens:
                     self._finish(sequence, "length")
                 else:
                     sequences.append(sequence)
                     rows.append(num_read - 1)
         if sequences:
-            self._sample(sequences, logits if len(rows) == len(logits) else logits[rows])
+            if len(rows) < len(logits):
+                logits, states = logits[rows], None if states is None else states[rows]
+            self._sample(sequences, logits, states)
+
+    def _classify(self, sequence: Sequence, state: Tensor) -> None:
+        """End a sequence with what its classification adapter makes of its last token."""
+        assert sequence.adapter is not None
+        assert sequence.adapter.classifier is not None
+        scores = tuple((sequence.adapter.classifier @ state.cpu()).tolist())
+        self._finish(sequence, "stop", class_scores=scores)
 
     def _score_prompt(self, sequence: Sequence, logits: Tensor) -> bool:
         """Append prompt log probabilities from (L, V) logits; False if that failed."""
@@ -259,34 +313,104 @@ class Engine:
             return False
         return True
 
-    def _sample(self, sequences: list[Sequence], logits: Tensor) -> None:
+    def _sample(self, sequences: list[Sequence], logits: Tensor, states: Tensor | None) -> None:
         """Draw the next token of each sequence; a fault costs only the sequence that has it."""
         try:
-            sampled = self._draw(sequences, logits)
+            sampled = self._draw(sequences, logits, states)
         except Exception:
             for i, sequence in enumerate(sequences):
-                self._sample_alone(sequence, logits[i : i + 1])
+                one = slice(i, i + 1)
+                self._sample_alone(sequence, logits[one], None if states is None else states[one])
             return
         for i, sequence in enumerate(sequences):
-            self._append(sequence, sampled, i)
+            self._take(sequence, sampled, i, logits)
 
-    def _sample_alone(self, sequence: Sequence, logits: Tensor) -> None:
+    def _sample_alone(self, sequence: Sequence, logits: Tensor, states: Tensor | None) -> None:
         try:
             if sequence.row is not None:
                 sequence.row.truncate(sequence.num_generated)
-            sampled = self._draw([sequence], logits)
+            sampled = self._draw([sequence], logits, states)
         except Exception as error:
             self._fail(sequence, error)
         else:
-            self._append(sequence, sampled, 0)
+            self._take(sequence, sampled, 0, logits)
 
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> Sampled:
+    def _draw(self, sequences: list[Sequence], logits: Tensor, states: Tensor | None) -> Sampled:
         """Draw from (B, V) logits and let the sampler's rows know the tokens."""
         rows = [self._row(sequence) for sequence in sequences]
-        sampled = self._sampler.sample(logits, rows)
-        for row, token_id in zip(rows, sampled.token_ids, strict=True):
-            row.append(token_id)
+        sampled = self._sampler.sample(logits, rows, states)
+        for i, row in enumerate(rows):
+            if not sampled.candidates[i]:
+                row.append(sampled.token_ids[i])
         return sampled
+
+    def _take(self, sequence: Sequence, sampled: Sampled, i: int, logits: Tensor) -> None:
+        """Go on with token `i` of a draw: of a sequence, of a probe, or not before it was tried."""
+        if sequence.parent is not None:
+            self._append_to_probe(sequence, sampled, i)
+        elif sampled.candidates[i]:
+            choice = Choice(logits[i].clone(), sampled.temperatures[i], sampled.candidates[i], {})
+            self._look_ahead(sequence, choice)
+        else:
+            self._append(sequence, sampled, i)
+
+    def _look_ahead(self, sequence: Sequence, choice: Choice) -> None:
+        """Let probes try the candidates of a choice."""
+        ahead, max_tokens = sequence.params.strategy.look_ahead, sequence.params.max_tokens
+        assert ahead is not None
+        assert max_tokens is not None
+        num_tokens = min(ahead.num_tokens, max_tokens - sequence.num_generated - 1)
+        sequence.choice = choice
+        if num_tokens < 1 or len(choice.candidates) == 1:
+            choice.scores.update({i: logprob for i, (_, logprob) in enumerate(choice.candidates)})
+            self._decide(sequence)
+            return
+        probes = [
+            sequence.make_probe(number, token_id, num_tokens)
+            for number, (token_id, _) in enumerate(choice.candidates)
+        ]
+        self.scheduler.fork(sequence, probes)
+
+    def _append_to_probe(self, probe: Sequence, sampled: Sampled, i: int) -> None:
+        """Add token `i` of a draw to a probe; the last probe that ends decides."""
+        parent, logprob = probe.parent, sampled.logprobs[i]
+        assert parent is not None
+        if probe.state is SequenceState.FINISHED:
+            return  # its request has ended meanwhile
+        assert logprob is not None
+        assert parent.choice is not None
+        probe.token_ids.append(sampled.token_ids[i])
+        probe.logprobs.append(logprob)
+        is_last = len(probe.logprobs) == probe.params.max_tokens
+        if is_last or sampled.token_ids[i] in self._eos_token_ids:
+            number = probe.order[-1]
+            logprobs = [parent.choice.candidates[number][1], *probe.logprobs]
+            parent.choice.scores[number] = math.fsum(logprobs) / len(logprobs)
+            self.scheduler.finish(probe)
+            if not parent.probes:
+                self._decide(parent)
+
+    def _decide(self, sequence: Sequence) -> None:
+        """Take the candidate with the best score."""
+        choice, row = sequence.choice, sequence.row
+        assert choice is not None
+        assert row is not None
+        sequence.choice = None
+        scores = [choice.scores[number] for number in range(len(choice.candidates))]
+        token_id = choice.candidates[scores.index(max(scores))][0]
+        tried = tuple(
+            (candidate, score)
+            for (candidate, _), score in zip(choice.candidates, scores, strict=True)
+        )
+        try:
+            sampled = self._sampler.report(
+                choice.logits[None], [row], [token_id], [choice.temperature], [tried]
+            )
+        except Exception as error:
+            self._fail(sequence, error)
+            return
+        row.append(token_id)
+        self._append(sequence, sampled, 0)
 
     def _row(self, sequence: Sequence) -> Row:
         """Return the sampler's state of a sequence, made at its first draw."""
@@ -297,7 +421,8 @@ class Engine:
                 asked.prompt_token_ids,
                 seed=sequence.seed,
                 prompt_is_template=asked.prompt_is_template,
-                is_traced=asked.is_traced,
+                is_traced=asked.is_traced and sequence.parent is None,
+                temperature_head=sequence.temperature_head,
             )
         return sequence.row
 
@@ -311,7 +436,13 @@ class Engine:
         if scored is not None:
             logprob = TokenLogprob(scored, sampled.top[i])
         if entropy is not None:
-            trace = TokenTrace(sampled.classes[i], sampled.temperatures[i], entropy)
+            trace = TokenTrace(
+                sampled.classes[i],
+                sampled.temperatures[i],
+                entropy,
+                sampled.stages[i],
+                sampled.candidates[i],
+            )
         is_eos = token_id in self._eos_token_ids and not params.ignore_eos
         if is_eos or token_id in params.stop_token_ids:
             self._finish(sequence, "stop", token_id, logprob, trace)
@@ -322,7 +453,9 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         logger.error("a sequence failed: %s", describe_error(error))
-        self._finish(sequence, "error")
+        failed = sequence if sequence.parent is None else sequence.parent
+        if failed.state is not SequenceState.FINISHED:
+            self._finish(failed, "error")
 
     def _end(self, request: LiveRequest, reason: FinishReason) -> None:
         """End every unfinished sequence of a request."""
@@ -337,10 +470,11 @@ class Engine:
         token_id: int | None = None,
         logprob: TokenLogprob | None = None,
         trace: TokenTrace | None = None,
+        class_scores: tuple[float, ...] | None = None,
     ) -> None:
         """End a sequence, with its last token if there is one, and free what it holds."""
         self.scheduler.finish(sequence)
-        self._emit(sequence, token_id, reason, logprob, trace)
+        self._emit(sequence, token_id, reason, logprob, trace, class_scores)
         sequence.row = None
         request = sequence.request
         request.num_unfinished -= 1
@@ -356,6 +490,7 @@ class Engine:
         reason: FinishReason | None,
         logprob: TokenLogprob | None = None,
         trace: TokenTrace | None = None,
+        class_scores: tuple[float, ...] | None = None,
     ) -> None:
         if sequence.has_output:
             output = TokenOutput(sequence.index, token_id, reason, logprob, trace)
@@ -366,21 +501,39 @@ class Engine:
                 prompt_logprobs = [None, *sequence.prompt_logprobs]
             num_cached = sequence.num_cached_prompt_tokens or 0
             output = TokenOutput(
-                sequence.index, token_id, reason, logprob, trace, num_cached, prompt_logprobs
-            )
+                sequence.index, token_id, reason, logprob, trace, num_cached, prompt_logprobs,
+                class_scores,
+            )  # fmt: skip
         self._outputs.setdefault(sequence.request, []).append(output)
 
 
-def _leave_out(
-    requests: Container[LiveRequest], chunks: list[Chunk], logits: Tensor
-) -> tuple[list[Chunk], Tensor]:
-    """Take the chunks of some requests out of a step, and their rows out of its logits."""
+class _Computed(NamedTuple):
+    """What a step computed.
+
+    Attributes:
+        chunks: what was computed.
+        logits: (L, V), in the order of the chunks.
+        states: (L, D), what the LM head read for them; None if nobody needs it.
+    """
+
+    chunks: list[Chunk]
+    logits: Tensor
+    states: Tensor | None
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _leave_out(requests: Container[LiveRequest], computed: _Computed) -> _Computed:
+    """Take the chunks of some requests out of a step, and their rows."""
     kept: list[Chunk] = []
     rows: list[int] = []
     num_read = 0
-    for chunk in chunks:
+    for chunk in computed.chunks:
         if chunk.sequence.request not in requests:
             kept.append(chunk)
             rows += range(num_read, num_read + chunk.num_logits)
         num_read += chunk.num_logits
-    return kept, logits[rows]
+    states = computed.states
+    return _Computed(kept, computed.logits[rows], None if states is None else states[rows])

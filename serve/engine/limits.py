@@ -68,6 +68,12 @@ class EngineLimits:
         return -(-self.max_context_tokens // self.block_size)
 
     @property
+    def max_probes(self) -> int:
+        """Sequences that try tokens for others at once at most, beside those that run."""
+        spare = self.max_batch_tokens - self.max_running_sequences
+        return min(self.max_running_sequences, spare) if self.prefix_caching else 0
+
+    @property
     def num_side_blocks(self) -> int:
         """Blocks for the side networks."""
         if self.num_side_cache_blocks is None:

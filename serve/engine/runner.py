@@ -41,15 +41,19 @@ class ModelRunner:
         self._side_caches: dict[object, KVCache] = {}
         self._packer = BatchPacker(limits, side_cache=self.side_cache)
 
-    def forward(self, chunks: list[Chunk]) -> Tensor:
+    def forward(self, chunks: list[Chunk], *, needs_states: bool) -> tuple[Tensor, Tensor | None]:
         """Run what chunks of one variant, or of the base, need.
 
         Returns:
-            (L, V) their logits.
+            (L, V) their logits, and if asked for (L, D) what the LM head read for them.
         """
         variant = chunks[0].sequence.variant
         model = self._model if variant is None else variant.model
-        return model.forward(self._packer.pack(chunks), self._cache)
+        batch = self._packer.pack(chunks)
+        if not needs_states:
+            return model.forward(batch, self._cache), None
+        states = torch.empty(len(batch.output_rows), model.spec.hidden_size)
+        return model.forward(batch, self._cache, states=states), states
 
     def side_cache(self, side: AttachedSide) -> KVCache:
         """Return the cache that side networks of this shape share, made for the first of them."""
@@ -106,7 +110,8 @@ class BatchPacker:
             limits: fitted to the model.
             side_cache: gives the cache of a side network.
         """
-        num_tokens, num_rows = limits.max_batch_tokens, limits.max_running_sequences
+        num_tokens = limits.max_batch_tokens
+        num_rows = limits.max_running_sequences + limits.max_probes
         num_blocks = limits.max_sequence_blocks
         self._token_ids = _Buffer(num_tokens)
         self._positions = _Buffer(num_tokens)

@@ -10,6 +10,11 @@ token must be computed again as long as one of the two caches lacks it; what the
 then left alone. The first sequence of a request computes the prompt for its siblings: the side
 networks that they use read along. Variants of the base have keys and values of their own, so there
 is a first one for each variant.
+
+A sequence that looks ahead waits while probes try tokens for it: sequences of their own over its
+published blocks, admitted with blocks for all they will compute. They are younger than it and older
+than what came after it. Who needs the blocks of one gets those of all probes of that sequence; it
+computes its newest token once more then, and looks ahead again.
 """
 
 from bisect import bisect_left, insort
@@ -20,7 +25,7 @@ from serve.engine.limits import EngineLimits
 from serve.engine.sequence import LiveRequest, Sequence, SequenceState, SideAdapter, SideStream
 
 
-def _order(sequence: Sequence) -> tuple[int, int]:
+def _order(sequence: Sequence) -> tuple[int, ...]:
     return sequence.order
 
 
@@ -63,6 +68,7 @@ class Scheduler:
     Attributes:
         waiting: sequences without blocks, oldest first.
         running: sequences with blocks, oldest first.
+        num_probes: how many of those running try tokens for others.
         num_preemptions: counter since start.
         num_prompt_tokens, num_cached_prompt_tokens: counters since start, over the sequences that
             were admitted.
@@ -79,6 +85,7 @@ class Scheduler:
         """
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.num_probes = 0
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_prompt_tokens = 0
@@ -87,6 +94,7 @@ class Scheduler:
         self._side_blocks = side_blocks
         self._limits = limits
         self._block_size = limits.block_size
+        self._forks: list[Sequence] = []
 
     def add(self, request: LiveRequest) -> None:
         """Queue a started request.
@@ -105,8 +113,19 @@ class Scheduler:
                 variants.add(sequence.variant)
                 self._wait(sequence)
 
+    def fork(self, parent: Sequence, probes: list[Sequence]) -> None:
+        """Let probes try tokens for a running sequence, which waits until all have finished."""
+        parent.probes = probes
+        for probe in probes:
+            insort(self._forks, probe, key=_order)
+
     def finish(self, sequence: Sequence) -> None:
         """Take an unfinished sequence out, wherever it is, and free its blocks."""
+        if sequence.parent is not None:
+            sequence.parent.probes.remove(sequence)
+            self._take_out_probe(sequence)
+            return
+        self._drop_probes(sequence)
         request = sequence.request
         state, sequence.state = sequence.state, SequenceState.FINISHED
         if state is SequenceState.HELD:
@@ -126,6 +145,7 @@ class Scheduler:
         """Forget every sequence, without giving blocks back."""
         self.waiting.clear()
         self.running.clear()
+        self._forks.clear()
 
     def schedule(self) -> list[Chunk]:
         """Choose the tokens of the next step: decoding first, then prompts, then new sequences.
@@ -133,13 +153,21 @@ class Scheduler:
         Returns:
             Chunks, at most one a sequence; empty only when no sequence is waiting or running.
         """
+        chunks = self._schedule()
+        while not chunks and self._forks:
+            # Every sequence waits for probes that find no room.
+            self._preempt(self._youngest())
+            chunks = self._schedule()
+        return chunks
+
+    def _schedule(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         prefilling: list[Sequence] = []
         num_preemptions = self.num_preemptions
         running = SequenceState.RUNNING
         for sequence in tuple(self.running):
-            if sequence.state is not running:
-                continue  # preempted by an older one
+            if sequence.state is not running or sequence.probes:
+                continue  # preempted by an older one, or waiting for its probes
             start = sequence.num_computed
             if start + 1 < len(sequence.token_ids):
                 prefilling.append(sequence)
@@ -157,7 +185,13 @@ class Scheduler:
                     num_prompt_logits -= chunk.num_prompt_logits
         if self.num_preemptions > num_preemptions:
             return chunks
-        while budget and self.waiting and self._admit(self.waiting[0]):
+        while budget and self._forks and self._admit(self._forks[0]):
+            chunk = self._take_chunk(self._forks.pop(0), budget, num_prompt_logits)
+            assert chunk is not None
+            chunks.append(chunk)
+            budget -= chunk.num_tokens
+        # What waits to go on comes before what waits to begin.
+        while budget and not self._forks and self.waiting and self._admit(self.waiting[0]):
             chunk = self._take_chunk(self.waiting.pop(0), budget, num_prompt_logits)
             if chunk:
                 chunks.append(chunk)
@@ -196,6 +230,38 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.num_published = 0
 
+    def _youngest(self) -> Sequence:
+        """Return the youngest sequence that runs; of probes, whom they try tokens for."""
+        last = self.running[-1]
+        return last if last.parent is None else last.parent
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take the blocks of a running sequence, and of its probes."""
+        self._drop_probes(sequence)
+        _discard(self.running, sequence)
+        self._free(sequence)
+        self._wait(sequence)
+        self.num_preemptions += 1
+
+    def _drop_probes(self, sequence: Sequence) -> None:
+        """End the probes of a sequence before they have decided anything."""
+        if sequence.probes:
+            for probe in sequence.probes:
+                self._take_out_probe(probe)
+            sequence.probes = []
+            sequence.choice = None
+            # Its newest token is computed once more, for the logits.
+            sequence.num_computed -= 1
+
+    def _take_out_probe(self, probe: Sequence) -> None:
+        if probe.state is SequenceState.RUNNING:
+            _discard(self.running, probe)
+            self._free(probe)
+            self.num_probes -= 1
+        else:
+            self._forks.remove(probe)
+        probe.state = SequenceState.FINISHED
+
     def _drop_track(self, sequence: Sequence) -> bool:
         """Take a side network that reads along for a sibling off a sequence, if there is one."""
         if not sequence.sides or sequence.sides[-1].scale:
@@ -219,10 +285,11 @@ class Scheduler:
             youngest = next(
                 other for other in reversed(self.running) if other.sides or not blocks.num_available
             )
-            self.running.remove(youngest)
-            self._free(youngest)
-            self._wait(youngest)
-            self.num_preemptions += 1
+            if youngest.parent is not None:
+                self._drop_probes(youngest.parent)
+                self.num_preemptions += 1
+                continue
+            self._preempt(youngest)
             if youngest is sequence:
                 return False
         sequence.blocks.append(blocks.allocate())
@@ -236,9 +303,13 @@ class Scheduler:
         There must also be room for every running sequence to grow by a block, or the newcomer would
         soon be preempted again.
         """
-        if len(self.running) >= self._limits.max_running_sequences:
+        if sequence.parent is not None:
+            is_full = self.num_probes >= self._limits.max_probes
+        else:
+            is_full = len(self.running) - self.num_probes >= self._limits.max_running_sequences
+        if is_full:
             return False
-        num_blocks = -(-len(sequence.token_ids) // self._block_size)
+        num_blocks = -(-sequence.num_reserved_tokens // self._block_size)
         num_reusable = self._num_reusable_blocks(sequence)
         keys = (sequence.block_key(i, self._block_size) for i in range(num_reusable))
         found = self._blocks.find(keys)
@@ -256,6 +327,7 @@ class Scheduler:
         sequence.num_published = len(found)
         sequence.state = SequenceState.RUNNING
         insort(self.running, sequence, key=_order)
+        self.num_probes += sequence.parent is not None
         if sequence.num_cached_prompt_tokens is None:
             sequence.num_cached_prompt_tokens = sequence.num_computed
             self.num_prompt_tokens += sequence.num_prompt_tokens
@@ -284,7 +356,7 @@ class Scheduler:
         self, sequence: Sequence, adapter: SideAdapter, scale: float, found: list[int]
     ) -> bool:
         """Let a side network read a sequence that is being admitted, if there is room for it."""
-        num_blocks = -(-len(sequence.token_ids) // self._block_size)
+        num_blocks = -(-sequence.num_reserved_tokens // self._block_size)
         num_spare = sum(other.adapter is not None for other in self.running)
         if not self._side_blocks.has_room(found, num_blocks, num_spare=num_spare):
             return False

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
+from torch import Tensor
+
 from decoding import SamplingParams, derive_seed
+from decoding.logprobs import TopLogprobs
 from decoding.row import Row
+from decoding.temperature_head import TemperatureHead
 from models.kv_cache import KVCache
 from models.side import AttachedSide
 from serve.engine.cache_blocks import (
@@ -55,13 +59,17 @@ class SideAdapter:
     Attributes:
         side: the network; alive as long as a sequence uses it.
         root_key: stands for its content in the keys of side blocks.
+        classifier: (C, D) float32 head of a network that classifies, or None.
     """
 
-    __slots__ = ("root_key", "side")
+    __slots__ = ("classifier", "root_key", "side")
 
-    def __init__(self, side: AttachedSide, digest: str) -> None:
-        """Take a network and the digest of the files that it came from."""
+    def __init__(
+        self, side: AttachedSide, digest: str, *, classifier: Tensor | None = None
+    ) -> None:
+        """Take a network, the digest of the files that it came from, and its head."""
         self.side = side
+        self.classifier = classifier
         self.root_key = side_root_key(digest)
 
 
@@ -71,10 +79,12 @@ class Attachment(NamedTuple):
     Attributes:
         variant: what they run on, or None for the base.
         side: the side network that they use, or None; made for what they run on.
+        temperature_head: gives temperatures to a strategy that reads one, or None.
     """
 
     variant: ModelVariant | None
     side: SideAdapter | None
+    temperature_head: TemperatureHead | None = None
 
 
 NO_ATTACHMENT = Attachment(None, None)
@@ -102,6 +112,23 @@ class SideStream:
     cache: KVCache | None = None
 
 
+class Choice(NamedTuple):
+    """A token that a sequence does not take before several were tried.
+
+    Attributes:
+        logits: (V,) float32, of the model.
+        temperature: that the token would have been drawn at.
+        candidates: (token id, logprob) pairs that are tried.
+        scores: mean log probability of each candidate and of what was looked at after it; those
+            that are known.
+    """
+
+    logits: Tensor
+    temperature: float
+    candidates: TopLogprobs
+    scores: dict[int, float]
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One token stream: the prompt and what was generated after it.
@@ -115,7 +142,8 @@ class Sequence:
         variant: what it runs on, or None for the base.
         adapter: the side network that it uses, or None.
         adapter_scale: how much of it, above 0.
-        order: (arrival of the request, index); smaller is older and goes first.
+        order: (arrival of the request, index), of a probe also its number; smaller is older and
+            goes first.
         token_ids: int32, prompt and generated tokens.
         blocks: int32, cache blocks in the order of positions; empty unless running.
         sides: side networks that read it: its own first, if it uses one, then those that read along
@@ -128,6 +156,11 @@ class Sequence:
         has_output: an output was handed out.
         row: the sampler's state, made when the first token is drawn.
         prompt_logprobs: entries for prompt tokens 1, 2, ...; None when not asked for.
+        temperature_head: gives its temperatures, or None.
+        parent: the sequence that this one tries a token for, a probe; None otherwise.
+        probes: that try tokens for this one, which waits for them; empty otherwise.
+        choice: what they are to decide.
+        logprobs: of a probe, of its tokens so far.
     """
 
     request: "LiveRequest"
@@ -138,7 +171,7 @@ class Sequence:
     variant: ModelVariant | None
     adapter: SideAdapter | None
     adapter_scale: float
-    order: tuple[int, int]
+    order: tuple[int, ...]
     token_ids: "array[int]"
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
     sides: list[SideStream] = field(default_factory=list)
@@ -150,6 +183,11 @@ class Sequence:
     has_output: bool = False
     row: Row | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    temperature_head: TemperatureHead | None = None
+    parent: "Sequence | None" = None
+    probes: "list[Sequence]" = field(default_factory=list)
+    choice: Choice | None = None
+    logprobs: list[float] = field(default_factory=list)
     _block_keys: list[bytes] = field(default_factory=list)
 
     @property
@@ -168,6 +206,30 @@ class Sequence:
         if self.prompt_logprobs is None:
             return 0
         return self.num_prompt_tokens - 1 - len(self.prompt_logprobs)
+
+    @property
+    def num_reserved_tokens(self) -> int:
+        """Tokens that it gets blocks for when it is admitted: a probe's all, so it never waits."""
+        if self.parent is None:
+            return len(self.token_ids)
+        return self.num_prompt_tokens + (self.params.max_tokens or 0)
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether its final hidden state is read, not its logits alone."""
+        return self.temperature_head is not None or self.request.asked.is_classification
+
+    def make_probe(self, number: int, token_id: int, num_tokens: int) -> "Sequence":
+        """Return a sequence that tries a token: greedy, in the model's own distribution."""
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, seed=0, logprobs=0)
+        token_ids = self.token_ids[:]
+        token_ids.append(token_id)
+        return Sequence(
+            request=self.request, index=self.index, num_prompt_tokens=len(token_ids),
+            params=params, seed=0, variant=self.variant, adapter=self.adapter,
+            adapter_scale=self.adapter_scale, order=(*self.order, number), token_ids=token_ids,
+            num_cached_prompt_tokens=0, parent=self,
+        )  # fmt: skip
 
     def block_key(self, i: int, block_size: int) -> bytes:
         """Give the key of block `i`, which must be full of known tokens."""
@@ -216,7 +278,7 @@ class LiveRequest:
                     seed=derive_seed(arm.params.seed, i), variant=attachment.variant,
                     adapter=attachment.side if arm.adapter_scale else None,
                     adapter_scale=arm.adapter_scale, order=(arrival, index),
-                    token_ids=prompt[:],
+                    token_ids=prompt[:], temperature_head=attachment.temperature_head,
                 )  # fmt: skip
                 self.sequences.append(sequence)
         self.num_unfinished = len(self.sequences)

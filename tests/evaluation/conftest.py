@@ -18,6 +18,7 @@ class FakeServer:
 
     Attributes:
         models: ids that /v1/models lists.
+        most_arms: of a comparison; None: it offers none.
         bodies: of the requests so far, with their path under "path".
         keys: Authorization headers received.
         failures: (status, message) to answer the next requests with; a status of 0 breaks the
@@ -27,12 +28,17 @@ class FakeServer:
     def __init__(self, answer: Callable[[Body], Body]) -> None:
         self.answer = answer
         self.models = ["base"]
+        self.most_arms: int | None = None
         self.bodies: list[Body] = []
         self.keys: list[str | None] = []
         self.failures: list[tuple[int, str]] = []
 
     def _handle(self, request: httpx.Request) -> httpx.Response:
         self.keys.append(request.headers.get("Authorization"))
+        if request.url.path == "/openapi.json" and self.most_arms:
+            arms = {"type": "array", "maxItems": self.most_arms}
+            schemas = {"CompareBody": {"properties": {"arms": arms}}}
+            return httpx.Response(200, json={"components": {"schemas": schemas}})
         if request.method == "GET":
             return httpx.Response(200, json={"data": [{"id": name} for name in self.models]})
         body = {"path": request.url.path, **json.loads(request.content)}

@@ -102,3 +102,29 @@ def test_first_failure_cancels_the_others_and_is_raised_as_it_is() -> None:
     with pytest.raises(RunError, match="two"):
         asyncio.run(run_each(range(5), work, concurrency=3))
     assert sorted(cancelled) == [0, 1]
+
+
+def test_many_arms_are_asked_in_as_few_comparisons_as_the_server_takes(make_server: Make) -> None:
+    def answer(body: dict[str, object]) -> dict[str, object]:
+        entries = body["arms"]
+        assert isinstance(entries, list)
+        return {
+            "arms": [
+                {"index": i, "text": entry["label"], "usage": {}}
+                for i, entry in reversed(list(enumerate(entries)))
+            ]
+        }
+
+    server = make_server(answer)
+    server.most_arms = 4
+    arms = [Arm(label=str(i), model="base", fields={}) for i in range(10)]
+
+    async def run() -> list[dict[str, object]]:
+        async with open_servers(patience_s=1.0, make_client=server.connect) as servers:
+            return await servers.ask_each(arms, "/v1/completions", {"prompt": "x", "seed": 3})
+
+    found = asyncio.run(run())
+    assert [of["choices"][0]["text"] for of in found] == [arm.label for arm in arms]  # type: ignore[index]
+    asked = server.bodies
+    assert sorted(len(body["arms"]) for body in asked) == [2, 4, 4]
+    assert {(body["path"], body["seed"]) for body in asked} == {("/v1/compare", 3)}

@@ -81,15 +81,22 @@ class CudaExecutor:
             cache = make_plain_cache(spec, num_blocks + 1, block_size, dtype, self._device)
         return dataclasses.replace(cache, num_blocks=num_blocks)
 
-    def forward(self, batch: PackedBatch, cache: KVCache, taps: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: PackedBatch,
+        cache: KVCache,
+        taps: Tensor | None = None,
+        states: Tensor | None = None,
+    ) -> Tensor:
         """Run one step; see `Decoder.forward`."""
         is_decode = len(batch.token_ids) == len(batch.context_lens) == len(batch.output_rows)
         is_plain = batch.side is None and batch.write_starts is None
-        if is_decode and taps is None and is_plain:
+        if is_decode and taps is None and states is None and is_plain:
             return self._graphs.run(batch, cache)
         return forward_batch(
-            self._program, batch, cache, device=self._device, taps=taps, linear=self._linear
-        )
+            self._program, batch, cache, device=self._device, taps=taps, states=states,
+            linear=self._linear,
+        )  # fmt: skip
 
     def hidden_states(self, batch: PackedBatch) -> Iterator[Tensor]:
         """See `Decoder.hidden_states`."""

@@ -135,7 +135,13 @@ class NativeExecutor:
             values = make(lambda e: (e, BLOCK_SIZE) if e % PANEL else (BLOCK_SIZE, e))
         return KVCache(keys=keys, values=values, num_blocks=num_blocks, block_size=block_size)
 
-    def forward(self, batch: PackedBatch, cache: KVCache, taps: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: PackedBatch,
+        cache: KVCache,
+        taps: Tensor | None = None,
+        states: Tensor | None = None,
+    ) -> Tensor:
         """Run one step; see `Decoder.forward`."""
         num_outputs = len(batch.output_rows)
         logits = torch.empty(num_outputs, self._program.vocab_size)
@@ -143,6 +149,7 @@ class NativeExecutor:
         step.output_rows = batch.output_rows.data_ptr()
         step.logits = logits.data_ptr()
         step.taps = None if taps is None else taps.data_ptr()
+        step.final_states = None if states is None else states.data_ptr()
         step.num_outputs = num_outputs
         step.last_op = self._num_ops
         if batch.write_starts is not None:

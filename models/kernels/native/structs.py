@@ -71,7 +71,7 @@ class NativeStep(ctypes.Structure):
             "token_ids", "positions", "query_starts", "context_lens", "block_tables",
             "output_rows", "write_starts", "k_cache", "v_cache", "inv_freq", "sides",
             "side_sequences", "side_block_tables", "side_write_starts", "side_scales", "states",
-            "logits", "taps")),
+            "final_states", "logits", "taps")),
         *((name, _I) for name in (
             "num_tokens", "num_sequences", "num_outputs", "block_table_stride", "cache_format",
             "num_sides", "side_block_table_stride", "first_op", "last_op", "first_tap")),

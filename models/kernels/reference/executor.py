@@ -53,9 +53,17 @@ class ReferenceExecutor:
         """Return an empty cache; see `make_plain_cache`."""
         return make_plain_cache(spec, num_blocks, block_size, dtype, self._device)
 
-    def forward(self, batch: PackedBatch, cache: KVCache, taps: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: PackedBatch,
+        cache: KVCache,
+        taps: Tensor | None = None,
+        states: Tensor | None = None,
+    ) -> Tensor:
         """Run one step; see `Decoder.forward`."""
-        return forward_batch(self._program, batch, cache, taps=taps, device=self._device)
+        return forward_batch(
+            self._program, batch, cache, taps=taps, states=states, device=self._device
+        )
 
     def hidden_states(self, batch: PackedBatch) -> Iterator[Tensor]:
         """See `Decoder.hidden_states`."""
@@ -81,6 +89,7 @@ def forward_batch(
     *,
     device: torch.device,
     taps: Tensor | None = None,
+    states: Tensor | None = None,
     linear: Linear = apply_linear,
 ) -> Tensor:
     """Run one step over plain caches, side networks included; see `Decoder.forward`."""
@@ -93,8 +102,9 @@ def forward_batch(
 
     if batch.side is None:
         return run_program(
-            program, token_ids, positions, rows, attend=attend, linear=linear, taps=taps
-        )
+            program, token_ids, positions, rows, attend=attend, linear=linear, taps=taps,
+            states=states,
+        )  # fmt: skip
     hidden = list(walk_layers(program, token_ids, positions, attend=attend, linear=linear))
     if taps is not None:
         torch.stack(hidden, out=taps)
@@ -102,14 +112,16 @@ def forward_batch(
     starts = batch.query_starts.tolist()
     for s, b in enumerate(batch.side.sequences.tolist()):
         tokens = slice(starts[b], starts[b + 1])
-        states = _run_attached(batch, s, b, tokens, [state[tokens] for state in hidden])
+        side_states = _run_attached(batch, s, b, tokens, [state[tokens] for state in hidden])
         scale = float(batch.side.scales[s])
         chosen = (rows >= tokens.start) & (rows < tokens.stop)
         if scale and chosen.any():
             side_program = batch.side.networks[s].lowered
             assert isinstance(side_program, SideProgram)
-            side = states[rows[chosen] - tokens.start]
+            side = side_states[rows[chosen] - tokens.start]
             normed[chosen] = blend_side(side_program, normed[chosen], side, scale)
+    if states is not None:
+        states.copy_(normed)
     return apply_head(program, normed, linear=linear)
 
 

@@ -203,6 +203,7 @@ def run_program(
     attend: Attend,
     linear: Linear = apply_linear,
     taps: Tensor | None = None,
+    states: Tensor | None = None,
 ) -> Tensor:
     """Compute a program with torch operations.
 
@@ -211,7 +212,7 @@ def run_program(
         token_ids, positions: (T,) int64.
         output_rows: (L,) int64.
         attend, linear: as for `run_ops`.
-        taps: see `Decoder.forward`.
+        taps, states: see `Decoder.forward`.
 
     Returns:
         (L, V) float32 logits.
@@ -224,6 +225,8 @@ def run_program(
         if taps is not None:
             taps[i] = state
     ready = apply_prologue(program.head, buffers[program.head.src][output_rows])
+    if states is not None:
+        states.copy_(ready)
     return apply_head(program, ready, linear=linear)
 
 

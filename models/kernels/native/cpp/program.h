@@ -111,6 +111,7 @@ struct Step {
   const int32_t* side_write_starts;     // as write_starts
   const float* side_scales;             // how much of it goes into the logits; 0: it fills its cache only
   const float* states;  // (num_outputs, hidden) that the last operation reads in place of its source and norm, or null
+  float* final_states;  // (num_outputs, hidden) to receive what the last operation multiplies, or null
   float* logits;
   float* taps;  // (layers + 1, T, hidden), or null
   int32_t num_tokens;

@@ -149,14 +149,18 @@ class Program {
     const auto prepare_row = [&](int r) {
       const float* ready = nullptr;  // normed already
       if (op.select_rows) ready = step.states ? step.states + r * size_t(op.inputs) : step.num_sides ? sides_.blended(r) : nullptr;
-      if (!ready) {
-        const int row = op.select_rows ? step.output_rows[r] : r;
-        return kernels_->prepare_row(op, src + row * src_stride, r, act, scratch.row.data());
+      if (ready) {
+        Op plain = op;
+        plain.prologue = kPlain;
+        plain.gather = nullptr;
+        kernels_->prepare_row(plain, ready, r, act, scratch.row.data());
+      } else {
+        const float* read = src + (op.select_rows ? step.output_rows[r] : r) * src_stride;
+        kernels_->prepare_row(op, read, r, act, scratch.row.data());
+        ready = op.prologue == kPlain ? read : groups ? scratch.row.data() : act.values + ptrdiff_t(r) * act.stride;
       }
-      Op plain = op;
-      plain.prologue = kPlain;
-      plain.gather = nullptr;
-      kernels_->prepare_row(plain, ready, r, act, scratch.row.data());
+      if (op.select_rows && step.final_states && (rows > 1 || thread == 0))
+        std::memcpy(step.final_states + r * size_t(op.inputs), ready, op.inputs * 4);
     };
     if (rows == 1) {
       prepare_row(0);
