@@ -269,3 +269,31 @@ def test_side_network_is_freed_with_its_last_reference(kernels: str) -> None:
     del side
     gc.collect()
     assert reference() is None
+
+
+@pytest.mark.parametrize("head", ["int8", "dense"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_final_states_are_what_the_head_reads(kind: str, kernels: str, head: str) -> None:
+    spec, weights = make_decoder_parts(kind, is_quantized=True)
+    decoder = Decoder(spec, weights, kernels=kernels, head=head)  # type: ignore[arg-type]
+    side = decoder.attach(make_side(spec))
+    tolerance = 0 if kernels != "reference" else 1e-4
+    for count in (3, 1):
+        cache = decoder.make_cache(num_blocks=12)
+        side_cache = decoder.make_side_cache(side, num_blocks=12)
+        spans = [(0, 37), (0, 5), (0, 64)][:count]
+        batch = pack_batch(SEQUENCES[:count], TABLES[:count], spans)
+        rows = [spans[0][1] - 1, *range(38, 42)][: 1 + 4 * (count > 1)]
+        batch = dataclasses.replace(batch, output_rows=torch.tensor(rows, dtype=torch.int32))
+        plain = torch.zeros(len(rows), spec.hidden_size)
+        logits = decoder.forward(batch, cache, states=plain)
+        torch.testing.assert_close(decoder.logits(plain), logits, rtol=0, atol=tolerance)
+        last = list(decoder.hidden_states(batch))[-1][rows]
+        torch.testing.assert_close(plain, decoder.apply_final_norm(last), rtol=0, atol=1e-4)
+        # Rows of the first sequence have a side network.
+        mixed = with_sides(batch, [(side, side_cache, 0, TABLES[0], 1.0)])
+        blended = torch.zeros_like(plain)
+        logits = decoder.forward(mixed, cache, states=blended)
+        torch.testing.assert_close(decoder.logits(blended), logits, rtol=0, atol=tolerance)
+        assert not torch.equal(blended[0], plain[0])
+        torch.testing.assert_close(blended[1:], plain[1:], rtol=0, atol=tolerance)
