@@ -20,8 +20,8 @@ from adapters.format import (
 from adapters.kinds import Kind
 from adapters.mixed_rank import variant as mixed_rank
 from adapters.qst import adapter as qst
+from adapters.temperature_head import head as temperature_head
 from models.checkpoints import Checkpoint, Derivation
-from models.side import SideNetwork
 
 Describe: TypeAlias = Callable[[StoredAdapter], list[tuple[str, str]]]
 
@@ -50,10 +50,6 @@ class VariantMethod:
         """
         self.derive(stored, host)
 
-    def why_unservable(self, _: StoredAdapter) -> str | None:
-        """Say why a server cannot answer with an adapter that fits; None: it can."""
-        return None
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SideMethod:
@@ -61,16 +57,14 @@ class SideMethod:
 
     Attributes:
         title, describe: as in `VariantMethod`.
-        build: holds one against what it is to be attached to, and makes it ready for
+        build: holds one against what it is to be attached to, and makes its network ready for
             `Decoder.attach`; raises `AdapterError`, which names everything that does not fit.
-        why_unservable: says why a server cannot answer with one that fits; None: it can.
     """
 
     kind: ClassVar[Kind] = "side_network"
     title: str
     describe: Describe
-    build: Callable[[StoredAdapter, Host], SideNetwork]
-    why_unservable: Callable[[StoredAdapter], str | None]
+    build: Callable[[StoredAdapter, Host], qst.QstAdapter]
 
     def check(self, stored: StoredAdapter, host: Host) -> None:
         """Hold an adapter against what it is to be attached to.
@@ -81,13 +75,35 @@ class SideMethod:
         self.build(stored, host)
 
 
-Method: TypeAlias = VariantMethod | SideMethod
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadMethod:
+    """A method that makes temperature heads.
+
+    Attributes:
+        title, describe: as in `VariantMethod`.
+        build: holds one against what it is to be attached to, and makes it ready; raises
+            `AdapterError`, which names everything that does not fit.
+    """
+
+    kind: ClassVar[Kind] = "temperature_head"
+    title: str
+    describe: Describe
+    build: Callable[[StoredAdapter, Host], temperature_head.TemperatureHead]
+
+    def check(self, stored: StoredAdapter, host: Host) -> None:
+        """Hold an adapter against what it is to be attached to.
+
+        Raises:
+            AdapterError: names everything that does not fit.
+        """
+        self.build(stored, host)
+
+
+Method: TypeAlias = VariantMethod | SideMethod | HeadMethod
 
 METHODS: dict[str, Method] = {
     qst.METHOD: SideMethod(
-        title="QST side network", describe=qst.describe_qst,
-        build=lambda stored, host: qst.build_qst(stored, host).network,
-        why_unservable=qst.why_unservable_qst,
+        title="QST side network", describe=qst.describe_qst, build=qst.build_qst
     ),
     disp.METHOD: VariantMethod(
         title="pruned variant", describe=disp.describe_disp, derive=disp.derive_disp
@@ -95,6 +111,10 @@ METHODS: dict[str, Method] = {
     mixed_rank.METHOD: VariantMethod(
         title="mixed-rank variant", describe=mixed_rank.describe_mixed_rank,
         derive=mixed_rank.derive_mixed_rank,
+    ),
+    temperature_head.METHOD: HeadMethod(
+        title="temperature head", describe=temperature_head.describe_head,
+        build=temperature_head.build_head,
     ),
 }  # fmt: skip
 """By the name that an adapter's config has. A new method is one more line here."""

@@ -111,10 +111,10 @@ class Bench:
         )  # fmt: skip
 
     def decode(self) -> None:
-        """Measure sizes and speeds of the compensated variants, in turn with their base."""
+        """Measure sizes and speeds of the variants at hand, in turn with their base."""
         self.figures.begin("decode", {"rounds": self.options.rounds})
         kept = self.figures.items("text")
-        names = [f"compensated-{ratio}-{form}" for ratio in RATIOS for form in FORMS]
+        names = [f"{arm}-{ratio}-{form}" for ratio in RATIOS for form in FORMS for arm in ARMS]
         names = [name for name in names if name in kept and (self.options.work / name).is_dir()]
         if self.figures.has("decode", "models", names):
             return

@@ -151,7 +151,7 @@ def image_goals(report: Report) -> list[list[str]]:
             is_met = None if p is None or points is None else points > 0 and p < LEVEL
             rows.append(goal(
                 f"{ratio} %: {TITLES[better]} above {TITLES[worse]}",
-                NOT_MEASURED if p is None else f"{points:+.2f} points, p = {p:.2g}",
+                NOT_MEASURED if p is None else f"{points:+.2f} points, p {f'= {p:.2g}' if p else '< 1e-300'}",
                 f"above, p < {LEVEL}", is_met,
             ))  # fmt: skip
     return rows
@@ -201,9 +201,9 @@ def speed_lines(report: Report) -> list[str]:
     titles = {BASE: "base, as its file has it", EIGHT_BITS: "base in 8 bits"}
     rows = []
     for name, found in speeds.items():
-        _, _, rest = name.partition("-")
+        arm, _, rest = name.partition("-")
         ratio, _, form = rest.partition("-")
-        title = titles.get(name) or f"{ratio} % removed, {FORM_TITLES[form]}"
+        title = titles.get(name) or f"{ratio} % removed, {FORM_TITLES[form]}: {TITLES[arm]}"
         layers = found.get("layer_bytes")
         rows.append([
             title, number(layers and layers / 1e6, ".1f"),
@@ -235,8 +235,8 @@ def size_lines(report: Report) -> list[str]:
     for name, found in report.speeds().items():
         size = found.get("layer_bytes")
         perplexity = report.perplexity(name)
-        if size is not None and perplexity is not None:
-            _, _, rest = name.partition("-")
+        arm, _, rest = name.partition("-")
+        if size is not None and perplexity is not None and arm in (BASE, "compensated"):
             ratio, _, form = rest.partition("-")
             title = "base" if name == BASE else f"mixed rank, {ratio} %, {FORM_TITLES[form]}"
             points.append((title, size / 1e6, perplexity))

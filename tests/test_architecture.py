@@ -134,6 +134,7 @@ SLOW_OR_OPTIONAL = {
     "transformers", "bitsandbytes", "gguf", "huggingface_hub", "numpy", "triton", "readline",
     "models.checkpoints", "models.checkpoints.conversion", "models.kernels.cuda.executor",
     "serve.server", "serve.bench.engine", "serve.cli.adapter_folders", "serve.cli.train_run",
+    "serve.cli.temperature_run",
     "serve.cli.compress_run", "serve.cli.prune_run", "matplotlib", "gradio", "gradio.routes",
     "serve.ui.app", "serve.cli.quantize_run", "serve.cli.ui_run", "serve.cli.vision_run", "PIL",
     "evaluation.code.plots", "evaluation.chat.plots",

@@ -126,12 +126,6 @@ def describe_qst(stored: StoredAdapter) -> list[tuple[str, str]]:
     return rows
 
 
-def why_unservable_qst(stored: StoredAdapter) -> str | None:
-    """Say why a server cannot answer with a side network; None: it can."""
-    task = from_fields(stored.config.fields).task
-    return None if task == "causal_lm" else f"it is for {task}"
-
-
 def _describe_range(values: Tensor) -> str:
     mean = f"{values.mean():.4f}"
     return mean if values.numel() == 1 else f"{mean} ({values.min():.4f} to {values.max():.4f})"

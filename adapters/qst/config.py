@@ -86,6 +86,13 @@ class QstConfig:
         if problems := list(_find_problems(self)):
             raise AdapterError("; ".join(problems))
 
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """A name for each output of the classification head; None without one."""
+        if self.task != "sequence_classification":
+            return None
+        return self.labels or tuple(f"LABEL_{i}" for i in range(self.num_labels))
+
     def resolved(self, base: DecoderSpec) -> "QstConfig":
         """Fill in what follows from the base.
 

@@ -25,6 +25,7 @@ def build_adapters_router(context: ApiContext) -> APIRouter:
             "name": info.name,
             "method": info.method,
             "kind": info.kind,
+            "labels": info.labels,
             "description": info.description,
             "num_parameters": info.num_parameters,
             "num_bytes": info.num_bytes,

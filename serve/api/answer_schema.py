@@ -43,6 +43,16 @@ class Usage(AnswerModel):
     prompt_tokens_details: PromptTokensDetails
 
 
+class Candidate(AnswerModel):
+    """A token that was tried."""
+
+    token: str
+    token_id: int
+    score: float = Field(
+        description="Mean log probability of the token and of what was looked at after it."
+    )
+
+
 class TraceEntry(AnswerModel):
     """A generated token in a decoding trace."""
 
@@ -52,6 +62,12 @@ class TraceEntry(AnswerModel):
     temperature: float
     entropy: float = Field(description="In nats.")
     logprob: float
+    stage: str | None = Field(
+        None, description="Where the token stands, with a strategy that has stages."
+    )
+    candidates: list[Candidate] | None = Field(
+        None, description="What was tried before this token was taken, with look_ahead."
+    )
 
 
 FinishReason = Literal["stop", "length"]
@@ -345,6 +361,28 @@ class ExperimentReport(AnswerModel):
     confidence: float
 
 
+class Classification(AnswerModel):
+    """What a text is."""
+
+    index: int
+    label: str | None = Field(description="The likeliest class; null for a regression.")
+    probs: list[float] = Field(description="Of each class, in the order of labels.")
+    score: float | None = Field(description="Of a regression.")
+    num_classes: int
+
+
+class ClassifyAnswer(AnswerModel):
+    """Answer of /v1/classify."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    labels: list[str]
+    data: list[Classification]
+    usage: Usage
+
+
 class FeedbackAnswer(AnswerModel):
     """What was kept."""
 
@@ -365,7 +403,8 @@ class ModelEntry(AnswerModel):
     parent: str | None
     max_model_len: int
     x_kind: str = Field(
-        description="What the id stands for: base, variant, side_network, strategy or experiment."
+        description="What the id stands for: base, variant, side_network, classifier, "
+        "temperature_head, strategy or experiment."
     )
 
 
@@ -383,7 +422,8 @@ class AdapterEntry(AnswerModel):
     object: Literal["adapter"]
     name: str
     method: str
-    kind: str = Field(description="What the adapter is: side_network or variant.")
+    kind: str = Field(description="side_network, variant or temperature_head.")
+    labels: list[str] | None = Field(description="What it tells apart, if it classifies.")
     description: str
     num_parameters: int
     num_bytes: int

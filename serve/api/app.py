@@ -7,6 +7,7 @@ from decoding import ParameterError
 from serve.api.access import AccessMiddleware, CorsMiddleware
 from serve.api.adapters import build_adapters_router
 from serve.api.chat import build_chat_router
+from serve.api.classify import build_classify_router
 from serve.api.compare import build_compare_router
 from serve.api.completions import build_completions_router
 from serve.api.context import ApiContext, Experiments
@@ -37,6 +38,7 @@ from text.tokenizer import Tokenizer
 _ROUTERS = (
     build_chat_router,
     build_completions_router,
+    build_classify_router,
     build_compare_router,
     build_votes_router,
     build_experiments_router,

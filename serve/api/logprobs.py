@@ -40,7 +40,7 @@ def make_trace_entry(tokenizer: Tokenizer, output: TokenOutput) -> dict[str, obj
     assert output.token_id is not None
     assert output.trace is not None
     assert output.logprob is not None
-    return {
+    entry: dict[str, object] = {
         "token": name_token(tokenizer, output.token_id),
         "token_id": output.token_id,
         "class": output.trace.token_class,
@@ -49,6 +49,18 @@ def make_trace_entry(tokenizer: Tokenizer, output: TokenOutput) -> dict[str, obj
         "entropy": _finite(output.trace.entropy),
         "logprob": _finite(output.logprob.logprob),
     }
+    if output.trace.stage is not None:
+        entry["stage"] = output.trace.stage
+    if output.trace.candidates:
+        entry["candidates"] = [
+            {
+                "token": name_token(tokenizer, token_id),
+                "token_id": token_id,
+                "score": _finite(score),
+            }
+            for token_id, score in output.trace.candidates
+        ]
+    return entry
 
 
 def make_chat_entry(tokenizer: Tokenizer, output: TokenOutput) -> dict[str, object]:

@@ -2,9 +2,8 @@
 
 from fastapi import APIRouter
 
-from decoding import STRATEGIES
 from serve.api.context import ApiContext
-from serve.api.resolve import split_model
+from serve.api.resolve import split_model, usable_strategies
 from serve.backends.protocol import AdapterInfo
 
 
@@ -18,7 +17,7 @@ def build_models_router(context: ApiContext) -> APIRouter:
         if adapter is not None:
             plain = f"{base}:{adapter.name}"
             parent = base if adapter.on is None else f"{base}:{adapter.on}"
-            kind = adapter.kind
+            kind = adapter.kind if adapter.labels is None else "classifier"
         if strategy is not None:
             parent, kind = plain, "strategy"
         return {
@@ -42,7 +41,7 @@ def build_models_router(context: ApiContext) -> APIRouter:
         data = [
             describe(adapter, strategy)
             for adapter in (None, *context.backend.adapters())
-            for strategy in (None, *STRATEGIES)
+            for strategy in (None, *usable_strategies(adapter))
         ]
         return {"object": "list", "data": data + [describe_experiment(n) for n in plan]}
 

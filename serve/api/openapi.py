@@ -63,6 +63,9 @@ _OPERATIONS = {
         chunk=answers.TextChunk,
         errors=(400, 404, 503),
     ),
+    ("post", "/v1/classify"): _Operation(
+        answer=answers.ClassifyAnswer, body=bodies.ClassifyBody, errors=(400, 404, 503)
+    ),
     ("post", "/v1/compare"): _Operation(
         answer=answers.ComparisonAnswer,
         body=bodies.CompareBody,

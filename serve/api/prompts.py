@@ -82,6 +82,33 @@ async def encode_prompts(
     return await _run(num_chars, work, param="prompt")
 
 
+async def encode_classified(
+    context: ApiContext, texts: Sequence[str | list[int]]
+) -> list[list[int]]:
+    """Return the token ids of texts to classify, as they are in training: control tokens are text.
+
+    Raises:
+        ApiError: as `encode_prompts`.
+    """
+    if not texts:
+        raise _empty("input")
+
+    def encode(text: str | list[int]) -> list[int]:
+        if not isinstance(text, str):
+            _check_token_ids(context, text, param="input")
+            return text
+        return context.tokenizer.encode(
+            text, allow_special=False, add_special_tokens=True,
+            limit=context.backend.max_context_tokens,
+        )  # fmt: skip
+
+    size = sum(map(len, texts))
+    found = await _run(size, lambda: [encode(text) for text in texts], param="input")
+    if not all(found):
+        raise _empty("input")
+    return found
+
+
 async def encode_text(
     context: ApiContext, text: str, *, allow_special: bool, add_special_tokens: bool, param: str
 ) -> list[int]:
@@ -136,8 +163,8 @@ def _encode_prompt(
     return token_ids
 
 
-def _empty() -> ApiError:
-    return ApiError("prompt must not be empty.", param="prompt", code="invalid_value")
+def _empty(param: str = "prompt") -> ApiError:
+    return ApiError(f"{param} must not be empty.", param=param, code="invalid_value")
 
 
 def _check_token_ids(context: ApiContext, token_ids: Sequence[int], *, param: str) -> None:

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from decoding import STRATEGIES, SamplingParams, Strategy, parse_strategy
 from decoding.options import options_of
+from decoding.strategies import Learned
 from serve.api.context import ApiContext
 from serve.api.errors import ApiError
 from serve.api.schema import GenerationBody, SamplingFields
 from serve.api.settings import ApiSettings
+from serve.backends.protocol import AdapterInfo
 from serve.requests import Arm
 
 DEFAULT_STRATEGY = SamplingParams().strategy
@@ -46,12 +48,16 @@ class ModelChoice(NamedTuple):
         adapter: name of the adapter, or None for the base.
         has_side: a side network is part of it, so there is something to scale.
         strategy: name of the decoding strategy, if the id has one.
+        has_head: it has a temperature head.
+        labels: what it tells apart, if it classifies; None: it generates.
     """
 
     model: str
     adapter: str | None
     has_side: bool
     strategy: str | None
+    has_head: bool = False
+    labels: tuple[str, ...] | None = None
 
 
 def split_model(model: str | None, context: ApiContext) -> ModelChoice:
@@ -69,12 +75,22 @@ def split_model(model: str | None, context: ApiContext) -> ModelChoice:
     if found[1] is None:
         return ModelChoice(model, None, False, found[2])
     known = {info.name: info for info in context.backend.adapters()}
-    if found[1] not in known:
-        raise _no_such_model(f"There is no such adapter; attached: {_list_names(list(known))}.")
-    return ModelChoice(model, found[1], known[found[1]].has_side, found[2])
+    info = known.get(found[1])
+    if info is None:
+        raise _no_such_model(f"There is no such adapter; attached: {list_names(list(known))}.")
+    has_head = info.kind == "temperature_head"
+    return ModelChoice(model, found[1], info.has_side, found[2], has_head, info.labels)
 
 
-def _list_names(names: Sequence[str]) -> str:
+def usable_strategies(adapter: AdapterInfo | None) -> list[str]:
+    """Return the strategies that go with an adapter, None: the base."""
+    if adapter is not None and adapter.labels is not None:
+        return []
+    has_head = adapter is not None and adapter.kind == "temperature_head"
+    return [name for name in STRATEGIES if has_head or name != Learned.name]
+
+
+def list_names(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(names[:_MAX_NAMES]) + more if names else "none"
 
@@ -100,15 +116,19 @@ def resolve_adapter_scale(scale: float | None, *, has_side: bool) -> float:
     raise ApiError(message, param="adapter_scale", code="invalid_value")
 
 
-def _resolve_strategy(decoding: Mapping[str, Any] | None, suffix: str | None) -> Strategy:
-    """Return the strategy that the `decoding` object and the model id's suffix agree on.
+def _resolve_strategy(decoding: Mapping[str, Any] | None, choice: ModelChoice) -> Strategy:
+    """Return the strategy that the `decoding` object and the model id agree on.
 
     Raises:
-        ApiError: they name different strategies.
+        ApiError: they name different strategies, or the model id lacks what the strategy reads.
         ParameterError: an unknown strategy or a bad parameter.
     """
+    suffix = choice.strategy
+    if suffix is None and choice.has_head and (decoding is None or "strategy" not in decoding):
+        suffix = Learned.name
     if decoding is None:
-        return DEFAULT_STRATEGY if suffix is None else parse_strategy({"strategy": suffix})
+        strategy = DEFAULT_STRATEGY if suffix is None else parse_strategy({"strategy": suffix})
+        return _with_head(strategy, choice)
     fields = {key: value for key, value in decoding.items() if value is not None}
     if suffix is not None and fields.setdefault("strategy", suffix) != suffix:
         raise ApiError(
@@ -116,7 +136,18 @@ def _resolve_strategy(decoding: Mapping[str, Any] | None, suffix: str | None) ->
             param="decoding.strategy",
             code="invalid_value",
         )
-    return parse_strategy(fields)
+    return _with_head(parse_strategy(fields), choice)
+
+
+def _with_head(strategy: Strategy, choice: ModelChoice) -> Strategy:
+    if strategy.reads_head and not choice.has_head:
+        raise ApiError(
+            f"The strategy {strategy.name} needs a model id with a temperature head, such as "
+            "base:head; /v1/adapters lists what is attached.",
+            param="decoding.strategy",
+            code="invalid_value",
+        )
+    return strategy
 
 
 def build_arm(
@@ -134,13 +165,19 @@ def build_arm(
         ApiError: the fields do not go with the model id.
         ParameterError: a value is out of range.
     """
+    if choice.labels is not None:
+        raise ApiError(
+            f"{choice.model} classifies and writes no text; ask POST /v1/classify.",
+            param="model",
+            code="invalid_value",
+        )
     fields = {name: getattr(body, name) for name in _PLAIN_FIELDS}
     params = SamplingParams(
         **{name: value for name, value in fields.items() if value is not None},
         seed=secrets.randbits(63) if body.seed is None else body.seed,
         max_tokens=max_tokens,
         logprobs=logprobs,
-        strategy=_resolve_strategy(body.decoding, choice.strategy),
+        strategy=_resolve_strategy(body.decoding, choice),
     )
     params.check_vocabulary(context.backend.vocab_size, context.tokenizer.eos_token_ids)
     return Arm(

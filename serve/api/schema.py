@@ -237,6 +237,14 @@ class CompareBody(SamplingFields):
     return_decoding_trace: bool | None = Field(None, description=_TRACE)
 
 
+class ClassifyBody(WireModel):
+    """Body of /v1/classify."""
+
+    model: str = Field(description="The id of an adapter that classifies, id:adapter.")
+    input: Prompt = Field(description="A text or a list of them, each perhaps as token ids.")
+    user: str | None = Field(None, description="Accepted, no effect.")
+
+
 class VoteBody(WireModel):
     """Body of /v1/compare/{id}/vote."""
 

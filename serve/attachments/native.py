@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from adapters.format import AdapterError, StoredAdapter
-from adapters.methods import SideMethod, host_of, method_of
+from adapters.format import StoredAdapter
+from adapters.methods import HeadMethod, SideMethod, host_of, method_of
 from models.checkpoints import Checkpoint, Lineage
 from models.decoder import Decoder
 from models.weights import count_linear_parameters
@@ -59,19 +59,26 @@ class NativeLoader:
         """Make an adapter ready to run.
 
         Raises:
-            AdapterError: it does not fit what it sits on, or cannot be served.
+            AdapterError: it does not fit what it sits on.
             CheckpointError: the base's original weights cannot be read, or there are none.
         """
         on, method = below or self._base, method_of(stored.config)
-        if reason := method.why_unservable(stored):
-            raise AdapterError(f"{reason}, which cannot be served")
         host = host_of(on.lineage.checkpoint)
+        num_parameters = sum(tensor.numel() for tensor in stored.tensors.values())
         if isinstance(method, SideMethod):
-            side = on.decoder.attach(method.build(stored, host))
+            adapter = method.build(stored, host)
+            side = on.decoder.attach(adapter.network)
+            given = SideAdapter(side, stored.digest, classifier=adapter.classifier)
             return Loaded(
-                given=Attachment(on.variant, SideAdapter(side, stored.digest)),
-                num_parameters=sum(tensor.numel() for tensor in stored.tensors.values()),
-                num_bytes=side.num_bytes,
+                given=Attachment(on.variant, given), num_parameters=num_parameters,
+                num_bytes=side.num_bytes, labels=adapter.qst.label_names,
+            )  # fmt: skip
+        if isinstance(method, HeadMethod):
+            head = method.build(stored, host)
+            return Loaded(
+                given=Attachment(on.variant, None, head),
+                num_parameters=num_parameters,
+                num_bytes=sum(tensor.nbytes for tensor in head.tensors.values()),
             )
         lineage = on.lineage.derive(method.derive(stored, host), report=self._report)
         decoder = self._build(lineage.checkpoint, on.decoder)

@@ -63,7 +63,7 @@ class Loaded(Generic[Given, Below]):
     Attributes:
         given: to the requests that name it.
         below: of a variant, what the loader needs to load what sits on it.
-        num_parameters, num_bytes, removed: as in `AdapterInfo`.
+        num_parameters, num_bytes, removed, labels: as in `AdapterInfo`.
         speed_test: of a variant, if its speed matters.
     """
 
@@ -72,6 +72,7 @@ class Loaded(Generic[Given, Below]):
     num_parameters: int
     num_bytes: int
     removed: float | None = None
+    labels: tuple[str, ...] | None = None
     speed_test: SpeedTest | None = None
 
 
@@ -273,7 +274,7 @@ class AdapterRegistry(Generic[Given, Below]):
             name=name, method=about.method, kind=method.kind, description=about.description,
             num_parameters=loaded.num_parameters, num_bytes=loaded.num_bytes, is_loaded=True,
             num_running=0, created=int(time.time()), removed=loaded.removed,
-            on=None if on is None else on.facts.name,
+            on=None if on is None else on.facts.name, labels=loaded.labels,
         )  # fmt: skip
         return _Entry(facts, folder, within, (*about.chain, stored.digest), on, loaded)
 

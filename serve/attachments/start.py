@@ -11,7 +11,9 @@ from serve.backends.protocol import AdapterConflictError, AdapterInfo, AdapterLo
 from serve.config import ServeConfig
 from serve.options import ConfigError
 
-_OPTIONS = {"variant": "--variant", "side_network": "--adapter"}
+_OPTIONS = {
+    "variant": "--variant", "side_network": "--adapter", "temperature_head": "--adapter",
+}  # fmt: skip
 
 
 def attach_at_start(

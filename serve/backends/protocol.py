@@ -41,7 +41,8 @@ class AdapterInfo:
         name: what follows the base's id in a model id: `base:name`.
         method: what it was made with, by name; see `adapters.methods`.
         kind: what it is; "variant": a decoder that runs in the base's place, "side_network": what
-            reads the hidden states of base or variant.
+            reads the hidden states of base or variant; "temperature_head": what gives the strategy
+            "learned" its temperatures.
         description: free text from the adapter's card; may be empty.
         num_parameters: of the adapter; of a variant, those that are left in the layers' linears.
         num_bytes: memory that it takes while it is loaded, what it shares with the base left out.
@@ -52,6 +53,8 @@ class AdapterInfo:
         removed: share of the layers' linears that a variant does without, 0 .. 1; None: no variant.
         speed: a variant's decode speed at one stream, as a multiple of the base's on this machine;
             None: not measured yet.
+        labels: of a side network that classifies, what it tells apart: one name is a regression's;
+            None: it generates.
     """
 
     name: str
@@ -66,6 +69,7 @@ class AdapterInfo:
     on: str | None = None
     removed: float | None = None
     speed: float | None = None
+    labels: tuple[str, ...] | None = None
 
     @property
     def has_side(self) -> bool:

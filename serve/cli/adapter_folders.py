@@ -114,9 +114,7 @@ def verify_folder(folder: Path, options: ModelOptions, *, on: Sequence[Path] = (
         raise CommandError(f"{folder} does not fit {base.name}: {printable(problems[0])}")
     digits = stored.config.base_fingerprint[:SHOWN_DIGITS]
     place = "".join(f" with the variant {path}" for path, _ in below)
-    reason = method.why_unservable(stored)
-    served = f"; {reason} and cannot be served" if reason else ""
-    return f"{folder} fits {base.name}{place} (fingerprint {digits}){served}"
+    return f"{folder} fits {base.name}{place} (fingerprint {digits})"
 
 
 def _read_below(

@@ -18,7 +18,7 @@ COMMANDS = {
     "chat": "chat with a running server in the terminal",
     "ui": "serve the web interface of a running server",
     "generate": "continue a prompt in this process, without a server",
-    "train": "train a side network on the frozen 4-bit base",
+    "train": "train a side network or a temperature head on the frozen 4-bit base",
     "prune": "search for a pruned variant of the model",
     "compress": "make a mixed-rank variant of the model",
     "eval": "measure how good a model is",

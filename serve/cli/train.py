@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.qst.training_config import CHOICES, TrainingConfig
+from serve.cli import train_temperature
 from serve.cli.arguments import UserError, add_options, add_run_arguments, given_options
 from serve.cli.config_flags import add_config_flag, read_config
 from serve.environment import let_threads_sleep
@@ -41,9 +42,10 @@ examples:
   proa train qst --data gsm8k.jsonl --output ./gsm --epochs 2 --max-length 512 --long skip
   proa train qst --data chats.jsonl --output ./my-adapter --resume
   proa train qst --task classification --data train.tsv --eval-data dev.tsv --output ./rte
+  proa train temperature --run ./drawn --data HumanEval.jsonl.gz --output ./warm
 """
 
-METHODS = ("qst",)
+QST, TEMPERATURE = "qst", "temperature"
 TASKS = ("causal-lm", "classification")
 DOWNSAMPLES = ("linear", "lora", "adapter", "maxpool", "avgpool")
 LONG_POLICIES = ("error", "truncate", "skip")
@@ -80,9 +82,13 @@ TRAINING_FLAGS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.usage = "proa train qst --data FILE --output DIR [options]"
-    parser.add_argument("method", metavar="METHOD", choices=METHODS, help="qst")
+    parser.epilog = EXAMPLES
+    kinds = parser.add_subparsers(dest="method", metavar="METHOD", required=True)
+    _add_qst(kinds.add_parser(QST, help="a side network", description=DESCRIPTION, epilog=EXAMPLES))
+    train_temperature.add_kind(kinds, TEMPERATURE)
+
+
+def _add_qst(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("Data")
     data.add_argument("--data", metavar="FILE", type=Path, required=True, help="to train on")
     data.add_argument("--eval-data", metavar="FILE", type=Path, help="to evaluate on")
@@ -153,6 +159,8 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: an option or the data is wrong.
         CommandError: the training failed.
     """
+    if arguments.method == TEMPERATURE:
+        return train_temperature.run(arguments)
     config = read_training_config(arguments)
     for flag, path in (("--data", arguments.data), ("--eval-data", arguments.eval_data)):
         if path is not None and not path.is_file():

@@ -30,7 +30,8 @@ async def load_catalog(client: ApiClient, key: str) -> Catalog:
         entry["id"]: [] for entry in models if entry.get("x_kind", "base") in ("base", "variant")
     }
     for entry in models:
-        if entry.get("x_kind") == "side_network" and entry["parent"] in found:
+        is_adapter = entry.get("x_kind") in ("side_network", "temperature_head")
+        if is_adapter and entry["parent"] in found:
             found[entry["parent"]].append(entry["id"])
     return {
         "models": found,

@@ -1,0 +1,1 @@
+"""Temperature heads: small networks that read a model's hidden state and give a temperature."""
