@@ -70,7 +70,7 @@ class HeadTraining:
     epochs: int = 200
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
-    clip: float = 0.2
+    clip: float = 0.5
     held_out: float = 0.25
     batch_rows: int = 256
     seed: int = 0
@@ -161,7 +161,10 @@ def read_programs(
             decoder.forward(_pack([prompt[start:end]], [range(shared)], start, []), cache)
         for first in range(0, len(numbers), most):
             chosen = numbers[first : first + most]
-            tails, tables, rows, at = [], [], [], 0
+            tails: list[list[int]] = []
+            tables: list[list[int]] = []
+            rows: list[int] = []
+            at = 0
             for i, number in enumerate(chosen):
                 drawn = list(programs[number].token_ids)
                 tail = prompt[shared * _BLOCK :] + drawn[:-1]

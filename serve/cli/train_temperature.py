@@ -37,6 +37,8 @@ HEAD_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
      "[default: 200]"),
     ("learning_rate", float, "X", "of Adam [default: 0.003]"),
     ("weight_decay", float, "X", "of the matrices [default: 0.01]"),
+    ("clip", float, "X", "how far from 1 the ratio of a token's probabilities counts "
+     "[default: 0.5]"),
     ("held_out", float, "SHARE", "of the tasks, which choose the epoch [default: 0.25]"),
     ("seed", int, "N", "of initial weights and held-out tasks [default: 0]"),
 )  # fmt: skip

@@ -119,7 +119,6 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "long-path": ("a", "x/" * 9000, "path"),
     "no-adapter": ("a", "empty", "adapter_config.json is missing"),
     "other-base": ("a", "other", "fingerprint 000000000000"),
-    "classifier": ("a", "classifier", "cannot be served"),
 }
 
 
@@ -134,7 +133,6 @@ def test_bad_names_and_paths_attach_nothing(
     for file in outside.iterdir():
         (adapters / "linked" / file.name).symlink_to(file)
     write_adapter(adapters / "other", fingerprint="0" * 64)
-    write_adapter(adapters / "classifier", task="sequence_classification", num_labels=2)
 
     async def work(client: httpx.AsyncClient) -> None:
         for case, (name, path, match) in REFUSED.items():

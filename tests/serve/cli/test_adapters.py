@@ -117,15 +117,6 @@ def test_verify_names_every_mismatch(
         assert part in error
 
 
-def test_verify_says_what_cannot_be_served(
-    call_proa, write_adapter, model: list[str], tmp_path: Path
-) -> None:
-    folder = write_adapter(tmp_path / "a", task="sequence_classification", num_labels=2)
-    done = call_proa("adapters", "verify", str(folder), *model)
-    assert done.returncode == 0
-    assert done.stdout.rstrip().endswith("it is for sequence_classification and cannot be served")
-
-
 @pytest.fixture
 def variant(write_variant, tmp_path: Path) -> Path:
     return write_variant(tmp_path / "variants" / "small")

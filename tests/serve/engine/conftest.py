@@ -87,9 +87,7 @@ class HistoryModel:
         self.side_shapes.append(side.cache_shape)
         return self.make_cache(**sizes)
 
-    def forward(
-        self, batch: PackedBatch, cache: Any, *, states: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, batch: PackedBatch, cache: Any, *, states: Tensor | None = None) -> Tensor:
         self.num_calls += 1
         self.is_inside.set()
         if self.gate is not None:
