@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from decoding.options import ParameterError
 from decoding.row import Row
 from decoding.sampler import Sampled, Sampler
 from serve.engine.cache_blocks import CacheBlocks
@@ -118,8 +119,8 @@ class Engine:
         """Refuse a request that could never run; safe to call from any thread.
 
         Raises:
-            ValueError: the prompt is empty, has ids outside the vocabulary or does not fit, or
-                there is no room to look ahead.
+            ValueError: the prompt is empty, has ids outside the vocabulary or does not fit.
+            ParameterError: there is no room to look ahead.
         """
         request.check(vocab_size=self.vocab_size, max_context_tokens=self.limits.max_context_tokens)
         for arm in request.arms:
@@ -132,9 +133,10 @@ class Engine:
             return
         limits, (_, num_candidates, num_tokens) = self.limits, ahead
         if not limits.max_probes:
-            raise ValueError(
+            raise ParameterError(
                 "decoding.strategy look_ahead needs prefix caching, and max_batch_tokens above "
-                "max_running_sequences"
+                "max_running_sequences",
+                param="decoding.strategy",
             )
         size = limits.block_size
         own = -(-(num_prompt_tokens + (arm.params.max_tokens or 0)) // size)
@@ -144,9 +146,10 @@ class Engine:
         if arm.adapter is not None:
             room = min(room, limits.num_side_blocks)
         if needed > room:
-            raise ValueError(
+            raise ParameterError(
                 f"looking ahead with {num_candidates} candidates takes {needed} blocks of the "
-                f"cache for prompt and max_tokens of this length; it has {room}"
+                f"cache for prompt and max_tokens of this length; it has {room}",
+                param="decoding.candidates",
             )
 
     def add(self, request: LiveRequest) -> None:
