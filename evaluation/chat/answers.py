@@ -91,7 +91,7 @@ async def _ask(
         body: dict[str, Any] = {
             "messages": messages,
             "max_tokens": max_tokens,
-            "seed": seed_of(seed, question.question_id, turn),
+            "seed": seed_of(seed, question.question_id, turn, *filter(None, [arm.salt])),
             "temperature": question.temperature,
         }
         try:

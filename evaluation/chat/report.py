@@ -1,6 +1,7 @@
 """From judgments to figures: grades by turn and category, win rates in pairs."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from evaluation.chat.judging import NO_GRADE
@@ -67,6 +68,37 @@ def _means(grades: Mapping[Any, Mapping[int, float]], turns: Sequence[int]) -> d
     return found
 
 
+def read_game(line: Record) -> float | None:
+    """Return what the first model of a pair has of it: 1, 0 or, where orders disagree, 0.5.
+
+    None: the judge gave no verdict.
+    """
+    winners = (line["g1_winner"], line["g2_winner"])
+    if "error" in winners:
+        return None
+    if winners[0] != winners[1]:
+        return 0.5
+    return {"model_1": 1.0, "model_2": 0.0}.get(winners[0], 0.5)
+
+
+def preferences(judgments: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
+    """Return, by model and question with turn, the mean of what it has of its pairs.
+
+    Args:
+        judgments: lines of `pair.jsonl`.
+    """
+    games: dict[str, dict[str, list[float]]] = {}
+    for line in judgments:
+        outcome = read_game(line)
+        if outcome is not None:
+            task = f"{line['question_id']}/{line['turn']}"
+            for model, share in ((line["model_1"], outcome), (line["model_2"], 1 - outcome)):
+                games.setdefault(model, {}).setdefault(task, []).append(share)
+    return {
+        model: {task: [fmean(shares)] for task, shares in of.items()} for model, of in games.items()
+    }
+
+
 def summarise_pairs(judgments: Sequence[Record], models: Sequence[str]) -> dict[str, Any]:
     """Return win rates of pairs of models, and their Bradley-Terry strengths.
 
@@ -85,14 +117,11 @@ def summarise_pairs(judgments: Sequence[Record], models: Sequence[str]) -> dict[
         counts = pairs.setdefault(
             pair, {"wins": 0, "losses": 0, "ties": 0, "contradictions": 0, "errors": 0}
         )
-        winners = (line["g1_winner"], line["g2_winner"])
-        if "error" in winners:
+        outcome = read_game(line)
+        if outcome is None:
             counts["errors"] += 1
             continue
-        outcome = {"model_1": 1.0, "model_2": 0.0}.get(winners[0], 0.5)
-        if winners[0] != winners[1]:
-            counts["contradictions"] += {"model_1", "model_2"} == set(winners)
-            outcome = 0.5
+        counts["contradictions"] += {line["g1_winner"], line["g2_winner"]} == {"model_1", "model_2"}
         counts[{1.0: "wins", 0.0: "losses", 0.5: "ties"}[outcome]] += 1
         games.append((models.index(pair[0]), models.index(pair[1]), outcome))
     summary: dict[str, Any] = {"pairs": []}
@@ -121,7 +150,7 @@ def to_markdown(
     if grades is not None:
         lines += ["## Grades, 1 to 10", "", *_grade_tables(grades)]
     if pairs is not None:
-        lines += ["## Pairs", "", *_pair_tables(pairs)]
+        lines += ["## Pairs", "", *pair_tables(pairs)]
     lines.append("Brackets: 95 % intervals, by bootstrap over questions; of win rates by Wilson.")
     return "\n".join(lines) + "\n"
 
@@ -164,7 +193,8 @@ def _grade(estimate: Mapping[str, float] | None) -> str:
     return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
 
 
-def _pair_tables(pairs: Mapping[str, Any]) -> list[str]:
+def pair_tables(pairs: Mapping[str, Any]) -> list[str]:
+    """Return the tables of `summarise_pairs`."""
     names = ("wins", "ties", "losses", "contradictions", "errors")
     lines = table(
         ["", "against", *names, "win rate, a tie as half"],

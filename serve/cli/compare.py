@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from client.address import parse_address
+from evaluation.chat.answers import answer_questions
+from evaluation.chat.judging import PAIRWISE, count_cases, judge_answers
+from evaluation.chat.questions import read_judge_prompts, read_questions
+from evaluation.chat.report import pair_tables, preferences, summarise_pairs
 from evaluation.code.problems import HUMANEVAL, MBPP, join_tests, read_problems
 from evaluation.code.prompts import CHAT, COMPLETION
 from evaluation.code.run import CodeTest, Judge, run_code_test
@@ -18,12 +22,13 @@ from evaluation.comparison.answers import ask_exercises, read_exercises
 from evaluation.comparison.arms import read_arms
 from evaluation.comparison.figures import Outcomes, compare
 from evaluation.comparison.report import to_csv, to_html, to_markdown
-from evaluation.errors import DataFileError
+from evaluation.errors import DataFileError, RunError
 from evaluation.folder import digest_of, file_names, open_folder, write_whole
 from evaluation.progress import bars
 from evaluation.records import read_records, spread
 from evaluation.server import Arm, open_servers
 from serve.cli.arguments import CommandError, UserError, say
+from serve.cli.eval_chat import add_judge_arguments, open_judgments, read_judge
 from serve.cli.eval_options import (
     Task,
     add_folder_argument,
@@ -52,7 +57,8 @@ arms.yaml, of each arm a model and any fields of requests:
     - {label: other, model: qwen, url: "http://127.0.0.1:8080", key_env: QWEN_KEY}
 """
 
-ANSWERS = "answers"
+ANSWERS, CHATS = "answers", "chats"
+PAIRS = "pairs.json"
 _AGAIN = " (again)"
 
 
@@ -61,10 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     group = parser.add_argument_group("Comparison")
     group.add_argument("--arms", metavar="FILE", type=Path, required=True, help="YAML; see below")
-    group.add_argument("--task", choices=(HUMANEVAL, MBPP, ANSWERS), required=True)
+    group.add_argument("--task", choices=(HUMANEVAL, MBPP, ANSWERS, CHATS), required=True)
     group.add_argument(
         "--data", metavar="FILE", type=Path, required=True,
-        help="problems; for answers JSON lines with question and answer",
+        help="problems; for answers JSON lines with question and answer, for chats with "
+        "question_id and turns",
     )  # fmt: skip
     group.add_argument(
         "--plus", metavar="FILE", type=Path, help="more tests for programs; both must pass"
@@ -91,6 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-code-execution", action="store_true", help="run programs, in a sandbox"
     )
     group.add_argument("--jobs", metavar="N", type=int, help="programs run at once")
+    group.add_argument(
+        "--references", metavar="FILE", type=Path,
+        help="answers to chats that the judge sees for math, reasoning and coding",
+    )  # fmt: skip
+    add_judge_arguments(parser, without="none; chats need one")
     add_folder_argument(parser)
     add_server_arguments(parser, with_models=False)
 
@@ -103,11 +115,15 @@ def run(arguments: argparse.Namespace) -> int:
         CommandError: a server or the sandbox fails, or a file cannot be written.
     """
     at_least(arguments, samples=1, limit=1, max_tokens=1, jobs=1, concurrency=1, patience=0)
-    is_code = arguments.task != ANSWERS
+    is_code = arguments.task in (HUMANEVAL, MBPP)
     if is_code and not arguments.allow_code_execution:
         raise UserError(f"--task {arguments.task}: runs programs; give --allow-code-execution too")
     if arguments.plus is not None and not is_code:
         raise UserError("--plus: is for programs")
+    if (arguments.judge is not None) != (arguments.task == CHATS):
+        raise UserError("--judge: is for chats, which need one")
+    if arguments.task == CHATS and arguments.samples > 1:
+        raise UserError("--samples: each chat is held once")
     with named_errors():
         arms = _read_arms(arguments)
         try:
@@ -148,6 +164,8 @@ async def _run(arguments: argparse.Namespace, arms: list[Arm]) -> dict[str, Outc
     }
     if arguments.task == ANSWERS:
         return await _run_exercises(arguments, arms, settings)
+    if arguments.task == CHATS:
+        return await _run_chats(arguments, arms, settings)
     return await _run_code(arguments, arms, settings)
 
 
@@ -164,6 +182,37 @@ async def _run_exercises(
                 max_tokens=arguments.max_tokens, seed=arguments.seed,
                 concurrency=arguments.concurrency, progress=progress,
             )  # fmt: skip
+
+
+async def _run_chats(
+    arguments: argparse.Namespace, arms: list[Arm], settings: dict[str, Any]
+) -> dict[str, Outcomes]:
+    """Return what each arm has of its pairs with the others, by question and turn."""
+    questions = _choose(read_questions(arguments.data, arguments.references), arguments)
+    prompts = read_judge_prompts(arguments.judge_prompts)
+    judge = read_judge(arguments, arms[0])
+    assert judge is not None
+    open_folder(arguments.output, settings)
+    open_judgments(arguments, judge)
+    models = [arm.label for arm in arms]
+    count = count_cases(questions, models, PAIRWISE)
+    async with open_servers(patience_s=arguments.patience) as servers:
+        with bars(sys.stderr, answer=len(questions) * len(arms), judgment=count) as progress:
+            answers = await answer_questions(
+                questions, arms, arguments.output, servers, max_tokens=arguments.max_tokens,
+                seed=arguments.seed, concurrency=arguments.concurrency, progress=progress,
+            )  # fmt: skip
+            judgments = await judge_answers(
+                questions, answers, judge, prompts, arguments.output, servers, kind=PAIRWISE,
+                concurrency=arguments.concurrency, progress=progress,
+            )  # fmt: skip
+    found = preferences(judgments)
+    if missing := [model for model in models if model not in found]:
+        raise RunError(f"the judge gave no verdict on {missing[0]!r}")
+    write_whole(
+        arguments.output / PAIRS, json.dumps(summarise_pairs(judgments, models), indent=1) + "\n"
+    )
+    return {model: found[model] for model in models}
 
 
 def _choose(tasks: list[Task], arguments: argparse.Namespace) -> list[Task]:
@@ -220,6 +269,10 @@ def _report(
     page = to_markdown(
         summary, f"{arguments.task}, {arguments.data.name}", {"Effects": "effects.png"}
     )
+    if arguments.task == CHATS:
+        pairs = json.loads((folder / PAIRS).read_text(encoding="utf-8"))
+        words = f"## Pairs, judged by `{arguments.judge}` in both orders"
+        page += "\n".join(["", words, "", *pair_tables(pairs)]) + "\n"
     write_whole(folder / "report.json", json.dumps(summary, indent=1) + "\n")
     write_whole(folder / "report.md", page)
     write_whole(folder / "report.html", to_html(page, folder))

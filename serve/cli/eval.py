@@ -3,7 +3,7 @@
 import argparse
 from types import MappingProxyType
 
-from serve.cli import eval_chat, eval_code, eval_images, eval_language
+from serve.cli import eval_chat, eval_code, eval_glue, eval_images, eval_language
 
 EXAMPLES = """\
 examples:
@@ -12,6 +12,7 @@ examples:
   proa eval mt-bench --questions question.jsonl --judge qwen --output ./mt
   proa eval perplexity --text wiki.test.raw --output ./ppl
   proa eval choices --task hellaswag --data hellaswag_val.jsonl --output ./hs
+  proa eval glue --data dev.tsv --model smollm2:rte --output ./rte-run
   proa eval images --model ./vit --data ./images/test
 """
 
@@ -22,6 +23,7 @@ _KINDS = MappingProxyType(
         "mt-bench": eval_chat,
         "perplexity": eval_language,
         "choices": eval_language,
+        "glue": eval_glue,
         "images": eval_images,
     }
 )

@@ -66,23 +66,31 @@ def add_kind(kinds: Any, name: str) -> None:
     )  # fmt: skip
     group.add_argument("--limit", metavar="N", type=int, help="only so many of each category")
     add_folder_argument(group)
+    group = add_judge_arguments(parser, without="answers only")
+    group.add_argument(
+        "--judging", choices=(SINGLE, PAIRWISE, _BOTH), default=SINGLE,
+        help="grades, pairs of models in both orders, or both [default: %(default)s]",
+    )  # fmt: skip
+    add_server_arguments(parser)
+    add_request_arguments(parser, max_tokens=1024)
+
+
+def add_judge_arguments(
+    parser: argparse.ArgumentParser, *, without: str
+) -> argparse._ArgumentGroup:
+    """Declare who judges; `without` says what is done if nobody does."""
     group = parser.add_argument_group("Judge")
-    group.add_argument("--judge", metavar="ID", help="model id [default: answers only]")
+    group.add_argument("--judge", metavar="ID", help=f"model id [default: {without}]")
     group.add_argument("--judge-url", metavar="URL", help="its server [default: that of --url]")
     group.add_argument(
         "--judge-api-key", metavar="KEY", default=judge_key(os.environ),
         help=f"[default: that of --api-key; env: {JUDGE_KEY}]",
     )  # fmt: skip
     group.add_argument(
-        "--judging", choices=(SINGLE, PAIRWISE, _BOTH), default=SINGLE,
-        help="grades, pairs of models in both orders, or both [default: %(default)s]",
-    )  # fmt: skip
-    group.add_argument(
         "--judge-prompts", metavar="FILE", type=Path, default=JUDGE_PROMPTS,
         help="prompts in FastChat's layout [default: ours, which share its names]",
     )  # fmt: skip
-    add_server_arguments(parser)
-    add_request_arguments(parser, max_tokens=1024)
+    return group
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -116,7 +124,7 @@ async def _run(
     arguments: argparse.Namespace, questions: list[Question], fields: dict[str, Any]
 ) -> None:
     arms = await build_arms(arguments, fields)
-    judge = _judge(arguments, arms[0])
+    judge = read_judge(arguments, arms[0])
     prompts = read_judge_prompts(arguments.judge_prompts)
     settings = {
         "questions": digest_of(arguments.data),
@@ -127,7 +135,7 @@ async def _run(
     }
     open_folder(arguments.output, settings)
     if judge is not None:
-        _open_judgments(arguments, judge)
+        open_judgments(arguments, judge)
     kinds = [] if judge is None else _kinds(arguments, len(arms))
     models = [arm.label for arm in arms]
     count = sum(count_cases(questions, models, kind) for kind in kinds)
@@ -150,7 +158,12 @@ async def _run(
     _report(arguments.output, questions, judgments, models, judge)
 
 
-def _judge(arguments: argparse.Namespace, arm: Arm) -> Arm | None:
+def read_judge(arguments: argparse.Namespace, arm: Arm) -> Arm | None:
+    """Return who judges, None: nobody; without an address of its own it is where an arm is.
+
+    Raises:
+        UserError: the address is none, or there is one without a judge.
+    """
     if arguments.judge is None:
         for name in ("judge_url", "judge_api_key"):
             if getattr(arguments, name) is not None:
@@ -164,7 +177,7 @@ def _judge(arguments: argparse.Namespace, arm: Arm) -> Arm | None:
     return Arm(label="judge", model=arguments.judge, url=url, key=key)
 
 
-def _open_judgments(arguments: argparse.Namespace, judge: Arm) -> None:
+def open_judgments(arguments: argparse.Namespace, judge: Arm) -> None:
     """Check that judgments in the folder are of the same judge."""
     references = arguments.references
     settings = {

@@ -1,6 +1,7 @@
 """`proa eval`, `compare`, `analyse` and `experiments` against a server on a socket."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -71,11 +72,30 @@ class Handler(BaseHTTPRequestHandler):
             prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
             prompts = [prompts] if isinstance(prompts[0], int) else prompts
             self.answer({"choices": [score(n, prompt) for n, prompt in enumerate(prompts)]})
+        elif self.path == "/v1/classify":
+            data = [
+                {"index": n, "label": str(int("good" in text)), "probs": [0.25, 0.75]}
+                for n, text in enumerate(body["input"])
+            ]
+            self.answer({"labels": ["0", "1"], "data": data[::-1]})
         elif self.path == "/v1/completions":
             text = "    return x + 1\n" if "def add" in body["prompt"] else "    return y\n"
             self.answer({"choices": [{"text": text, "finish_reason": "stop"}], "usage": {}})
         else:
             said = body["messages"][-1]["content"]
+            found = re.findall(r"<answer:(x+)>", said)
+            if len(found) > 1:
+                # The longer answer is the better one, wherever it stands.
+                gap = len(found[0]) - len(found[-1])
+                said = "[[A]]" if gap > 0 else "[[B]]" if gap < 0 else "[[C]]"
+                choice = {"message": {"content": said}, "finish_reason": "stop"}
+                self.answer({"choices": [choice], "usage": {}})
+                return
+            if said.startswith("Chat"):
+                length = 3 if body["model"] == "tiny@adapt" else 2
+                choice = {"message": {"content": f"<answer:{'x' * length}>"}}
+                self.answer({"choices": [choice], "usage": {}})
+                return
             content = "The answer is 4." if "2 + 2" in said else "Rating: [[7]]"
             choice = {"message": {"content": content}, "finish_reason": "stop"}
             self.answer({"choices": [choice], "usage": {}})
@@ -394,6 +414,92 @@ def test_arms_are_compared_on_programs(
     assert done.returncode == 0, done.stderr
     assert "McNemar" in done.stdout
     assert "| `plain` | 50.00 [" in done.stdout
+
+
+def test_arms_are_compared_on_chats_by_a_judge(
+    call_proa: RunProa, server: Server, tmp_path: Path
+) -> None:
+    data = tmp_path / "questions.jsonl"
+    lines = [{"question_id": n, "turns": [f"Chat {n}", "Chat on"]} for n in range(6)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out"
+    words = [
+        "compare", "--arms", str(write_arms(tmp_path)), "--task", "chats", "--data", str(data),
+        "--url", server.url, "--output", str(out),
+    ]  # fmt: skip
+    done = call_proa(*words)
+    assert done.returncode == 2
+    assert "--judge: is for chats, which need one" in done.stderr
+    done = call_proa(*words, "--judge", "tiny", "--samples", "2")
+    assert done.returncode == 2
+    assert "each chat is held once" in done.stderr
+    done = call_proa(*words, "--judge", "tiny")
+    assert done.returncode == 0, done.stderr
+    # Two turns of six questions; the longer answers win in both orders.
+    assert "12 tasks, 1 samples" in done.stdout
+    assert "| `hot` | 100.00 [" in done.stdout
+    assert "| `hot` | +100.00 [" in done.stdout
+    assert "## Pairs, judged by `tiny` in both orders" in done.stdout
+    asked = len(server.bodies)
+    assert call_proa(*words, "--judge", "tiny").returncode == 0
+    assert len(server.bodies) == asked
+    done = call_proa(*words, "--judge", "tiny@adapt")
+    assert done.returncode == 2
+    assert "another judge" in done.stderr
+
+
+def test_classes_are_measured(call_proa: RunProa, server: Server, tmp_path: Path) -> None:
+    data = tmp_path / "dev.tsv"
+    rows = [("good", 1), ("so good", 1), ("bad", 0), ("not good", 0), ("fine", 1)] * 5
+    data.write_text("sentence\tlabel\n" + "".join(f"{a}\t{b}\n" for a, b in rows))
+    words = [
+        "eval", "glue", "--data", str(data), "--url", server.url, "--output", str(tmp_path / "out")
+    ]  # fmt: skip
+    assert "--model: name an adapter that classifies" in call_proa(*words).stderr
+    done = call_proa(*words, "--model", "tiny")
+    assert done.returncode == 0, done.stderr
+    # Of each five: two right as 1, one right as 0, one wrong either way.
+    assert re.search(r"\| `tiny` \| 25 \| 60.00 \[[^]]*\] \| 66.67 \| 16.67 \|", done.stdout)
+    asked = [body for body in server.bodies if body["path"] == "/v1/classify"]
+    assert sorted(len(body["input"]) for body in asked) == [9, 16]
+    assert call_proa(*words, "--model", "tiny").stdout == done.stdout
+    assert len([b for b in server.bodies if b["path"] == "/v1/classify"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("sentence\tlabel\n", "no examples"),
+        ("sentence\tlabel\nx\n", "line 2: 1 columns, the header has 2"),
+        ("a\tb\nx\ty\n", "line 1: the header must name a label"),
+        ("sentence\tlabel\n \t1\n", 'line 2: "text" must be text'),
+    ],
+)
+def test_bad_table_of_classes_is_named(
+    call_proa: RunProa, server: Server, tmp_path: Path, content: str, words: str
+) -> None:
+    data = tmp_path / "dev.tsv"
+    data.write_text(content)
+    done = call_proa(
+        "eval", "glue", "--data", str(data), "--model", "tiny", "--url", server.url, "--output",
+        str(tmp_path / "out"),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+def test_server_that_does_not_classify_is_named(
+    call_proa: RunProa, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "dev.tsv"
+    data.write_text("sentence\tlabel\ngood\t1\n")
+    monkeypatch.setattr(Handler, "do_POST", lambda self: self.answer({"data": [{"index": 0}]}))
+    done = call_proa(
+        "eval", "glue", "--data", str(data), "--model", "tiny", "--url", server.url, "--output",
+        str(tmp_path / "out"),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "gives no classes" in done.stderr
 
 
 def test_bad_file_of_arms_is_named(call_proa: RunProa, server: Server, tmp_path: Path) -> None:
