@@ -43,7 +43,7 @@ def run_head_training(arguments: argparse.Namespace, options: ModelOptions) -> i
         options, has_cuda=torch.cuda.is_available(), num_processors=count_processors()
     )
     try:
-        drawn_at, form, samples = read_run(arguments.run, arguments.data, arguments.arm)
+        drawn_at, form, samples = read_run(arguments.evaluation, arguments.data, arguments.arm)
         config, training = _settings(arguments, drawn_at)
     except (AdapterError, DataFileError, RunError) as error:
         raise UserError(str(error)) from None
@@ -58,9 +58,11 @@ def run_head_training(arguments: argparse.Namespace, options: ModelOptions) -> i
     context = checkpoint.spec.max_position_embeddings
     programs = [p for p in found if p is not None and _length(p) <= context]
     if not programs:
-        raise UserError(f"--run: {arguments.run} has no program that fits the model's context")
+        raise UserError(
+            f"--evaluation: {arguments.evaluation} has no program that fits the model's context"
+        )
     passed = sum(program.passed for program in programs)
-    say(f"{arguments.run}: {len(programs)} programs, {passed} passed, drawn at {drawn_at:g}")
+    say(f"{arguments.evaluation}: {len(programs)} programs, {passed} passed, drawn at {drawn_at:g}")
     decoder = build_decoder(options, checkpoint)
     torch.set_num_threads(int(options.threads))
     settle_memory(checkpoint.weights_folder)
@@ -76,7 +78,7 @@ def run_head_training(arguments: argparse.Namespace, options: ModelOptions) -> i
                 progress=lambda count: progress("epoch", count),
             )  # fmt: skip
     except AdapterError as error:
-        raise UserError(f"--run: {error}") from None
+        raise UserError(f"--evaluation: {error}") from None
     facts = _describe(result, len(programs), training)
     try:
         save_head(
@@ -132,7 +134,7 @@ def read_run(
         arms, form, digest = settings["arms"], settings["form"], settings["data"]
         labels = [arm["label"] for arm in arms]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--run: {folder} holds no evaluation of programs") from None
+        raise UserError(f"--evaluation: {folder} holds no evaluation of programs") from None
     if digest != digest_of(data):
         raise UserError(f"--data: {data} is not the file that {folder} was run on")
     if label is None and len(labels) > 1:
@@ -144,8 +146,8 @@ def read_run(
     temperature = sampling.pop("temperature", None)
     if sampling or not isinstance(temperature, int | float) or not temperature:
         raise UserError(
-            f"--run: the samples must be drawn at a plain temperature above 0, which is given, and "
-            f"nothing else; {arm['label']!r} has {arm['fields']}"
+            "--evaluation: the samples must be drawn at a plain temperature above 0, without other "
+            f"fields; {arm['label']!r} has {arm['fields']}"
         )
     kind = MBPP if settings.get("task") == MBPP or _is_mbpp(data) else HUMANEVAL
     problems = {problem.task_id: problem for problem in read_problems(data, kind)}

@@ -42,7 +42,7 @@ examples:
   proa train qst --data gsm8k.jsonl --output ./gsm --epochs 2 --max-length 512 --long skip
   proa train qst --data chats.jsonl --output ./my-adapter --resume
   proa train qst --task classification --data train.tsv --eval-data dev.tsv --output ./rte
-  proa train temperature --run ./drawn --data HumanEval.jsonl.gz --output ./warm
+  proa train temperature --evaluation ./drawn --data HumanEval.jsonl.gz --output ./warm
 """
 
 QST, TEMPERATURE = "qst", "temperature"

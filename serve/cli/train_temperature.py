@@ -22,7 +22,7 @@ EXAMPLES = """\
 examples:
   proa eval humaneval --data HumanEval.jsonl.gz --part 1/2 --temperature 0.8 --samples 20 \\
       --allow-code-execution --output ./drawn
-  proa train temperature --run ./drawn --data HumanEval.jsonl.gz --output ./warm
+  proa train temperature --evaluation ./drawn --data HumanEval.jsonl.gz --output ./warm
   proa serve --adapter warm=./warm        (then ask the model id smollm2:warm)
 """
 
@@ -51,7 +51,7 @@ def add_kind(kinds: Any, name: str) -> None:
     )
     data = parser.add_argument_group("Data")
     data.add_argument(
-        "--run", metavar="DIR", type=Path, required=True, help="folder of the evaluation"
+        "--evaluation", metavar="DIR", type=Path, required=True, help="folder of the evaluation"
     )
     data.add_argument(
         "--data", metavar="FILE", type=Path, required=True, help="the problems it was run on"
@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: an option is wrong, or the run cannot be learned from.
         CommandError: the adapter cannot be written.
     """
-    if not arguments.run.is_dir():
-        raise UserError(f"--run: {arguments.run} is not a folder")
+    if not arguments.evaluation.is_dir():
+        raise UserError(f"--evaluation: {arguments.evaluation} is not a folder")
     if not arguments.data.is_file():
         raise UserError(f"--data: {arguments.data} is not a file")
     options = build_model_options(given_options(arguments, _MODEL_FLAGS), environ=os.environ)

@@ -42,7 +42,8 @@ def words(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> list[str]:
 
 def help_text() -> str:
     parser = build_parser("train")
-    text = next(a for a in parser._actions if a.dest == "command").choices["train"].format_help()
+    train = next(a for a in parser._actions if a.dest == "command").choices["train"]
+    text = next(a for a in train._actions if a.dest == "method").choices["qst"].format_help()
     return re.sub(r"-\s+(?=\w)", "-", " ".join(text.split()))
 
 
