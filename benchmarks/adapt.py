@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from adapters.format import digest
 from benchmarks.disp import Figures, run_stages
 from benchmarks.report import PROA, RESULTS, run_command, say
 from benchmarks.serving import running_server
@@ -56,7 +57,15 @@ FAMILIES: Mapping[str, Sequence[Fields]] = {
         for t, theta in ((0.8, 0.1), (1.0, 0.3))
     ],
 }
-ONCE: Mapping[str, Fields] = {"greedy": {"temperature": 0}}
+GREEDY: Mapping[str, Fields] = {"greedy": {"temperature": 0}}
+LOOK_AHEAD = "look-ahead"
+# Greedy but for what it looks ahead for: one sample tells all.
+LOOK_AHEAD_ARMS = [
+    {"temperature": 0, "decoding": {"strategy": "look_ahead", "threshold": t}}
+    for t in (0.5, 1.0, 1.5)
+]
+LEARNED = "learned"
+HEAD = "warm"
 
 
 class Bench:
@@ -71,6 +80,7 @@ class Bench:
         self.figures = Figures(options.results, SMALL)
         self.stages: dict[str, Callable[[], None]] = {
             "tune": self.tune,
+            "head": self.head,
             "humaneval": partial(self.report, "humaneval"),
             "mbpp": partial(self.report, "mbpp"),
             "larger": self.larger,
@@ -78,17 +88,33 @@ class Bench:
 
     def tune(self) -> None:
         """Try every setting of every family on the first half of HumanEval."""
-        arms = {
-            describe(family, fields): fields
-            for family, settings in FAMILIES.items()
-            for fields in settings
-        }
+        arms = self.tuned_arms()
         self.measure("tune", "humaneval", "1/2", arms, self.options.tuning_samples)
+        ahead = {describe(LOOK_AHEAD, fields): fields for fields in LOOK_AHEAD_ARMS}
+        self.measure("tune", "humaneval", "1/2", {**GREEDY, **ahead}, 1)
+
+    def head(self) -> None:
+        """Train a temperature head on what the best plain temperature drew there."""
+        label = self.best(PLAIN)
+        folder = self.options.work / HEAD
+        if (folder / "report.json").exists():
+            return
+        drawn = self.folder("tune", self.options.tuning_samples, self.tuned_arms())
+        run_command([
+            *PROA, "train", "temperature", "--model", self.options.model.resolve(), "--evaluation",
+            drawn, "--arm", label, "--data", self.options.humaneval, "--output", folder,
+        ])  # fmt: skip
+        self.figures.begin("head", {"arm": label})
+        facts = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        self.figures.keep("head", HEAD, digest(folder), facts)
 
     def report(self, task: str) -> None:
         """Run the chosen settings on the other half."""
-        self.measure(task, task, "2/2", ONCE, 1)
-        self.measure(task, task, "2/2", self.chosen(), self.options.samples)
+        ahead = self.best(LOOK_AHEAD)
+        known = {describe(LOOK_AHEAD, fields): fields for fields in LOOK_AHEAD_ARMS}
+        self.measure(task, task, "2/2", {**GREEDY, ahead: known[ahead]}, 1)
+        learned = {LEARNED: {"model": f"model:{HEAD}"}}
+        self.measure(task, task, "2/2", {**self.chosen(), **learned}, self.options.samples)
 
     def larger(self) -> None:
         """Run the best three, the best plain temperature and greedy with the larger model."""
@@ -100,7 +126,7 @@ class Bench:
         plain = next(label for label in chosen if label.startswith(PLAIN))
         arms = {label: chosen[label] for label in (plain, *best[:3])}
         model = self.options.larger
-        self.measure("larger", "humaneval", "2/2", ONCE, 1, model=model)
+        self.measure("larger", "humaneval", "2/2", GREEDY, 1, model=model)
         self.measure("larger", "humaneval", "2/2", arms, self.options.samples, model=model)
 
     def chosen(self) -> dict[str, Fields]:
@@ -111,9 +137,30 @@ class Bench:
             of = {describe(family, fields): fields for fields in settings}
             if missing := [label for label in of if label not in kept]:
                 raise SystemExit(f"benchmark: {missing[0]!r} is not tuned; run the stage tune")
-            label = max(of, key=lambda label: score(kept[label]))
+            label = self.best(family)
             found[label] = of[label]
         return found
+
+    def best(self, family: str) -> str:
+        """Return the label of the setting of a family that did best; the first of equals."""
+        kept = self.figures.items("tune")
+        return max(
+            (label for label in kept if label.startswith(f"{family} ")),
+            key=lambda label: score(kept[label]),
+        )
+
+    def tuned_arms(self) -> dict[str, Fields]:
+        """Return all settings by label."""
+        return {
+            describe(family, fields): fields
+            for family, settings in FAMILIES.items()
+            for fields in settings
+        }
+
+    def folder(self, stage: str, samples: int, arms: Mapping[str, Fields]) -> Path:
+        """Return where the samples of arms are."""
+        work: Path = self.options.work
+        return work / f"{stage}-{samples}-{digest_of(arms)}"
 
     def measure(
         self,
@@ -135,12 +182,15 @@ class Bench:
             return
         # Two arms at least make a comparison.
         asked = missing if len(missing) > 1 else {**missing, "again": next(iter(missing.values()))}
-        folder = options.work / f"{stage}-{samples}-{digest_of(asked)}"
-        listed = [{"label": label, "model": "model", **of} for label, of in asked.items()]
+        folder = self.folder(stage, samples, asked)
+        listed = [{"model": "model", **of, "label": label} for label, of in asked.items()]
         arms_file = folder.with_suffix(".yaml")
         arms_file.write_text(yaml.safe_dump({"arms": listed}), encoding="utf-8")
         path = (model or options.model).resolve()
-        with running_server([str(path), "--served-model-name", "model"]) as server:
+        words = [str(path), "--served-model-name", "model"]
+        if LEARNED in missing:
+            words += ["--adapter", f"{HEAD}={options.work / HEAD}"]
+        with running_server(words) as server:
             run_command([
                 *PROA, "compare", "--arms", arms_file, "--task", task, "--data",
                 getattr(options, task), "--plus", getattr(options, f"{task}_plus"), "--part", part,
@@ -214,7 +264,7 @@ def parse_options() -> argparse.Namespace:
         parser.add_argument(f"--{task}-plus", type=Path, required=True, help="EvalPlus's tests")
     parser.add_argument("--work", type=Path, required=True, help="folder for samples")
     parser.add_argument("--results", type=Path, default=RESULTS_FILE)
-    parser.add_argument("--stages", default="tune,humaneval,mbpp,larger")
+    parser.add_argument("--stages", default="tune,head,humaneval,mbpp,larger")
     parser.add_argument("--again", default="", help="stages to do anew")
     parser.add_argument("--tuning-samples", type=int, default=5, help="of each setting and task")
     parser.add_argument("--samples", type=int, default=10, help="of each task in a report")

@@ -151,7 +151,9 @@ def image_goals(report: Report) -> list[list[str]]:
             is_met = None if p is None or points is None else points > 0 and p < LEVEL
             rows.append(goal(
                 f"{ratio} %: {TITLES[better]} above {TITLES[worse]}",
-                NOT_MEASURED if p is None else f"{points:+.2f} points, p {f'= {p:.2g}' if p else '< 1e-300'}",
+                NOT_MEASURED
+                if p is None
+                else f"{points:+.2f} points, p {f'= {p:.2g}' if p else '< 1e-300'}",
                 f"above, p < {LEVEL}", is_met,
             ))  # fmt: skip
     return rows

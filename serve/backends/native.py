@@ -156,7 +156,7 @@ class NativeBackend:
         """Return the counters and gauges of now."""
         engine, scheduler = self._engine, self._engine.scheduler
         return BackendStats(
-            num_running_sequences=len(scheduler.running),
+            num_running_sequences=len(scheduler.running) - scheduler.num_probes,
             num_waiting_requests=self._thread.count_queued()[0],
             num_cache_blocks=engine.num_cache_blocks,
             num_free_cache_blocks=engine.num_available_cache_blocks,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from decoding.logprobs import LogitsError
 from decoding.options import ParameterError
 from decoding.row import Row
 from decoding.sampler import Sampled, Sampler
@@ -299,7 +300,10 @@ class Engine:
         assert sequence.adapter is not None
         assert sequence.adapter.classifier is not None
         scores = tuple((sequence.adapter.classifier @ state.cpu()).tolist())
-        self._finish(sequence, "stop", class_scores=scores)
+        if all(map(math.isfinite, scores)):
+            self._finish(sequence, "stop", class_scores=scores)
+        else:
+            self._fail(sequence, LogitsError())
 
     def _score_prompt(self, sequence: Sequence, logits: Tensor) -> bool:
         """Append prompt log probabilities from (L, V) logits; False if that failed."""
