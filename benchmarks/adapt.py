@@ -2,7 +2,8 @@
 
     python -m benchmarks.adapt --model 0.5b.gguf --larger 1.5b.gguf --humaneval HumanEval.jsonl.gz \
         --humaneval-plus HumanEvalPlus-OriginFmt.jsonl.gz --mbpp mbpp.jsonl \
-        --mbpp-plus MbppPlus-OriginFmt.jsonl.gz --work ./adapt
+        --mbpp-plus MbppPlus-OriginFmt.jsonl.gz --questions question.jsonl \
+        --references gpt-4.jsonl --variant small=./small --work ./adapt
 
 Parameters are chosen on every second task of HumanEval and reported on the others, and on every
 second task of MBPP+. Takes hours on 2 cores: samples lie below `--work`, and a run that was killed
@@ -23,7 +24,7 @@ import yaml
 
 from adapters.format import digest
 from benchmarks.disp import Figures, run_stages
-from benchmarks.report import PROA, RESULTS, run_command, say
+from benchmarks.report import PROA, RESULTS, ROOT, run_command, say
 from benchmarks.serving import running_server
 from evaluation.code.problems import normal_id
 from evaluation.folder import file_names
@@ -32,6 +33,7 @@ from stats.pass_at_k import pass_at_k
 
 RESULTS_FILE = RESULTS / "adapt.json"
 SMALL, LARGE = "Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-1.5B-Instruct"
+DEMO = "smollm2"
 TUNED_FOR = 5  # k of the pass@k that parameters are chosen by
 Fields = dict[str, Any]
 
@@ -84,6 +86,7 @@ class Bench:
             "humaneval": partial(self.report, "humaneval"),
             "mbpp": partial(self.report, "mbpp"),
             "larger": self.larger,
+            "chat": self.chat,
         }
 
     def tune(self) -> None:
@@ -128,6 +131,33 @@ class Bench:
         model = self.options.larger
         self.measure("larger", "humaneval", "2/2", GREEDY, 1, model=model)
         self.measure("larger", "humaneval", "2/2", arms, self.options.samples, model=model)
+
+    def chat(self) -> None:
+        """Let the larger model grade the demo model's chats: alone, adapted, as variants."""
+        options = self.options
+        names = ["", ":roleplay", *(f":{name.partition('=')[0]}" for name in options.variant)]
+        models = [f"{DEMO}{name}" for name in names]
+        self.figures.begin("chat", {"of_each_category": options.chats, "judge": LARGE})
+        if all(model in self.figures.items("chat") for model in models):
+            return
+        folder = options.work / f"chat-{digest_of({model: {} for model in models})}"
+        words = ["--adapter", f"roleplay={ROOT / 'examples' / 'roleplay' / 'adapter'}"]
+        words += [word for name in options.variant for word in ("--variant", name)]
+        larger = [str(options.larger.resolve()), "--served-model-name", "judge"]
+        with running_server(words) as server, running_server(larger) as judge:
+            run_command([
+                *PROA, "eval", "mt-bench", "--questions", options.questions, "--references",
+                options.references, "--model", ",".join(models), "--url", server.url, "--judge",
+                "judge", "--judge-url", judge.url, "--limit", options.chats, "--max-tokens", 512,
+                "--output", folder,
+            ])  # fmt: skip
+        for model in models:
+            grades = {
+                f"{record['question_id']}/{record['turn']}": record["score"]
+                for _, record in read_records(folder / "model_judgment" / "single.jsonl")
+                if record["model"] == model
+            }
+            self.figures.keep("chat", model, None, {"grades": grades})
 
     def chosen(self) -> dict[str, Fields]:
         """Return the best setting of each family by label."""
@@ -262,9 +292,16 @@ def parse_options() -> argparse.Namespace:
     for task in ("humaneval", "mbpp"):
         parser.add_argument(f"--{task}", type=Path, required=True)
         parser.add_argument(f"--{task}-plus", type=Path, required=True, help="EvalPlus's tests")
+    parser.add_argument("--questions", type=Path, help="MT-Bench's, for the stage chat")
+    parser.add_argument("--references", type=Path, help="answers that its judge sees")
+    parser.add_argument(
+        "--variant", metavar="NAME=DIR", action="append", default=[],
+        help="of the demo model, for the stage chat",
+    )  # fmt: skip
+    parser.add_argument("--chats", type=int, default=3, help="questions of each category")
     parser.add_argument("--work", type=Path, required=True, help="folder for samples")
     parser.add_argument("--results", type=Path, default=RESULTS_FILE)
-    parser.add_argument("--stages", default="tune,head,humaneval,mbpp,larger")
+    parser.add_argument("--stages", default="tune,head,humaneval,mbpp,larger,chat")
     parser.add_argument("--again", default="", help="stages to do anew")
     parser.add_argument("--tuning-samples", type=int, default=5, help="of each setting and task")
     parser.add_argument("--samples", type=int, default=10, help="of each task in a report")

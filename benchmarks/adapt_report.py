@@ -149,6 +149,40 @@ def greedy_pair(report: Report, stage: str) -> str | None:
     )
 
 
+def chat_lines(report: Report) -> list[str]:
+    """Lay out what the judge gave the chats of each model."""
+    found = report.stages.get("chat")
+    if not found or not found["items"]:
+        return [f"{NOT_MEASURED}.", ""]
+    graded = {
+        model: {name: grade for name, grade in item["grades"].items() if grade >= 1}
+        for model, item in found["items"].items()
+    }
+    first = next(iter(graded))
+    rows = []
+    for model, grades in graded.items():
+        cells = [_grade(bootstrap_mean(list(grades.values())))]
+        shared = [name for name in graded[first] if name in grades]
+        gap = bootstrap_difference(
+            [graded[first][name] for name in shared], [grades[name] for name in shared]
+        )
+        cells.append("" if model == first else f"{_grade(gap, sign='+')}, p = {gap.p:.3f}")
+        missing = len(found["items"][model]["grades"]) - len(grades)
+        rows.append([f"`{model}`", str(len(grades)), str(missing), *cells])
+    head = ["", "answers", "without a grade", "grade, 1 to 10", f"against `{first}`"]
+    words = (
+        f"MT-Bench's questions, {found['settings']['of_each_category']} of each category in two "
+        f"turns, answered by the demo model alone, with the example's adapter and as variants; "
+        f"graded by {found['settings']['judge']}, which is a small judge."
+    )
+    return [words, "", *table(head, rows), ""]
+
+
+def _grade(estimate: Any, sign: str = "") -> str:
+    low, high = (format(value, f"{sign}.2f") for value in (estimate.low, estimate.high))
+    return f"{format(estimate.value, f'{sign}.2f')} [{low}, {high}]"
+
+
 def verdict(report: Report) -> list[str]:
     """Say what the intervals say, and nothing else."""
     lines = []
@@ -213,6 +247,7 @@ def write_report(report: Report) -> str:
     ]  # fmt: skip
     for stage, title in STAGES.items():
         lines += [f"## {title}", "", *stage_lines(report, stage)]
+    lines += ["## Chats", "", *chat_lines(report)]
     lines += [
         "## How parameters were chosen", "", *tuning_lines(report), "", head_line(report), "",
         "## Settings", "",

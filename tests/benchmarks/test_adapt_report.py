@@ -27,7 +27,16 @@ def make_content() -> dict[str, Any]:
         "look-ahead temperature=0 threshold=1": item("1101", 1),
     }
     stage = {"settings": {"task": "humaneval"}, "items": items, "run": {}}
-    return {"model": "m", "stages": {"humaneval": stage}}
+    names = [f"{n}/{turn}" for n in range(12) for turn in (1, 2)]
+    grades = {"smollm2": 3, "smollm2:small": 2}
+    chat = {
+        "settings": {"of_each_category": 3, "judge": "j"}, "run": {},
+        "items": {
+            model: {"grades": {name: grade + int(name[0]) % 2 for name in names} | {"x/1": -1}}
+            for model, grade in grades.items()
+        },
+    }  # fmt: skip
+    return {"model": "m", "stages": {"humaneval": stage, "chat": chat}}
 
 
 def test_report_says_what_the_intervals_say(tmp_path: Path) -> None:
@@ -50,6 +59,8 @@ def test_report_says_what_the_intervals_say(tmp_path: Path) -> None:
     # 0101 against 1100 differs in half of the tasks, either way: nothing is shown.
     row = next(line for line in page.splitlines() if line.startswith("| `EDT") and "p =" in line)
     assert "| +0.00 [" in row
+    assert "| `smollm2:small` | 24 | 1 | 2." in page
+    assert "| -1.00 [-1.00, -1.00], p = " in page
     assert "not measured" in page  # of the other stages
 
 
