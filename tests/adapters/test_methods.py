@@ -29,7 +29,7 @@ def test_unknown_method_is_refused_and_known_ones_are_named() -> None:
     config = make_stored("x", method="lora" + "!" * 200).config
     message = (
         r"must be one of qst \(QST side network\), disp \(pruned variant\), "
-        r"mixed_rank \(mixed-rank variant\); got 'lora!*'$"
+        r"mixed_rank \(mixed-rank variant\), temperature \(temperature head\); got 'lora!*'$"
     )
     with pytest.raises(AdapterError, match=message) as error:
         method_of(config)

@@ -135,7 +135,9 @@ class FakeBackend:
             params = params_of(request, index)
             if params.max_tokens == 0:
                 script.clear()
-                outputs.append(self._output(request, index, None, position, "length"))
+                ended = self._output(request, index, None, position, "length")
+                scores = (0.5, 1.5) if request.is_classification else None
+                outputs.append(ended._replace(class_scores=scores))
                 continue
             if is_failing:
                 script.clear()

@@ -146,6 +146,7 @@ def test_adapter_lives_from_attaching_to_detaching(admin: Client, backend: FakeB
         "num_parameters": 10,
         "num_bytes": 40,
         "on": None,
+        "labels": None,
         "removed": None,
         "speed": None,
         "is_loaded": True,

@@ -329,7 +329,7 @@ def test_chat_accepts_fields_that_mean_nothing_here(client: Client) -> None:
     assert response.status_code == 200
 
 
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
+@pytest.mark.parametrize("name", sorted(STRATEGIES.keys() - {"learned"}))
 def test_strategy_is_chosen_by_model_id(client: Client, backend: FakeBackend, name: str) -> None:
     response = client.chat(model=f"smollm2@{name}")
     assert response.json()["model"] == f"smollm2@{name}"

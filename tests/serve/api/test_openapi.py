@@ -72,6 +72,9 @@ def asks() -> Iterator[Ask]:
         yield post(path, {"user": "a" * 99_999}, 413)
         yield post(path, {}, 415, headers={**API, "Content-Encoding": "gzip"})
     yield post("/v1/chat/completions", {**CHAT, "model": "other"}, 404)
+    yield post("/v1/classify", {"model": "smollm2:rte", "input": ["the fox", "a"]})
+    yield post("/v1/classify", {"model": "smollm2:poet", "input": "a"}, 400)
+    yield post("/v1/classify", {"model": "smollm2:none", "input": "a"}, 404)
     yield "get", "/v1/experiments", "", None, API, 200
     yield "get", "/v1/experiments/{name}", "no", None, API, 404
     yield post("/v1/feedback", {"id": "x", "rating": 1.0}, 404)
@@ -98,6 +101,7 @@ def asks() -> Iterator[Ask]:
 def whole_app(backend: FakeBackend, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[FastAPI]:
     """Everything switched on: keys, an adapter root, votes, experiments."""
     backend.attached["poet"] = make_adapter("poet")
+    backend.attached["rte"] = make_adapter("rte", labels=("no", "yes"))
     settings = ApiSettings(
         model_id="smollm2", api_keys=("api",), admin_keys=("admin",), adapter_root="/adapters",
         max_body_bytes=50_000,

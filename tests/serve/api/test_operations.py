@@ -15,7 +15,7 @@ def test_models_lists_the_model_and_its_strategies(client: Client) -> None:
     body = client.get("/v1/models").json()
     assert body["object"] == "list"
     ids = [model["id"] for model in body["data"]]
-    assert ids == ["smollm2", *(f"smollm2@{name}" for name in STRATEGIES)]
+    assert ids == ["smollm2", *(f"smollm2@{name}" for name in STRATEGIES if name != "learned")]
     first, second = body["data"][:2]
     assert first["object"] == "model"
     assert first["max_model_len"] == 256

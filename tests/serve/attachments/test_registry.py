@@ -254,7 +254,7 @@ def test_least_recently_used_adapters_leave_memory_and_come_back(folders: Folder
     async def use(*names: str) -> None:
         async with AsyncExitStack() as stack:
             for name in names:
-                variant, adapter = await stack.enter_async_context(registry.use(name))
+                variant, adapter, _ = await stack.enter_async_context(registry.use(name))
                 assert variant is None
                 assert adapter is not None
                 side: Any = adapter.side
@@ -295,7 +295,7 @@ def test_adapter_comes_back_under_the_same_key(folders: Folders) -> None:
     async def main() -> None:
         keys = set()
         for _ in range(2):
-            async with registry.use("a") as (_, adapter):
+            async with registry.use("a") as (_, adapter, _):
                 assert adapter is not None
                 keys.add(adapter.root_key)
         assert len(keys) == 1
@@ -311,7 +311,7 @@ def test_requests_that_want_one_adapter_back_load_it_once(folders: Folders) -> N
     given = []
 
     async def use() -> None:
-        async with registry.use("a") as (_, adapter):
+        async with registry.use("a") as (_, adapter, _):
             given.append(adapter)
 
     async def main() -> None:

@@ -66,7 +66,7 @@ def test_variant_is_listed_with_what_it_is_worth(
 
 def test_variant_is_given_to_requests(registry: ScriptedRegistry, small: Path) -> None:
     async def main() -> None:
-        async with registry.use("small") as (found, side):
+        async with registry.use("small") as (found, side, _):
             assert side is None
             assert found is not None
             assert found.model.name == "small"  # type: ignore[attr-defined]
@@ -83,7 +83,7 @@ def test_variant_is_attached_at_run_time_and_freed_when_it_is_detached(folders: 
     assert attach(registry, "a", "small").kind == "variant"
 
     async def use() -> Any:
-        async with registry.use("a") as (found, _):
+        async with registry.use("a") as (found, _, _):
             assert found is not None
             return weakref.ref(found.model)
 
@@ -151,13 +151,16 @@ def test_side_network_is_attached_to_the_variant_that_it_was_trained_on(
     assert registry.attach_folder("plain", folders.write("plain")).on is None
 
     async def main() -> None:
-        async with registry.use("healed") as (found, side), registry.use("other") as (alone, none):
+        async with (
+            registry.use("healed") as (found, side, _),
+            registry.use("other") as (alone, none, _),
+        ):
             assert found is alone
             assert none is None
             assert side is not None
             network: Any = side.side
             assert network.name == "healed on other"
-        async with registry.use("plain") as (found, side):
+        async with registry.use("plain") as (found, side, _):
             assert found is None
             assert side is not None
 
@@ -195,7 +198,7 @@ def test_side_network_comes_back_on_its_variant(folders: Folders, small: Path) -
 
     async def main() -> None:
         for _ in range(2):
-            async with registry.use("healed") as (found, side):
+            async with registry.use("healed") as (found, side, _):
                 assert found is not None
                 assert found.model.name == "small"  # type: ignore[attr-defined]
                 network: Any = side and side.side

@@ -41,7 +41,7 @@ class FaultySampler(Sampler):
             row.append = fail
         return row
 
-    def sample(self, logits: Tensor, rows: Sequence[Any]) -> Any:
+    def sample(self, logits: Tensor, rows: Sequence[Any], states: Tensor | None = None) -> Any:
         for row in rows:
             if (
                 self.place == "sample"
@@ -49,7 +49,7 @@ class FaultySampler(Sampler):
                 and row.num_generated == self.num_tokens
             ):
                 raise RuntimeError("secret prompt in sample")
-        return super().sample(logits, rows)
+        return super().sample(logits, rows, states)
 
 
 def submit(engine: Engine, prompt: list[int], seed: int = 1, num_sequences: int = 1) -> LiveRequest:
