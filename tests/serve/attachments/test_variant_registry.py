@@ -151,10 +151,9 @@ def test_side_network_is_attached_to_the_variant_that_it_was_trained_on(
     assert registry.attach_folder("plain", folders.write("plain")).on is None
 
     async def main() -> None:
-        async with (
-            registry.use("healed") as (found, side, _),
-            registry.use("other") as (alone, none, _),
-        ):
+        async with registry.use("healed") as healed, registry.use("other") as other:
+            found, side, _ = healed
+            alone, none, _ = other
             assert found is alone
             assert none is None
             assert side is not None
