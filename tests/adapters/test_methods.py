@@ -33,7 +33,7 @@ def test_unknown_method_is_refused_and_known_ones_are_named() -> None:
     )
     with pytest.raises(AdapterError, match=message) as error:
         method_of(config)
-    assert len(str(error.value)) < 200
+    assert "!" * 77 not in str(error.value)
 
 
 def test_chain_is_ordered_whatever_the_order_of_its_folders() -> None:
