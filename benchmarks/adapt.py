@@ -6,7 +6,7 @@
         --references gpt-4.jsonl --variant small=./small --work ./adapt
 
 Parameters are chosen on every second task of HumanEval and reported on the others, and on every
-second task of MBPP+. Takes hours on 2 cores: samples lie below `--work`, and a run that was killed
+fourth task of MBPP+. Takes hours on 2 cores: samples lie below `--work`, and a run that was killed
 goes on there. What became of each sample is kept in `results/adapt.json`, a digit for each, of
 which `benchmarks.adapt_report` makes the report.
 """
@@ -66,6 +66,8 @@ LOOK_AHEAD_ARMS = [
     {"temperature": 0, "decoding": {"strategy": "look_ahead", "threshold": t}}
     for t in (0.5, 1.0, 1.5)
 ]
+# What is reported; of HumanEval the other half chose parameters.
+PARTS = {"humaneval": "2/2", "mbpp": "2/4"}
 LEARNED = "learned"
 HEAD = "warm"
 
@@ -115,9 +117,11 @@ class Bench:
         """Run the chosen settings on the other half."""
         ahead = self.best(LOOK_AHEAD)
         known = {describe(LOOK_AHEAD, fields): fields for fields in LOOK_AHEAD_ARMS}
-        self.measure(task, task, "2/2", {**GREEDY, ahead: known[ahead]}, 1)
-        learned = {LEARNED: {"model": f"model:{HEAD}"}}
-        self.measure(task, task, "2/2", {**self.chosen(), **learned}, self.options.samples)
+        self.measure(task, task, PARTS[task], {**GREEDY, ahead: known[ahead]}, 1)
+        arms = {**self.chosen(), LEARNED: {"model": f"model:{HEAD}"}}
+        is_first = task == "humaneval"
+        samples = self.options.samples if is_first else self.options.other_samples
+        self.measure(task, task, PARTS[task], arms, samples)
 
     def larger(self) -> None:
         """Run the best three, the best plain temperature and greedy with the larger model."""
@@ -130,7 +134,7 @@ class Bench:
         arms = {label: chosen[label] for label in (plain, *best[:3])}
         model = self.options.larger
         self.measure("larger", "humaneval", "2/2", GREEDY, 1, model=model)
-        self.measure("larger", "humaneval", "2/2", arms, self.options.samples, model=model)
+        self.measure("larger", "humaneval", "2/2", arms, self.options.other_samples, model=model)
 
     def chat(self) -> None:
         """Let the larger model grade the demo model's chats: alone, adapted, as variants."""
@@ -304,7 +308,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--stages", default="tune,head,humaneval,mbpp,larger,chat")
     parser.add_argument("--again", default="", help="stages to do anew")
     parser.add_argument("--tuning-samples", type=int, default=5, help="of each setting and task")
-    parser.add_argument("--samples", type=int, default=10, help="of each task in a report")
+    parser.add_argument("--samples", type=int, default=10, help="of each task of HumanEval")
+    parser.add_argument(
+        "--other-samples", type=int, default=5, help="of each task of MBPP, and of the larger model"
+    )
     return parser.parse_args()
 
 

@@ -33,7 +33,7 @@ KS = (1, 5, 10)
 TESTS = {"base": "its own tests", "plus": "EvalPlus's tests too"}
 STAGES = {
     "humaneval": f"HumanEval, every second task, {SMALL}",
-    "mbpp": f"MBPP, every second of EvalPlus's tasks, {SMALL}",
+    "mbpp": f"MBPP, every fourth of EvalPlus's tasks, {SMALL}",
     "larger": f"HumanEval, every second task, {LARGE}",
 }
 
@@ -240,7 +240,7 @@ def write_report(report: Report) -> str:
         "[raw figures](../../benchmarks/results/adapt.json), a digit for each sample; "
         "[decoding.md](../decoding.md) says what the strategies do. Parameters were chosen on "
         f"every second task of HumanEval by pass@{TUNED_FOR} with all tests; reported are the "
-        "other half of HumanEval and every second of EvalPlus's MBPP tasks, which chose nothing. "
+        "other half of HumanEval and every fourth of EvalPlus's MBPP tasks, which chose nothing. "
         "Prompts are the data sets' own, completed (no chat); all arms draw the same random "
         "numbers. Brackets are 95 % intervals by bootstrap over tasks; each p is of its pair.",
         "", "## Verdict", "", *verdict(report), "",
