@@ -21,7 +21,7 @@ from benchmarks.adapt import (
     score,
 )
 from benchmarks.report import ROOT, say
-from evaluation.tables import describe_estimate, percent, table, tested_points
+from evaluation.tables import describe_estimate, p_value, percent, table, tested_points
 from stats.bootstrap import bootstrap_difference, bootstrap_mean
 from stats.pass_at_k import pass_at_k
 from stats.power import pairs_needed
@@ -145,7 +145,7 @@ def greedy_pair(report: Report, stage: str) -> str | None:
     worse = sum(ahead["plus"][t] < greedy[t] for t in greedy if t in ahead["plus"])
     return (
         f"Looking ahead against greedy, {stage}: {better} tasks more pass, {worse} fewer "
-        f"(p = {mcnemar_p(worse, better):.2f})."
+        f"({p_value(mcnemar_p(worse, better))})."
     )
 
 
@@ -166,7 +166,7 @@ def chat_lines(report: Report) -> list[str]:
         gap = bootstrap_difference(
             [graded[first][name] for name in shared], [grades[name] for name in shared]
         )
-        cells.append("" if model == first else f"{_grade(gap, sign='+')}, p = {gap.p:.3f}")
+        cells.append("" if model == first else f"{_grade(gap, sign='+')}, {p_value(gap.p or 0.0)}")
         missing = len(found["items"][model]["grades"]) - len(grades)
         rows.append([f"`{model}`", str(len(grades)), str(missing), *cells])
     head = ["", "answers", "without a grade", "grade, 1 to 10", f"against `{first}`"]

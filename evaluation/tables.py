@@ -36,4 +36,9 @@ def points(estimate: Mapping[str, float]) -> str:
 
 def tested_points(estimate: Mapping[str, float]) -> str:
     """Return the same with the p of no difference."""
-    return f"{points(estimate)}, p = {estimate['p']:.3f}"
+    return f"{points(estimate)}, {p_value(estimate['p'])}"
+
+
+def p_value(p: float) -> str:
+    """Return a p in words that follow a comma."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

@@ -7,7 +7,7 @@ from typing import Any
 from evaluation.chat.judging import NO_GRADE
 from evaluation.chat.questions import Question
 from evaluation.records import Record
-from evaluation.tables import describe_estimate, table
+from evaluation.tables import describe_estimate, p_value, table
 from stats.bootstrap import bootstrap_difference, bootstrap_mean
 from stats.bradley_terry import fit_bradley_terry
 from stats.proportions import wilson_interval
@@ -178,7 +178,7 @@ def _grade_tables(grades: Mapping[str, Any]) -> list[str]:
             [
                 [
                     f"`{m}`",
-                    f"{d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], p = {d['p']:.3f}",
+                    f"{d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], {p_value(d['p'])}",
                 ]
                 for m, d in grades["differences"].items()
             ],

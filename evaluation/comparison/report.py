@@ -11,7 +11,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 
 from evaluation.comparison.figures import SIGNIFICANT, Outcomes
-from evaluation.tables import percent, points, table
+from evaluation.tables import p_value, percent, points, table
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
@@ -82,7 +82,7 @@ def _calibration(pair: Mapping[str, Any], label: str) -> list[str]:
         "## Calibration",
         "",
         f"`{label}` against itself with other random numbers: {points(pair['difference'])} "
-        f"points, p = {pair['difference']['p']:.3f}. "
+        f"points, {p_value(pair['difference']['p'])}. "
         + (
             "So large a difference is noise."
             if is_quiet

@@ -5,6 +5,7 @@ import json
 import os
 from typing import Any
 
+from evaluation.tables import p_value
 from serve.cli.arguments import printable
 from serve.cli.connection import connect
 from serve.environment import client_settings
@@ -96,7 +97,7 @@ def _difference(difference: dict[str, Any] | None) -> str:
         return "too little feedback"
     return (
         f"{difference['value']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}], "
-        f"p = {difference['p']:.3f}: {difference['verdict']}"
+        f"{p_value(difference['p'])}: {difference['verdict']}"
     )
 
 

@@ -73,7 +73,8 @@ def _means(outcome: Mapping[str, Any]) -> str:
             shown = (
                 f"{difference['value']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
             )
-            verdict = f"{difference['verdict']}, p = {difference['p']:.3f}"
+            p = difference["p"]
+            verdict = f"{difference['verdict']}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
         elif label in outcome["differences"]:
             verdict = "too little feedback"
         rows.append((label, str(of["count"]), mean, shown, verdict))
@@ -102,13 +103,13 @@ def _effect(label: str, arms: Mapping[str, Any], points: Sequence[Mapping[str, f
     if span_s < 2 * _HOUR_S:
         unit_s, unit = 60.0, "minutes"
 
-    def line(name: str, field: str) -> Line:
+    def line(name: str, field: str, style: int) -> Line:
         values: list[Point] = [((p["created"] - start_s) / unit_s, p[field]) for p in points]
-        return Line(name=name, points=values)
+        return Line(name=name, points=values, style=style)
 
     ends = [p[field] for p in points for field in ("low", "high")]
     return line_plot(
-        [line("Difference", "value"), line("Low", "low"), line("High", "high")],
+        [line("Difference", "value", 0), line("Low", "low", 1), line("High", "high", 1)],
         title=f"{label} against {first}",
         x=make_axis(f"{unit} since the first point", [span_s / unit_s], least=span_s / unit_s,
                     is_exact=True),

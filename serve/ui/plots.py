@@ -41,12 +41,14 @@ class Line:
         points: in order of x; y is None where there is a gap.
         is_right: it is measured on the right axis.
         is_area: what lies below it is shaded.
+        style: number of its colour and dashes; None: its own place.
     """
 
     name: str
     points: Sequence[Point]
     is_right: bool = False
     is_area: bool = False
+    style: int | None = None
 
 
 def make_axis(
@@ -116,8 +118,9 @@ def line_plot(
         title: of the plot.
         x, left, right: axes; a line on the right needs the right one.
     """
+    styled = [(i if line.style is None else line.style, line) for i, line in enumerate(lines)]
     drawn = "".join(_line(i, line, x, (right or left) if line.is_right else left)
-                    for i, line in enumerate(lines))  # fmt: skip
+                    for i, line in styled)  # fmt: skip
     told = "; ".join(f"{line.name}: {_range(line.points)}" for line in lines)
     has_points = any(_is_finite(value) for line in lines for _, value in line.points)
     empty = '<text class="plot-empty" x="50%" y="50%">No data yet</text>'
@@ -125,7 +128,7 @@ def line_plot(
     name = title if right else f"{title}, {left.label}"
     return (
         f'<figure class="plot{side}"><figcaption><strong>{escape(name)}</strong>'
-        f"{''.join(_legend(i, line, left, right) for i, line in enumerate(lines))}</figcaption>"
+        f"{''.join(_legend(i, line, left, right) for i, line in styled)}</figcaption>"
         f'<svg role="img" aria-label="{escape(f"{name}. {told}")}" width="100%" '
         f'height="{_HEIGHT}" overflow="visible" data-low="{x.low:g}" data-high="{x.high:g}">'
         f"{_grid(x, left, right)}"

@@ -104,7 +104,7 @@ def test_tab_shows_the_effect_of_an_experiment(experiment: LiveServer, browser: 
     page = browser.open(f"{experiment.url}/ui/")
     page.get_by_role("tab", name="Experiments").click()
     report = page.locator("#experiments-report")
-    report.get_by_text("better, p = 0.000").wait_for()
+    report.get_by_text("better, p < 0.001").wait_for()
     assert report.locator("figure.plot").count() == 1
     assert page.locator("#experiments-name input").input_value() == "trial"
     page.context.close()
