@@ -22,12 +22,14 @@ def load(answers: dict[str, tuple[int, Any]]) -> Catalog:
     return asyncio.run(load_catalog(client, ""))
 
 
-def test_side_networks_are_offered_below_what_they_sit_on() -> None:
+def test_adapters_are_offered_below_what_they_sit_on() -> None:
     models = [
         {**MODEL, "id": "m", "parent": None, "x_kind": "base"},
         {**MODEL, "id": "m@adapt", "parent": "m", "x_kind": "strategy"},
         {**MODEL, "id": "m:small", "parent": "m", "x_kind": "variant"},
         {**MODEL, "id": "m:poet", "parent": "m:small", "x_kind": "side_network"},
+        {**MODEL, "id": "m:warm", "parent": "m", "x_kind": "temperature_head"},
+        {**MODEL, "id": "m:rte", "parent": "m", "x_kind": "classifier"},
     ]
     strategies = [{"id": "adapt", "schema": {"type": "object"}, "is_default": True}]
     found = load(
@@ -36,7 +38,8 @@ def test_side_networks_are_offered_below_what_they_sit_on() -> None:
             "/v1/decoding_strategies": (200, {"data": strategies}),
         }
     )
-    assert found["models"] == {"m": [], "m:small": ["m:poet"]}
+    # What classifies has nothing to chat with.
+    assert found["models"] == {"m": ["m:warm"], "m:small": ["m:poet"]}
     assert (found["strategies"], found["default"]) == ({"adapt": {"type": "object"}}, "adapt")
 
 
