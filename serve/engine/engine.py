@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from decoding.logprobs import LogitsError
-from decoding.options import ParameterError
 from decoding.row import Row
 from decoding.sampler import Sampled, Sampler
 from serve.engine.cache_blocks import CacheBlocks
 from serve.engine.limits import EngineLimits
+from serve.engine.look_ahead import advance, check_room, decide, make_probes
 from serve.engine.model import Model
 from serve.engine.runner import ModelRunner, group_by_variant
 from serve.engine.scheduler import Chunk, Scheduler
 from serve.engine.sequence import Choice, LiveRequest, Sequence, SequenceState
 from serve.requests import (
-    Arm,
     FinishReason,
     GenerationRequest,
     TokenLogprob,
@@ -125,33 +124,7 @@ class Engine:
         """
         request.check(vocab_size=self.vocab_size, max_context_tokens=self.limits.max_context_tokens)
         for arm in request.arms:
-            self._check_look_ahead(arm, len(request.prompt_token_ids))
-
-    def _check_look_ahead(self, arm: Arm, num_prompt_tokens: int) -> None:
-        """Refuse an arm whose probes would find no room even with nothing else there."""
-        ahead = arm.params.strategy.look_ahead
-        if ahead is None:
-            return
-        limits, (_, num_candidates, num_tokens) = self.limits, ahead
-        if not limits.max_probes:
-            raise ParameterError(
-                "decoding.strategy look_ahead needs prefix caching, and max_batch_tokens above "
-                "max_running_sequences",
-                param="decoding.strategy",
-            )
-        size = limits.block_size
-        own = -(-(num_prompt_tokens + (arm.params.max_tokens or 0)) // size)
-        # Of each candidate the begun block and those of its tokens, and one to grow by.
-        needed = own + 1 + num_candidates * (2 - (-num_tokens // size))
-        room = limits.num_cache_blocks
-        if arm.adapter is not None:
-            room = min(room, limits.num_side_blocks)
-        if needed > room:
-            raise ParameterError(
-                f"looking ahead with {num_candidates} candidates takes {needed} blocks of the "
-                f"cache for prompt and max_tokens of this length; it has {room}",
-                param="decoding.candidates",
-            )
+            check_room(arm, len(request.prompt_token_ids), self.limits)
 
     def add(self, request: LiveRequest) -> None:
         """Queue a checked request."""
@@ -363,36 +336,21 @@ class Engine:
 
     def _look_ahead(self, sequence: Sequence, choice: Choice) -> None:
         """Let probes try the candidates of a choice."""
-        ahead, max_tokens = sequence.params.strategy.look_ahead, sequence.params.max_tokens
-        assert ahead is not None
-        assert max_tokens is not None
-        num_tokens = min(ahead.num_tokens, max_tokens - sequence.num_generated - 1)
         sequence.choice = choice
-        if num_tokens < 1 or len(choice.candidates) == 1:
-            choice.scores.update({i: logprob for i, (_, logprob) in enumerate(choice.candidates)})
+        probes = make_probes(sequence, choice)
+        if probes:
+            self.scheduler.fork(sequence, probes)
+        else:
             self._decide(sequence)
-            return
-        probes = [
-            sequence.make_probe(number, token_id, num_tokens)
-            for number, (token_id, _) in enumerate(choice.candidates)
-        ]
-        self.scheduler.fork(sequence, probes)
 
     def _append_to_probe(self, probe: Sequence, sampled: Sampled, i: int) -> None:
         """Add token `i` of a draw to a probe; the last probe that ends decides."""
-        parent, logprob = probe.parent, sampled.logprobs[i]
+        parent, token_id, logprob = probe.parent, sampled.token_ids[i], sampled.logprobs[i]
         assert parent is not None
         if probe.state is SequenceState.FINISHED:
             return  # its request has ended meanwhile
         assert logprob is not None
-        assert parent.choice is not None
-        probe.token_ids.append(sampled.token_ids[i])
-        probe.logprobs.append(logprob)
-        is_last = len(probe.logprobs) == probe.params.max_tokens
-        if is_last or sampled.token_ids[i] in self._eos_token_ids:
-            number = probe.order[-1]
-            logprobs = [parent.choice.candidates[number][1], *probe.logprobs]
-            parent.choice.scores[number] = math.fsum(logprobs) / len(logprobs)
+        if advance(probe, token_id, logprob, is_end=token_id in self._eos_token_ids):
             self.scheduler.finish(probe)
             if not parent.probes:
                 self._decide(parent)
@@ -403,12 +361,7 @@ class Engine:
         assert choice is not None
         assert row is not None
         sequence.choice = None
-        scores = [choice.scores[number] for number in range(len(choice.candidates))]
-        token_id = choice.candidates[scores.index(max(scores))][0]
-        tried = tuple(
-            (candidate, score)
-            for (candidate, _), score in zip(choice.candidates, scores, strict=True)
-        )
+        token_id, tried = decide(choice)
         try:
             sampled = self._sampler.report(
                 choice.logits[None], [row], [token_id], [choice.temperature], [tried]
