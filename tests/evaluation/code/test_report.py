@@ -63,7 +63,7 @@ def test_page_shows_arms_intervals_and_kinds(tmp_path: Path) -> None:
     page = to_markdown(summary, "HumanEval")
     assert page.startswith("# HumanEval\n\n## Tests of the data set\n")
     assert "| `a` | 1 | 2 | 50.00 [50.0, 50.0] | 100.00 [100.0, 100.0] |" in page
-    assert "| `b` | +50.00 [+50.00, +50.00], p = 0.000 |" in page
+    assert "| `b` | +50.00 [+50.00, +50.00], p < 0.001 |" in page
     assert "| `a` | 75.0 |" not in page
     assert "| `a` | 50.0 | 50.0 |" in page
     plot_pass_at_k(summary, tmp_path / "a.png")
