@@ -29,7 +29,7 @@ from stats.proportions import mcnemar_p
 
 REPORT = ROOT / "docs" / "results" / "adapt.md"
 NOT_MEASURED = "not measured"
-KS = (1, 5, 10)
+KS = (1, 3, 5, 10)
 TESTS = {"base": "its own tests", "plus": "EvalPlus's tests too"}
 STAGES = {
     "humaneval": f"HumanEval, every second task, {SMALL}",
