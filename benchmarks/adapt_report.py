@@ -205,7 +205,25 @@ def verdict(report: Report) -> list[str]:
             words = "; ".join(decided) or "no difference is shown"
             lines.append(f"- {STAGES[stage]}, pass@{k} against `{plain}`: {words}.")
     lines += [f"- {line}" for stage in STAGES if (line := greedy_pair(report, stage))]
+    if caution := cooler(report):
+        lines += ["", caution]
     return lines or [f"{NOT_MEASURED}."]
+
+
+def cooler(report: Report) -> str | None:
+    """Say so if another plain temperature was better for pass@1 than the one that is reported."""
+    items = {label: item for label, item in report.items("tune").items() if is_plain(label)}
+    if not items:
+        return None
+    best = max(items, key=lambda label: score(items[label]))
+    first = max(items, key=lambda label: score(items[label], 1))
+    if best == first:
+        return None
+    return (
+        f"The plain temperature was chosen by pass@{TUNED_FOR}. In tuning `{first}` had "
+        f"{100 * score(items[first], 1):.1f} at pass@1, `{best}` "
+        f"{100 * score(items[best], 1):.1f}: what is above the latter at pass@1 need not be above the best temperature for that."
+    )
 
 
 def head_line(report: Report) -> str:

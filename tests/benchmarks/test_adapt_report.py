@@ -64,6 +64,25 @@ def test_report_says_what_the_intervals_say(tmp_path: Path) -> None:
     assert "not measured" in page  # of the other stages
 
 
+def test_report_says_that_another_temperature_was_better_for_one_sample() -> None:
+    content = make_content()
+    tasks = TASKS[:4]
+    digits = {"temperature temperature=0.2": "1111100000", "temperature temperature=0.8": "10000"}
+    content["stages"]["tune"] = {
+        "settings": {}, "run": {},
+        "items": {
+            label: {**item("1", 5), "plus": dict.fromkeys(tasks, of[:5]) | {"T/9": of[-5:]}}
+            for label, of in digits.items()
+        },
+    }  # fmt: skip
+    assert (
+        "In tuning `temperature temperature=0.2` had 80.0 at pass@1, `temperature "
+        in (verdict(Report(content))[-1])
+    )
+    del content["stages"]["tune"]["items"]["temperature temperature=0.2"]
+    assert "In tuning" not in verdict(Report(content))[-1]
+
+
 def test_settings_have_different_labels() -> None:
     labels = [describe(family, fields) for family, all_ in FAMILIES.items() for fields in all_]
     assert len(set(labels)) == len(labels)
