@@ -222,7 +222,8 @@ def cooler(report: Report) -> str | None:
     return (
         f"The plain temperature was chosen by pass@{TUNED_FOR}. In tuning `{first}` had "
         f"{100 * score(items[first], 1):.1f} at pass@1, `{best}` "
-        f"{100 * score(items[best], 1):.1f}: what is above the latter at pass@1 need not be above the best temperature for that."
+        f"{100 * score(items[best], 1):.1f}: what is above the latter at "
+        "pass@1 need not be above the best temperature for that."
     )
 
 
