@@ -175,7 +175,13 @@ def chat_lines(report: Report) -> list[str]:
         f"turns, answered by the demo model alone, with the example's adapter and as variants; "
         f"graded by {found['settings']['judge']}, which is a small judge."
     )
-    return [words, "", *table(head, rows), ""]
+    lines = [words, "", *table(head, rows), ""]
+    if len(set(graded[first].values())) == 1:
+        lines += [
+            f"The judge gave every answer of `{first}` the same grade, so differences to it are "
+            "its own doing: it is too small to tell these models apart.", "",
+        ]  # fmt: skip
+    return lines
 
 
 def _grade(estimate: Any, sign: str = "") -> str:
