@@ -117,13 +117,20 @@ def stage_lines(report: Report, stage: str) -> list[str]:
     return lines
 
 
-def difference(plain: Mapping[str, Any], other: Mapping[str, Any], k: int) -> str:
-    """Return an arm's difference to the plain temperature, and how many tasks would decide it."""
+def paired(
+    plain: Mapping[str, Any], other: Mapping[str, Any], k: int
+) -> tuple[list[float], list[float]]:
+    """Return pass@k of two arms, all tests, on the tasks that both did often enough."""
     ours, theirs = values(plain, "plus", k), values(other, "plus", k)
     tasks = [task for task in ours if task in theirs]
-    if not tasks:
+    return [ours[task] for task in tasks], [theirs[task] for task in tasks]
+
+
+def difference(plain: Mapping[str, Any], other: Mapping[str, Any], k: int) -> str:
+    """Return an arm's difference to the plain temperature, and how many tasks would decide it."""
+    first, second = paired(plain, other, k)
+    if not first:
         return ""
-    first, second = [ours[task] for task in tasks], [theirs[task] for task in tasks]
     found = bootstrap_difference(first, second)
     text = tested_points(describe_estimate(found))
     gaps = [b - a for a, b in zip(first, second, strict=True)]
@@ -200,11 +207,10 @@ def verdict(report: Report) -> list[str]:
         for k in (k for k in (1, 10) if items[plain]["samples"] >= k):
             decided = []
             for label, item in items.items():
-                ours, theirs = values(items[plain], "plus", k), values(item, "plus", k)
-                tasks = [task for task in ours if task in theirs]
-                if label == plain or not tasks or item["samples"] < k:
+                first, second = paired(items[plain], item, k)
+                if label == plain or not first:
                     continue
-                found = bootstrap_difference([ours[t] for t in tasks], [theirs[t] for t in tasks])
+                found = bootstrap_difference(first, second)
                 if found.low > 0 or found.high < 0:
                     word = "above" if found.low > 0 else "below"
                     decided.append(f"`{label}` {word} ({100 * found.value:+.1f})")

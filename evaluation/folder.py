@@ -5,10 +5,12 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from evaluation.errors import RunError
+from evaluation.records import RecordLog
 
 SETTINGS = "run.json"
 
@@ -82,6 +84,26 @@ def file_names(labels: Sequence[str]) -> dict[str, str]:
             name, number = f"{stem}-{number}", number + 1
         names[label] = name
     return names
+
+
+def open_logs(
+    folder: Path, labels: Sequence[str], ending: str, stack: ExitStack
+) -> dict[str, RecordLog]:
+    """Open a log for each arm, by its label, until the stack is closed.
+
+    Args:
+        folder: of the logs.
+        labels: of the arms.
+        ending: of the files' names, after the arm's own.
+        stack: closes them.
+
+    Raises:
+        RunError: one cannot be written.
+    """
+    return {
+        label: stack.enter_context(RecordLog(folder / f"{name}{ending}"))
+        for label, name in file_names(labels).items()
+    }
 
 
 def digest_of(path: Path) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 from evaluation.chat.questions import Question
 from evaluation.errors import RunError
-from evaluation.folder import file_names, seed_of
-from evaluation.records import Record, RecordLog
+from evaluation.folder import open_logs, seed_of
+from evaluation.records import Record
 from evaluation.server import Arm, Servers, message_of, run_each
 
 ANSWERS = "model_answer"
@@ -49,14 +49,8 @@ async def answer_questions(
         RunError: a server refuses or is gone, or a file cannot be written.
     """
     (folder / ANSWERS).mkdir(exist_ok=True)
-    names = file_names([arm.label for arm in arms])
     with ExitStack() as stack:
-        logs = {
-            arm.label: stack.enter_context(
-                RecordLog(folder / ANSWERS / f"{names[arm.label]}.jsonl")
-            )
-            for arm in arms
-        }
+        logs = open_logs(folder / ANSWERS, [arm.label for arm in arms], ".jsonl", stack)
         await servers.check(arms)
         there = {label: {r["question_id"] for r in log.records} for label, log in logs.items()}
         progress("answer", sum(map(len, there.values())))

@@ -9,7 +9,7 @@ from typing import Any
 
 from evaluation.comparison.figures import Outcomes
 from evaluation.errors import DataFileError
-from evaluation.folder import file_names, seed_of
+from evaluation.folder import open_logs, seed_of
 from evaluation.records import RecordLog, read_records, shown
 from evaluation.server import Arm, Servers, message_of, run_each
 
@@ -107,12 +107,8 @@ async def ask_exercises(
     Raises:
         RunError: a server refuses or is gone, or a file cannot be written.
     """
-    names = file_names([arm.label for arm in arms])
     with ExitStack() as stack:
-        logs = {
-            arm.label: stack.enter_context(RecordLog(folder / f"{names[arm.label]}_replies.jsonl"))
-            for arm in arms
-        }
+        logs = open_logs(folder, [arm.label for arm in arms], "_replies.jsonl", stack)
         await servers.check(arms)
         there = {
             label: {(r["task_id"], r["sample"]) for r in log.records} for label, log in logs.items()

@@ -5,10 +5,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from evaluation.folder import file_names
+from evaluation.folder import open_logs
 from evaluation.language.scoring import score_continuations
 from evaluation.language.tasks import Question
-from evaluation.records import Record, RecordLog
+from evaluation.records import Record
 from evaluation.server import Arm, Servers, run_each
 from evaluation.tables import describe_estimate, percent, table, tested_points
 from stats.bootstrap import bootstrap_difference
@@ -44,12 +44,8 @@ async def ask_choices(
         RunError: a server refuses or is gone, or a file cannot be written.
     """
     await servers.check(arms)
-    names = file_names([arm.label for arm in arms])
     with ExitStack() as stack:
-        logs = {
-            arm.label: stack.enter_context(RecordLog(folder / f"{names[arm.label]}_choices.jsonl"))
-            for arm in arms
-        }
+        logs = open_logs(folder, [arm.label for arm in arms], "_choices.jsonl", stack)
         there = {label: {r["question"] for r in log.records} for label, log in logs.items()}
         progress("question", sum(map(len, there.values())))
 

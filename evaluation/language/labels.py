@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.errors import RunError
-from evaluation.folder import file_names
-from evaluation.records import Record, RecordLog
+from evaluation.folder import open_logs
+from evaluation.records import Record
 from evaluation.server import Arm, Servers, run_each
 from evaluation.tables import percent, table
 from stats.correlation import matthews, pearson, spearman
@@ -59,12 +59,8 @@ async def ask_labels(
         RunError: a server refuses or is gone, or a file cannot be written.
     """
     await servers.check(arms)
-    names = file_names([arm.label for arm in arms])
     with ExitStack() as stack:
-        logs = {
-            arm.label: stack.enter_context(RecordLog(folder / f"{names[arm.label]}_labels.jsonl"))
-            for arm in arms
-        }
+        logs = open_logs(folder, [arm.label for arm in arms], "_labels.jsonl", stack)
         there = {label: {r["text"] for r in log.records} for label, log in logs.items()}
         progress("text", sum(map(len, there.values())))
 

@@ -2,14 +2,13 @@
 
 import argparse
 import asyncio
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from evaluation.code.problems import HUMANEVAL, MBPP, read_problems
 from evaluation.errors import DataFileError
-from evaluation.folder import digest_of, open_folder, write_whole
+from evaluation.folder import digest_of, open_folder
 from evaluation.language.difficulty import (
     CODE,
     Sample,
@@ -28,6 +27,7 @@ from serve.cli.eval_options import (
     add_server_arguments,
     at_least,
     build_arms,
+    keep_report,
     named_errors,
 )
 
@@ -78,8 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         summary, label = asyncio.run(_run(arguments, samples))
         folder: Path = arguments.output
         page = to_markdown(summary, f"Prediction difficulty, {label}")
-        write_whole(folder / "report.json", json.dumps(summary, indent=1) + "\n")
-        write_whole(folder / "report.md", page)
+        keep_report(folder, summary, page)
     # Loads matplotlib, which takes a second.
     from evaluation.language.difficulty_plot import plot_difficulty
 

@@ -36,6 +36,7 @@ from serve.cli.eval_options import (
     add_server_arguments,
     at_least,
     choose_part,
+    keep_report,
     named_errors,
 )
 
@@ -273,8 +274,7 @@ def _report(
         pairs = json.loads((folder / PAIRS).read_text(encoding="utf-8"))
         words = f"## Pairs, judged by `{arguments.judge}` in both orders"
         page += "\n".join(["", words, "", *pair_tables(pairs)]) + "\n"
-    write_whole(folder / "report.json", json.dumps(summary, indent=1) + "\n")
-    write_whole(folder / "report.md", page)
+    keep_report(folder, summary, page)
     write_whole(folder / "report.html", to_html(page, folder))
     write_whole(folder / "outcomes.csv", to_csv(outcomes))
     print(page, end="")

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from evaluation.chat.questions import (
     read_questions,
 )
 from evaluation.chat.report import summarise_grades, summarise_pairs, to_markdown
-from evaluation.folder import digest_of, open_folder, write_whole
+from evaluation.folder import digest_of, open_folder
 from evaluation.progress import bars
 from evaluation.server import Arm, open_servers
 from serve.cli.arguments import UserError, add_request_arguments, request_fields, say
@@ -27,6 +26,7 @@ from serve.cli.eval_options import (
     add_server_arguments,
     at_least,
     build_arms,
+    keep_report,
     named_errors,
 )
 from serve.environment import JUDGE_KEY, judge_key
@@ -210,8 +210,7 @@ def _report(
         pairs = summarise_pairs(judgments[PAIRWISE], models)
     page = to_markdown("MT-Bench", grades, pairs, judge.model)
     content = {"judge": judge.model, "grades": grades, "pairs": pairs}
-    write_whole(folder / "report.json", json.dumps(content, indent=1) + "\n")
-    write_whole(folder / "report.md", page)
+    keep_report(folder, content, page)
     if grades is not None:
         # Loads matplotlib, which takes a second.
         from evaluation.chat.plots import plot_categories

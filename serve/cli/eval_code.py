@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from evaluation.code.run import (
     score_samples,
 )
 from evaluation.code.sandbox import Limits, Sandbox, SandboxError
-from evaluation.folder import digest_of, file_names, open_folder, write_whole
+from evaluation.folder import digest_of, file_names, open_folder
 from evaluation.progress import bars
 from evaluation.records import read_records
 from evaluation.server import open_servers
@@ -37,6 +36,7 @@ from serve.cli.eval_options import (
     at_least,
     build_arms,
     choose_part,
+    keep_report,
     named_errors,
 )
 
@@ -245,8 +245,7 @@ def _report(arguments: argparse.Namespace, names: dict[str, str], ks: list[int] 
     summary = summarise(results, ks)
     title = "HumanEval" if arguments.kind == HUMANEVAL else "MBPP"
     page = to_markdown(summary, f"{title}, {arguments.data.name}")
-    write_whole(folder / "report.json", json.dumps(summary, indent=1) + "\n")
-    write_whole(folder / "report.md", page)
+    keep_report(folder, summary, page)
     # Loads matplotlib, which takes a second.
     from evaluation.code.plots import plot_pass_at_k
 

@@ -2,12 +2,11 @@
 
 import argparse
 import asyncio
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from evaluation.folder import digest_of, open_folder, write_whole
+from evaluation.folder import digest_of, open_folder
 from evaluation.language import labels
 from evaluation.progress import bars
 from evaluation.records import spread
@@ -18,6 +17,7 @@ from serve.cli.eval_options import (
     add_server_arguments,
     at_least,
     build_arms,
+    keep_report,
     named_errors,
 )
 from text.errors import DataError
@@ -66,8 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         results = asyncio.run(_run(arguments, examples))
         summary = labels.summarise(results)
         page = labels.to_markdown(summary, f"Classification, {arguments.data.name}")
-        write_whole(folder / "report.json", json.dumps(summary, indent=1) + "\n")
-        write_whole(folder / "report.md", page)
+        keep_report(folder, summary, page)
     print(page, end="")
     say(f"{folder}: report.md, report.json")
     return 0

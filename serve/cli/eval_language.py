@@ -2,12 +2,11 @@
 
 import argparse
 import asyncio
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from evaluation.folder import digest_of, open_folder, write_whole
+from evaluation.folder import digest_of, open_folder
 from evaluation.language import choices, perplexity
 from evaluation.language.tasks import TASKS, read_task
 from evaluation.progress import bars
@@ -19,6 +18,7 @@ from serve.cli.eval_options import (
     add_server_arguments,
     at_least,
     build_arms,
+    keep_report,
     named_errors,
 )
 
@@ -91,8 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             at_least(arguments, limit=1)
             page, summary = asyncio.run(_run_choices(arguments))
         folder: Path = arguments.output
-        write_whole(folder / "report.json", json.dumps(summary, indent=1) + "\n")
-        write_whole(folder / "report.md", page)
+        keep_report(folder, summary, page)
     print(page, end="")
     say(f"{folder}: report.md, report.json")
     return 0

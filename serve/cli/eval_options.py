@@ -1,15 +1,16 @@
 """What evaluations of served models share: the server, the arms, the run, its errors."""
 
 import argparse
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from client.address import parse_address
 from evaluation.errors import DataFileError, RunError
-from evaluation.folder import SettingsError
+from evaluation.folder import SettingsError, write_whole
 from evaluation.server import CONCURRENCY, PATIENCE_S, Arm, open_servers
 from serve.cli.arguments import CommandError, UserError
 from serve.environment import client_settings
@@ -75,6 +76,16 @@ def choose_part(tasks: list[Task], part: str | None) -> list[Task]:
     if not chosen:
         raise UserError(f"--part: {part} of the tasks is none")
     return chosen
+
+
+def keep_report(folder: Path, summary: Mapping[str, Any], page: str) -> None:
+    """Write a run's figures and its page.
+
+    Raises:
+        RunError: a file cannot be written.
+    """
+    write_whole(folder / "report.json", json.dumps(summary, indent=1) + "\n")
+    write_whole(folder / "report.md", page)
 
 
 def at_least(arguments: argparse.Namespace, **least: float) -> None:
