@@ -6,7 +6,7 @@ Whoever serves, lists or checks adapters asks the entry of their method, and kno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Generic, TypeAlias, TypeVar
 
 from adapters.disp import variant as disp
 from adapters.format import (
@@ -23,6 +23,7 @@ from adapters.qst import adapter as qst
 from adapters.temperature_head import head as temperature_head
 from models.checkpoints import Checkpoint, Derivation
 
+Built = TypeVar("Built")
 Describe: TypeAlias = Callable[[StoredAdapter], list[tuple[str, str]]]
 
 
@@ -52,19 +53,18 @@ class VariantMethod:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SideMethod:
-    """A method that makes side networks.
+class _BuiltMethod(Generic[Built]):
+    """A method whose adapters are built of their own tensors.
 
     Attributes:
         title, describe: as in `VariantMethod`.
-        build: holds one against what it is to be attached to, and makes its network ready for
-            `Decoder.attach`; raises `AdapterError`, which names everything that does not fit.
+        build: holds one against what it is to be attached to, and makes it ready; raises
+            `AdapterError`, which names everything that does not fit.
     """
 
-    kind: ClassVar[Kind] = "side_network"
     title: str
     describe: Describe
-    build: Callable[[StoredAdapter, Host], qst.QstAdapter]
+    build: Callable[[StoredAdapter, Host], Built]
 
     def check(self, stored: StoredAdapter, host: Host) -> None:
         """Hold an adapter against what it is to be attached to.
@@ -76,27 +76,17 @@ class SideMethod:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeadMethod:
-    """A method that makes temperature heads.
+class SideMethod(_BuiltMethod[qst.QstAdapter]):
+    """A method that makes side networks, whose networks go to `Decoder.attach`."""
 
-    Attributes:
-        title, describe: as in `VariantMethod`.
-        build: holds one against what it is to be attached to, and makes it ready; raises
-            `AdapterError`, which names everything that does not fit.
-    """
+    kind: ClassVar[Kind] = "side_network"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadMethod(_BuiltMethod[temperature_head.TemperatureHead]):
+    """A method that makes temperature heads."""
 
     kind: ClassVar[Kind] = "temperature_head"
-    title: str
-    describe: Describe
-    build: Callable[[StoredAdapter, Host], temperature_head.TemperatureHead]
-
-    def check(self, stored: StoredAdapter, host: Host) -> None:
-        """Hold an adapter against what it is to be attached to.
-
-        Raises:
-            AdapterError: names everything that does not fit.
-        """
-        self.build(stored, host)
 
 
 Method: TypeAlias = VariantMethod | SideMethod | HeadMethod
