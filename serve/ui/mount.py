@@ -31,6 +31,10 @@ _HEARTBEAT = "/gradio_api/heartbeat/"
 _RUNS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
 _SWEEP_EVERY_S = 30.0
 _STREAM = "/gradio_api/queue/data"
+_LOST = JSONResponse({"error": "Connection errored out. "}, status_code=500)
+"""What the page's own client says of a run whose connection broke: the page then waits for the
+server, and loads anew. Of any other answer it would show the text, and stay as it is.
+"""
 _NAME = re.compile(r"[\w-]{1,64}", re.ASCII)
 # Templates of gr.HTML are compiled in the page, hence eval. Nothing comes from, or goes, elsewhere.
 _POLICY = (
@@ -73,17 +77,18 @@ class UserInterface:
             return
         app: ASGIApp = await self._load()
         assert self._sessions is not None
-        is_whole = False
+        is_begun = is_whole = False
         name: str | None = None
 
         async def send_guarded(message: Message) -> None:
-            nonlocal is_whole
+            nonlocal is_begun, is_whole
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 # Gradio tells the page of it as of a failed event, and the page then asks on a
                 # stream that is gone. A stream cut off makes it load anew once the server is back.
                 raise asyncio.CancelledError
             if message["type"] == "http.response.start":
+                is_begun = True
                 headers = MutableHeaders(scope=message)
                 headers.update(_HEADERS)
                 if path == _STREAM or path.startswith(_HEARTBEAT):
@@ -111,7 +116,12 @@ class UserInterface:
                 # Another stream told it. Gradio would keep this one until the page's next event.
                 app = END_STREAM
         with self._sessions.opened(name):
-            await app(inner, receive, send_guarded)
+            try:
+                await app(inner, receive, send_guarded)
+            except asyncio.CancelledError:  # the server stops
+                if path in _RUNS and not is_begun:
+                    await _LOST(inner, receive, send)
+                raise
         if is_whole and not path.startswith(_HEARTBEAT) and path != _RUNS[0]:
             self._sessions.settle(name)
 

@@ -91,6 +91,7 @@ class FakeBackend:
     broken: str | None = None
     requests: list[GenerationRequest] = field(default_factory=list)
     aborted: list[tuple[str, int]] = field(default_factory=list)
+    num_free_blocks: int = 6
     num_open: int = 0
     num_steps: int = 0
     attached: dict[str, AdapterInfo] = field(default_factory=dict)
@@ -221,7 +222,7 @@ class FakeBackend:
             num_running_sequences=self.num_open,
             num_waiting_requests=2,
             num_cache_blocks=10,
-            num_free_cache_blocks=6,
+            num_free_cache_blocks=self.num_free_blocks,
             prompt_tokens=50,
             cached_prompt_tokens=20,
             generated_tokens=70,

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
+import gradio
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -192,6 +194,45 @@ def test_stream_of_a_page_that_was_told_everything_ends(
     assert "process_completed" in first
     assert first.endswith(second)
     assert json.loads(second.removeprefix("data: ")) == {"msg": "close_stream", "event_id": None}
+
+
+def test_run_that_the_end_of_the_server_cuts_off_has_the_page_wait_for_it() -> None:
+    """Uvicorn answered with a text, which the page could not read and showed as an error."""
+    interface = UserInterface(lambda: "http://127.0.0.1:1")
+    scope = {
+        "type": "http", "method": "POST", "path": JOIN, "headers": [], "query_string": b"",
+        "root_path": "", "http_version": "1.1", "scheme": "http",
+    }  # fmt: skip
+    sent: list[Message] = []
+
+    async def run() -> None:
+        await interface._load()
+        is_running = asyncio.Event()
+
+        async def hang(scope: object, receive: object, send: object) -> None:
+            is_running.set()
+            await asyncio.Event().wait()
+
+        interface._app = hang  # type: ignore[assignment]
+
+        async def receive() -> Message:
+            body = json.dumps(make_run(session_hash="page")).encode()
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        asked = asyncio.create_task(interface(scope, receive, send))
+        await is_running.wait()
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        await interface.close()
+
+    asyncio.run(run())
+    told = json.loads(sent[1]["body"])["error"]
+    scripts = Path(gradio.__file__).parent.glob("templates/frontend/assets/index-*.js")
+    assert any(f"=`{told}`" in path.read_text(encoding="utf-8") for path in scripts)
 
 
 def test_gradio_forgets_the_sessions_that_are_too_many(
