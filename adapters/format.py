@@ -82,11 +82,13 @@ class StoredAdapter:
         config: what the first says.
         tensors: what the second holds, by name, as stored.
         digest: SHA-256 of the bytes of both, 64 hexadecimal digits; the adapter's identity.
+        folder: that they were in.
     """
 
     config: AdapterConfig
     tensors: dict[str, Tensor]
     digest: str
+    folder: Path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +132,7 @@ def read_adapter(folder: Path, *, within: Path | None = None) -> StoredAdapter:
         config=config,
         tensors=_parse_tensors(tensors, folder / TENSOR_FILE),
         digest=_digest(content, tensors),
+        folder=folder,
     )
 
 

@@ -170,10 +170,27 @@ class ServeConfig:
     )
     backend: str = option(
         "native",
-        "What runs the model; native is Proa's own engine.",
+        "What runs the model. native: Proa's own engine, on one processor or GPU; vllm: vLLM 0.32, "
+        "which is installed apart, on many.",
         kind=TEXT,
         group=COMPUTE,
         choices=BACKENDS,
+    )
+    tensor_parallel_size: int = option(
+        1,
+        "Devices that each layer is divided among, with vllm: GPUs, or shares of the cores.",
+        kind=INTEGER,
+        group=COMPUTE,
+        minimum=1,
+        maximum=1024,
+    )
+    executor: str = option(
+        "auto",
+        "What starts the processes of those devices, with vllm. mp: this machine; ray: several; "
+        "auto leaves it to vLLM.",
+        kind=TEXT,
+        group=COMPUTE,
+        choices=("auto", "mp", "ray"),
     )
     device: str = option_of(ModelOptions, "device")
     kernels: str = option_of(ModelOptions, "kernels")
@@ -334,6 +351,13 @@ class ServeConfig:
                 "kv: 'int8' computes on the CPU; on device 'cuda' it is one of auto, float16, "
                 "float32"
             )
+        if self.backend == "native":
+            for name, alone in (("tensor_parallel_size", 1), ("executor", "auto")):
+                if getattr(self, name) != alone:
+                    raise ConfigError(
+                        f"{name}: {getattr(self, name)!r} needs the backend vllm; native computes "
+                        "on one device"
+                    )
         if self.max_batch_tokens < self.max_running_sequences:
             raise ConfigError(
                 f"max_batch_tokens: {self.max_batch_tokens} is less than max_running_sequences "

@@ -3,7 +3,7 @@
 Every option of `serve.config` has a variable named `PROA_` and its name in capitals.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -47,6 +47,25 @@ def let_gradio_stay_silent(environ: MutableMapping[str, str]) -> None:
     """Keep Gradio and its libraries from reporting home; call it before they are imported."""
     environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+def prepare_vllm(
+    environ: MutableMapping[str, str], *, cores: Sequence[Sequence[int]], is_verbose: bool
+) -> None:
+    """Set what vLLM reads, unless somebody has; call it before vLLM is imported.
+
+    It then reports nothing home, and warns of nothing that is set on purpose.
+
+    Args:
+        environ: the process environment, which vLLM's processes inherit.
+        cores: of each rank, on the CPU; else none.
+        is_verbose: let it tell everything.
+    """
+    environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    environ.setdefault("VLLM_LOGGING_LEVEL", "DEBUG" if is_verbose else "ERROR")
+    if cores:
+        lists = "|".join(",".join(map(str, of_rank)) for of_rank in cores)
+        environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", lists)
 
 
 def unknown_variables(environ: Mapping[str, str], options: Iterable[str]) -> list[str]:

@@ -6,6 +6,7 @@ Tests that need a GPU or a browser are left out, loudly, where there is none.
 import json
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "gpu": (has_gpu, "no CUDA device"),
     "browser": (lambda: find_chromium() is not None, f"no browser ({', '.join(NAMES)})"),
     "bubblewrap": (lambda: has_sandbox("bubblewrap"), "no bubblewrap that works"),
+    "vllm": (lambda: find_spec("vllm") is not None, "vLLM is not installed here; make test-vllm"),
     "unshare": (lambda: has_sandbox("unshare"), "no user namespaces"),
 }
 
@@ -83,14 +85,16 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return torch.randn(*shape, generator=generator) * 0.2
 
     hidden, middle, heads, kv_heads, vocab = 32, 64, 4, 2, 260
+    # vLLM's attention takes no narrower heads than 32.
+    width = 32 if find_spec("vllm") else hidden // heads
     tensors = {"model.embed_tokens.weight": random(vocab, hidden)}
     tensors["model.norm.weight"] = random(hidden)
     for i in range(2):
         shapes = {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (hidden * kv_heads // heads, hidden),
-            "self_attn.v_proj": (hidden * kv_heads // heads, hidden),
-            "self_attn.o_proj": (hidden, hidden),
+            "self_attn.q_proj": (width * heads, hidden),
+            "self_attn.k_proj": (width * kv_heads, hidden),
+            "self_attn.v_proj": (width * kv_heads, hidden),
+            "self_attn.o_proj": (hidden, width * heads),
             "mlp.gate_proj": (middle, hidden),
             "mlp.up_proj": (middle, hidden),
             "mlp.down_proj": (hidden, middle),
@@ -102,7 +106,7 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab,
         "hidden_size": hidden, "intermediate_size": middle, "num_hidden_layers": 2,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": width,
         "max_position_embeddings": 16384, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "float32",
         "eos_token_id": 256,

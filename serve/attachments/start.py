@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from adapters.format import AdapterError, read_config
 from adapters.methods import method_of
-from serve.attachments.native import NativeRegistry
+from serve.attachments.registry import AdapterRegistry
 from serve.backends.protocol import AdapterConflictError, AdapterInfo, AdapterLoadError
 from serve.config import ServeConfig
 from serve.options import ConfigError
@@ -17,7 +18,11 @@ _OPTIONS = {
 
 
 def attach_at_start(
-    registry: NativeRegistry, config: ServeConfig, model_id: str, *, report: Callable[[str], None]
+    registry: AdapterRegistry[Any, Any],
+    config: ServeConfig,
+    model_id: str,
+    *,
+    report: Callable[[str], None],
 ) -> None:
     """Attach the adapters of the options, what others sit on first; say how fast variants are.
 

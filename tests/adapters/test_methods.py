@@ -14,7 +14,7 @@ def make_stored(name: str, *chain: str, method: str = "disp") -> StoredAdapter:
         method=method, base_id="tiny", base_fingerprint="ab" * 32, base_quantization="none",
         fields={}, chain=chain,
     )  # fmt: skip
-    return StoredAdapter(config=config, tensors={}, digest=name)
+    return StoredAdapter(config=config, tensors={}, digest=name, folder=Path(name))
 
 
 def given(**adapters: StoredAdapter) -> dict[Path, StoredAdapter]:

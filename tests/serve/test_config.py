@@ -67,7 +67,7 @@ def test_every_option_can_be_set_from_every_source(
         "max_sequences_per_request": "14",
         "max_body_bytes": "2KiB", "unknown_fields": "ignore", "drain_timeout_s": "1.5",
         "log_level": "debug", "ui": "off", "votes": "v", "experiments": "x",
-        "experiment_data": "y",
+        "experiment_data": "y", "tensor_parallel_size": "2", "executor": "mp",
     }  # fmt: skip
     assert texts.keys() == OPTIONS.keys()
     from_arguments = build_config(texts, environ={})

@@ -13,10 +13,10 @@ from typing import TypeAlias
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from models.batch import PackedBatch
+from models.kernels.cuda.four_bit import quant_state
 from models.kernels.cuda.graphs import DecodeGraphs, Recorder
 from models.kernels.plain_cache import make_plain_cache
 from models.kernels.reference.executor import attach_plain, forward_batch, walk_whole_sequences
@@ -24,7 +24,6 @@ from models.kernels.reference.operations import Linear, apply_head, apply_prolog
 from models.kernels.tensors import count_bytes, map_tensors
 from models.kv_cache import KVCache
 from models.program import EmbedOp, LinearOp, Piece, Program
-from models.quantization import NF4_CODEBOOK
 from models.side import AttachedSide, SideProgram
 from models.spec import DecoderSpec
 from models.weights import Matrix, Quantized4Bit, QuantizedBlocks, dense
@@ -119,7 +118,7 @@ class CudaExecutor:
 def _make_linear(program: Program, dtype: torch.dtype) -> Linear:
     """Return what multiplies float32 rows with the program's matrices, in `dtype`."""
     states = {
-        id(piece.weight): _quant_state(piece.weight, dtype)
+        id(piece.weight): quant_state(piece.weight, dtype)
         for op in program.ops
         if isinstance(op, LinearOp)
         for piece in op.pieces
@@ -135,14 +134,6 @@ def _make_linear(program: Program, dtype: torch.dtype) -> Linear:
         return F.linear(x, weight).float()
 
     return linear
-
-
-def _quant_state(weight: Quantized4Bit, dtype: torch.dtype) -> QuantState:
-    is_nf4 = torch.allclose(weight.codebook.cpu(), torch.tensor(NF4_CODEBOOK), atol=1e-4)
-    return QuantState(
-        absmax=weight.absmax, shape=torch.Size(weight.shape), code=weight.codebook,
-        blocksize=weight.block_size, quant_type="nf4" if is_nf4 else "fp4", dtype=dtype,
-    )  # fmt: skip
 
 
 def place_program(

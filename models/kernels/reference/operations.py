@@ -136,7 +136,7 @@ def run_ops(
         if isinstance(op, LinearOp):
             _run_linear(op, buffers, widths, linear, hook)
         elif isinstance(op, AttentionOp):
-            buffers[op.dst] = attend(op, *_split_heads(op, buffers[op.src], *angles))
+            buffers[op.dst] = attend(op, *split_heads(op, buffers[op.src], *angles))
 
 
 def apply_embed(op: EmbedOp, token_ids: Tensor, positions: Tensor) -> Tensor:
@@ -328,7 +328,7 @@ def blend_side(
     return share * normed + (1 - share) * up
 
 
-def _split_heads(
+def split_heads(
     op: AttentionOp, qkv: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return rotated (T, H, E) queries, (T, K, E) keys and values."""

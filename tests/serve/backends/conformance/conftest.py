@@ -17,7 +17,7 @@ from serve.backends.protocol import Backend
 from serve.config import ServeConfig
 from tests.serve.backends.backend_client import TIMEOUT_S, all_blocks_are_back
 
-BACKENDS_HELD = ("native", "naive")
+BACKENDS_HELD = ("native", "naive", pytest.param("vllm", marks=pytest.mark.vllm))
 MakeBackend = Callable[..., Backend]
 
 
@@ -61,6 +61,12 @@ def adapter_folders(
         write_adapter(root / name, seed=seed)
     write_variant(root / "small")
     return root
+
+
+@pytest.fixture
+def takes_variants(make_backend: MakeBackend, request: pytest.FixtureRequest) -> bool:
+    """Tell whether variants can be attached to the backend while it runs."""
+    return request.node.callspec.params["make_backend"] != "vllm"
 
 
 @pytest.fixture(scope="module")
