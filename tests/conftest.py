@@ -5,6 +5,7 @@ Tests that need a GPU or a browser are left out, loudly, where there is none.
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,8 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "gpu": (has_gpu, "no CUDA device"),
     "browser": (lambda: find_chromium() is not None, f"no browser ({', '.join(NAMES)})"),
     "bubblewrap": (lambda: has_sandbox("bubblewrap"), "no bubblewrap that works"),
+    "compose": (lambda: shutil.which("docker-compose") is not None, "no docker-compose"),
+    "kubernetes": (lambda: find_spec("kubernetes_validate") is not None, "no kubernetes-validate"),
     "vllm": (lambda: find_spec("vllm") is not None, "vLLM is not installed here; make test-vllm"),
     "unshare": (lambda: has_sandbox("unshare"), "no user namespaces"),
 }
@@ -112,11 +115,11 @@ def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eos_token_id": 256,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    _write_byte_tokenizer(folder)
+    write_byte_tokenizer(folder)
     return folder
 
 
-def _write_byte_tokenizer(folder: Path) -> None:
+def write_byte_tokenizer(folder: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -224,6 +224,7 @@ class _BackendCollector(Collector):
             total = CounterMetricFamily(f"proa_{name}", text, labels=["model_name"])
             total.add_metric(labels, value)
             yield total
+        yield from self._backend.own_metrics()
 
 
 class _AdapterCollector(Collector):

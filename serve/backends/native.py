@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
 
+from prometheus_client.core import Metric
+
 from decoding.sampler import Sampler
 from serve.attachments.native import NativeRegistry
 from serve.backends.protocol import (
@@ -171,6 +173,10 @@ class NativeBackend:
             num_free_side_cache_blocks=engine.num_available_side_cache_blocks,
             base_cached_prompt_tokens=scheduler.num_base_cached_prompt_tokens,
         )
+
+    def own_metrics(self) -> tuple[Metric, ...]:
+        """Return nothing: `stats` has all that there is."""
+        return ()
 
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing new, wait for what runs and waits, abort what is left, and stop.

@@ -1,8 +1,10 @@
 """What the API asks of a backend: token ids in, token ids out."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Protocol
+
+from prometheus_client.core import Metric
 
 from adapters.kinds import Kind
 from serve.requests import GenerationRequest, TokenOutput
@@ -159,6 +161,9 @@ class Backend(Protocol):
         """
 
     def stats(self) -> BackendStats: ...
+
+    def own_metrics(self) -> Iterable[Metric]:
+        """Return further series, those that the engine itself keeps; may be none."""
 
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing new, wait for what runs, abort what is left after `timeout_s`; stop."""

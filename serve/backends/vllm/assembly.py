@@ -12,10 +12,8 @@ import torch
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.network_utils import get_ip
 
-from adapters.format import CONFIG_FILE, AdapterConfig, AdapterError, StoredAdapter, read_config
+from adapters.format import CONFIG_FILE, AdapterError, StoredAdapter, read_config
 from adapters.methods import HeadMethod, SideMethod, host_of, method_of
-from adapters.qst.adapter import METHOD as QST
-from adapters.qst.config import from_fields
 from models.checkpoints import Checkpoint, CheckpointError, Lineage
 from models.spec import DecoderSpec
 from models.weights import count_linear_parameters
@@ -29,7 +27,7 @@ from serve.backends.vllm.engine import EngineLoop, VllmEngine
 from serve.backends.vllm.models import BASES, PREFIX, side_cache_values
 from serve.backends.vllm.packed_linear import check_share
 from serve.backends.vllm.reports import ReportReader
-from serve.backends.vllm.settings import KEY, SUPPORTED, Heads, Settings, heads_of
+from serve.backends.vllm.settings import KEY, SUPPORTED, Heads, Settings, find_forms, heads_of
 from serve.base_model import find_lineage, load_base, load_tokenizer
 from serve.config import ServeConfig
 from serve.machine import free_memory_bytes
@@ -174,15 +172,17 @@ class EngineStarter:
                 f"backend: vLLM's attention on the CPU takes heads of {_listed(CPU_HEAD_SIZES)} "
                 f"channels; {lineage.checkpoint.name} has {_listed(widths)}"
             )
-        forms = tuple(sorted(find_forms(self._known, lineage.checkpoint.chain, spec)))
+        chain = lineage.checkpoint.chain
+        adapters = [folder for folder in self._known if sits_on(folder, chain)]
+        forms = find_forms(adapters, spec)
         self.config = self._size(spec, forms)
-        arguments = self._arguments(lineage.checkpoint, variants, forms)
+        arguments = self._arguments(lineage.checkpoint, variants, adapters, forms)
         try:
             engine = VllmEngine(arguments, self._reports, self._loop)
         except Exception as error:
             logger.debug("vLLM does not start", exc_info=True)
             raise ConfigError(f"backend: vLLM does not start: {error}") from error
-        host = VllmHost(engine=engine, lineage=lineage, variants=variants, forms=forms)
+        host = VllmHost(engine=engine, lineage=lineage, variants=variants, forms=tuple(forms))
         self.hosts.append(host)
         self.report(
             f"vLLM {SUPPORTED} on {self.config.device}, {self.config.tensor_parallel_size} ranks; "
@@ -218,9 +218,12 @@ class EngineStarter:
         return torch.float32 if self.config.device == "cpu" else torch.bfloat16
 
     def _arguments(
-        self, checkpoint: Checkpoint, variants: tuple[str, ...], forms: tuple[Heads, ...]
-    ) -> Any:
-
+        self,
+        checkpoint: Checkpoint,
+        variants: tuple[str, ...],
+        adapters: Sequence[Path],
+        forms: Sequence[Heads],
+    ) -> AsyncEngineArgs:
         config, spec = self.config, checkpoint.spec
         architecture = architecture_of(checkpoint)
         if architecture not in BASES:
@@ -232,12 +235,14 @@ class EngineStarter:
             quantization=config.quantization, cache_dir=config.cache_dir,
             dequantize=config.dequantize, kernels=config.kernels,
             threads=max(1, int(config.threads) // config.tensor_parallel_size), variants=variants,
-            side_heads=forms, reports=self._reports.address,
+            adapters=tuple(map(str, adapters)), reports=self._reports.address,
         )  # fmt: skip
         num_tokens = int(config.kv_cache_tokens)
         cache = num_tokens + 2 * config.block_size  # vLLM keeps a block back
         return AsyncEngineArgs(
-            model=str(checkpoint.folder), skip_tokenizer_init=True, dtype=str(self._dtype)[6:],
+            model=str(checkpoint.folder), served_model_name=checkpoint.name,
+            # Its metrics are of one engine for each process.
+            disable_log_stats=bool(variants), skip_tokenizer_init=True, dtype=str(self._dtype)[6:],
             quantization=linears.NAME, load_format=loader.NAME,
             hf_overrides={"architectures": [f"{PREFIX}{architecture}"]},
             additional_config={KEY: settings.to_json()},
@@ -270,44 +275,23 @@ def architecture_of(checkpoint: Checkpoint) -> str:
     return str((config.get("architectures") or ["?"])[0])
 
 
-def known_adapters(config: ServeConfig) -> Iterator[AdapterConfig]:
-    """Yield what the adapters say of themselves that may be attached: vLLM makes room for their
-    caches when it starts.
+def known_adapters(config: ServeConfig) -> Iterator[Path]:
+    """Yield the folders of the adapters that may be attached: vLLM makes room for their caches when
+    it starts.
     """
-    folders = [Path(folder) for _, folder in config.adapters]
+    yield from (Path(folder) for _, folder in config.adapters)
     if config.adapter_root is not None:
         root = Path(config.adapter_root)
         for pattern in (f"*/{CONFIG_FILE}", f"*/*/{CONFIG_FILE}"):
-            folders += sorted(path.parent for path in root.glob(pattern))
-    for folder in folders:
-        try:
-            yield read_config(folder)
-        except AdapterError:
-            continue  # whoever attaches it is told
+            yield from sorted(path.parent for path in root.glob(pattern))
 
 
-def find_forms(
-    known: Sequence[AdapterConfig], chain: tuple[str, ...], spec: DecoderSpec
-) -> set[Heads]:
-    """Return the attention of the side networks among adapters that sit on a model.
-
-    Args:
-        known: the adapters.
-        chain: of the model.
-        spec: of the model.
-    """
-    found: set[Heads] = set()
-    for about in known:
-        if about.method != QST or tuple(about.chain) != chain:
-            continue
-        try:
-            side = from_fields(about.fields).side_spec(spec)
-        except AdapterError:
-            continue  # whoever attaches it is told
-        found.add(
-            tuple((x.num_attention_heads, x.num_key_value_heads, x.head_dim) for x in side.layers)
-        )
-    return found
+def sits_on(folder: Path, chain: tuple[str, ...]) -> bool:
+    """Tell whether an adapter was made for a model with a chain."""
+    try:
+        return tuple(read_config(folder).chain) == chain
+    except AdapterError:
+        return False  # whoever attaches it is told
 
 
 class VllmLoader:

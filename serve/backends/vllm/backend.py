@@ -3,12 +3,14 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from prometheus_client import REGISTRY
+from prometheus_client.core import Metric
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -345,6 +347,12 @@ class VllmBackend:
             is_draining=self._is_draining,
             error=errors[0] if errors and not self._is_stopped else None,
         )
+
+    def own_metrics(self) -> Iterator[Metric]:
+        """Yield the series that vLLM keeps of the base's engine."""
+        for family in REGISTRY.collect():
+            if family.name.startswith("vllm:"):
+                yield family
 
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing new, wait for what runs, abort what is left after `timeout_s`; stop."""

@@ -6,9 +6,11 @@ whole: they are a half per cent of the work, and dividing them would cost two su
 """
 
 import importlib
+import json
 import re
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.interfaces import SupportsLoRA
 
-from serve.backends.vllm.settings import Heads, read_settings
+from models.families import describe_model
+from serve.backends.vllm.settings import Heads, find_forms, read_settings
 from serve.backends.vllm.side_stack import PackedHeads, SideRun, SideStack
 
 MIN_HEAD_SIZE = 32
@@ -153,8 +156,13 @@ class _WithSides(SupportsLoRA):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         settings = read_settings(vllm_config.additional_config)
-        forms = () if settings is None else settings.side_heads
+        forms: Sequence[Heads] = ()
+        if settings is not None and settings.adapters:
+            config_file = Path(vllm_config.model_config.model, "config.json")
+            config: Any = json.loads(config_file.read_text(encoding="utf-8"))
+            forms = find_forms(settings.adapters, describe_model(config).spec)
         layers = [m for name, m in self.named_modules() if _LAYER.fullmatch(name)]
+        check_parallelism(vllm_config)
         self.sides = SideRunner(vllm_config, forms)
         current[:] = [self.sides]
         if forms:
@@ -182,6 +190,24 @@ class _WithSides(SupportsLoRA):
             hidden, residual = (*output, None)[:2]
             output = hidden if residual is None else hidden + residual
         self.sides.tap(index, output.flatten(0, -2))
+
+
+def check_parallelism(vllm_config: VllmConfig) -> None:
+    """Refuse what our sampler and side networks would be left out of.
+
+    Raises:
+        ValueError: speculative decoding, or layers divided among machines.
+    """
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "speculative decoding: vLLM then leaves samplers of others out, and Proa's with them; "
+            "start it without --speculative-config"
+        )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "pipeline_parallel_size must be 1: side networks read every layer; use "
+            "--tensor-parallel-size"
+        )
 
 
 def side_cache_values(forms: Sequence[Heads]) -> int:

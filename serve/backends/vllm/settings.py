@@ -1,12 +1,16 @@
 """What whoever starts vLLM tells its workers, as JSON in `VllmConfig.additional_config`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from adapters.format import AdapterError, read_config
+from adapters.qst.adapter import METHOD as QST
+from adapters.qst.config import from_fields
 from models.checkpoints import Checkpoint
 from models.side import SideNetwork
+from models.spec import DecoderSpec
 from serve.base_model import load_base, load_variant
 from serve.model_options import ModelOptions
 from serve.options import ConfigError
@@ -27,7 +31,7 @@ class Settings:
     Attributes:
         model, quantization, cache_dir, dequantize, kernels, threads: see `ModelOptions`.
         variants: folders of the variants, in any order, that the model is made of; none: the base.
-        side_heads: attention of the side networks that may come.
+        adapters: folders of side networks that may come; room is made for their caches.
         reports: ZeroMQ address that reports of what the sampler did go to; "": nobody reads them.
     """
 
@@ -38,7 +42,7 @@ class Settings:
     kernels: str = "auto"
     threads: int | str = "auto"
     variants: tuple[str, ...] = ()
-    side_heads: tuple[Heads, ...] = ()
+    adapters: tuple[str, ...] = ()
     reports: str = ""
 
     @property
@@ -96,9 +100,31 @@ def _tuples(value: Any) -> Any:
     return value
 
 
+def find_forms(folders: Iterable[str | Path], spec: DecoderSpec) -> list[Heads]:
+    """Return the attention of the side networks in folders, each once; others are passed over.
+
+    Args:
+        folders: of adapters.
+        spec: of what they sit on.
+    """
+    found: set[Heads] = set()
+    for folder in folders:
+        try:
+            about = read_config(Path(folder))
+            if about.method == QST:
+                found.add(_heads(from_fields(about.fields).side_spec(spec)))
+        except AdapterError:
+            continue  # whoever attaches it is told
+    return sorted(found)
+
+
 def heads_of(network: SideNetwork) -> Heads:
     """Return the attention of a side network."""
+    return _heads(network.spec)
+
+
+def _heads(spec: DecoderSpec) -> Heads:
     return tuple(
         (layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim)
-        for layer in network.spec.layers
+        for layer in spec.layers
     )

@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client.core import Metric
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from decoding import SamplingParams
@@ -95,6 +96,7 @@ class FakeBackend:
     num_open: int = 0
     num_steps: int = 0
     attached: dict[str, AdapterInfo] = field(default_factory=dict)
+    metrics: list[Metric] = field(default_factory=list)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[list[TokenOutput], None]:
         if self.error is not None:
@@ -193,6 +195,9 @@ class FakeBackend:
             cached_prompt_tokens=self.cached if position == 0 else 0,
             prompt_logprobs=prompt_logprobs,
         )
+
+    def own_metrics(self) -> list[Metric]:
+        return self.metrics
 
     def abort_sequence(self, request_id: str, sequence_index: int) -> None:
         self.aborted.append((request_id, sequence_index))

@@ -174,6 +174,9 @@ class NaiveBackend:
             found.append(TokenLogprob(*token_logprobs(logits, [prompt[i]], num_top=num_top)[0]))
         return found
 
+    def own_metrics(self) -> tuple[()]:
+        return ()
+
     def adapters(self) -> list[AdapterInfo]:
         return [self._attached[name] for name in sorted(self._attached)]
 
