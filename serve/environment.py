@@ -11,6 +11,8 @@ PREFIX = "PROA_"
 
 JUDGE_KEY = PREFIX + "JUDGE_API_KEY"
 
+_LEAVE = "_PROA_LEAVE_WITH_PARENT"
+
 # Variables that are no server option: what clients in the terminal use.
 OTHER_VARIABLES = ("PROA_URL", JUDGE_KEY)
 
@@ -61,11 +63,17 @@ def prepare_vllm(
         cores: of each rank, on the CPU; else none.
         is_verbose: let it tell everything.
     """
+    environ[_LEAVE] = "1"
     environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     environ.setdefault("VLLM_LOGGING_LEVEL", "DEBUG" if is_verbose else "ERROR")
     if cores:
         lists = "|".join(",".join(map(str, of_rank)) for of_rank in cores)
         environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", lists)
+
+
+def leaves_with_parent(environ: Mapping[str, str]) -> bool:
+    """Whether a process of vLLM's is to end when the one that started it has died."""
+    return _LEAVE in environ
 
 
 def unknown_variables(environ: Mapping[str, str], options: Iterable[str]) -> list[str]:

@@ -40,6 +40,14 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each worker that starts engines of vLLM a core: they bind their threads to the first."""
+    worker = getattr(config, "workerinput", {}).get("workerid")
+    if worker is not None and find_spec("vllm"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests whose marker asks for something that is not there."""
     for marker, (is_there, missing) in NEEDS.items():

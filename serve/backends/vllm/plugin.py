@@ -1,6 +1,14 @@
 """What vLLM calls in each of its processes before anything else (`vllm.general_plugins`)."""
 
+import multiprocessing
+import os
+import threading
+import time
 from typing import Any
+
+from serve.environment import leaves_with_parent
+
+PARENT_CHECK_S = 1.0
 
 
 def register() -> None:
@@ -20,6 +28,8 @@ def register() -> None:
 
     if loader.NAME in _LOAD_FORMAT_TO_MODEL_LOADER:
         return
+    if multiprocessing.parent_process() is not None and leaves_with_parent(os.environ):
+        threading.Thread(target=leave_with_parent, args=(os.getppid(),), daemon=True).start()
     register_quantization_config(linears.NAME)(linears.ProaQuantizationConfig)
     register_model_loader(loader.NAME)(loader.ProaLoader)
     for architecture in models.BASES:
@@ -36,3 +46,14 @@ def register() -> None:
         return SideManager(vllm_config, *args, **kwargs)
 
     mixin.LRUCacheWorkerLoRAManager = make_manager
+
+
+def leave_with_parent(parent: int) -> None:
+    """End this process once its parent has died: vLLM's engine would keep its memory for ever.
+
+    Args:
+        parent: process id.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)

@@ -1,12 +1,12 @@
 """A model in both backends at once: the native one with plain torch, and vLLM in float32."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from adapters.disp.variant import load_disp, save_disp
@@ -57,33 +57,27 @@ def on(backend: Backend, request: GenerationRequest) -> list[TokenOutput]:
     return asyncio.run(asyncio.wait_for(collect(backend, request), RUN_S))
 
 
-MakePair = Callable[..., Pair]
+@contextmanager
+def open_pair(*, vllm: dict[str, Any] | None = None, **options: Any) -> Iterator[Pair]:
+    """Build a pair, closed at the end.
 
-
-@pytest.fixture(scope="module")
-def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakePair]:
-    """Give a function that builds a pair, closed at the end; its arguments are options of both,
-    `vllm` those of vLLM alone.
+    Args:
+        vllm: options of vLLM alone.
+        options: of both.
     """
-    built: list[Backend] = []
-    cache = str(tmp_path_factory.mktemp("cache"))
-
-    def make(*, vllm: dict[str, Any] | None = None, **options: Any) -> Pair:
-        common = {"max_context": 256, "kernels": "reference"} | options
-        common.setdefault("cache_dir", cache)
-        found = []
+    common = {"max_context": 256, "kernels": "reference"} | options
+    built: list[BuiltBackend] = []
+    try:
         for own in (
             {"backend": "native", "threads": 1, "head": "dense"},
             {"backend": "vllm", **(vllm or {})},
         ):
             config = ServeConfig(**(common | own))
-            found.append(build_backend(config, report=lambda _: None))
-            built.append(found[-1].backend)
-        return Pair(found[0], found[1].backend)
-
-    yield make
-    for backend in built:
-        asyncio.run(backend.drain(0.0))
+            built.append(build_backend(config, report=lambda _: None))
+        yield Pair(built[0], built[1].backend)
+    finally:
+        for one in built:
+            asyncio.run(one.backend.drain(0.0))
 
 
 def save_model(folder: Path, name: str, **changes: Any) -> Path:

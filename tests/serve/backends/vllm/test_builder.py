@@ -9,7 +9,7 @@ import pytest
 
 from serve.backends.vllm import builder
 from serve.config import ServeConfig
-from serve.environment import prepare_vllm
+from serve.environment import leaves_with_parent, prepare_vllm
 from serve.options import ConfigError
 
 Install = Callable[..., None]
@@ -96,5 +96,7 @@ def test_environment_of_the_operator_counts() -> None:
     prepare_vllm(environ, cores=[[0, 1], [2]], is_verbose=True)
     assert environ == {
         "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "0,1|2",
+        "VLLM_CPU_OMP_THREADS_BIND": "0,1|2", "_PROA_LEAVE_WITH_PARENT": "1",
     }  # fmt: skip
+    assert leaves_with_parent(environ)
+    assert not leaves_with_parent({})

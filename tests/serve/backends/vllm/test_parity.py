@@ -1,5 +1,6 @@
 """What the native backend gives, vLLM gives: the same tokens, temperatures and refusals."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from serve.requests import Arm, GenerationRequest
 from tests.serve.backends.backend_client import ask, make_arm
 from tests.serve.backends.vllm.comparison import first_divergence
 from tests.serve.backends.vllm.conftest import (
-    MakePair,
     Pair,
     load,
     on,
+    open_pair,
     save_factored,
     save_model,
     save_pruned,
@@ -62,7 +63,7 @@ class TestDecoding:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def pair(cls, make_pair: MakePair, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    def pair(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         folder = save_model(tmp_path_factory.mktemp("m") / "tiny", "llama")
         root, base = tmp_path_factory.mktemp("a"), load(folder)
         classes = {"task": "sequence_classification", "num_labels": 3}
@@ -70,11 +71,12 @@ class TestDecoding:
             "one": save_side(root / "one", base), "warm": save_warm(root / "warm", base),
             "judge": save_side(root / "judge", base, seed=3, **classes),
         }  # fmt: skip
-        return make_pair(
+        with open_pair(
             model=str(folder), quantization="none",
             adapter=tuple(f"{name}={path}" for name, path in adapters.items()),
             max_running_sequences=8, max_batch_tokens=48,
-        )  # fmt: skip
+        ) as pair:  # fmt: skip
+            yield pair
 
     @pytest.mark.parametrize("fields", SAMPLINGS.values(), ids=SAMPLINGS)
     def test_tokens_are_the_same_for_the_same_seed(
@@ -174,16 +176,17 @@ class TestVariants:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def pair(cls, make_pair: MakePair, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    def pair(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         folder = save_model(tmp_path_factory.mktemp("m") / "tiny", "llama")
         base, root = load(folder), tmp_path_factory.mktemp("a")
         pruned = save_pruned(root / "small", base)
         factored = save_factored(root / "thin", base)
         side = save_side(root / "side", base, on=pruned)
-        return make_pair(
+        with open_pair(
             model=str(folder), quantization="none", adapter=(f"side={side}",),
             variant=(f"small={pruned}", f"thin={factored}"),
-        )  # fmt: skip
+        ) as pair:  # fmt: skip
+            yield pair
 
     def test_base_variants_and_what_sits_on_them_say_the_same(self, pair: Pair) -> None:
         arms = [arm(name, temperature=0.0) for name in (None, "small", "thin", "side")]
@@ -207,34 +210,29 @@ FAMILIES = ["mistral", "qwen2", "qwen3", "opt", "phi"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_with_a_side_network_says_the_same(
-    family: str, make_pair: MakePair, tmp_path: Path
-) -> None:
+def test_family_with_a_side_network_says_the_same(family: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "tiny", family)
     side = save_side(tmp_path / "side", load(folder))
-    pair = make_pair(model=str(folder), quantization="none", adapter=(f"side={side}",))
-    check(pair, several(arm(temperature=0.0), arm("side", temperature=0.0), arm(seed=4)))
+    with open_pair(model=str(folder), quantization="none", adapter=(f"side={side}",)) as pair:
+        check(pair, several(arm(temperature=0.0), arm("side", temperature=0.0), arm(seed=4)))
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_nf4_over_one_and_two_ranks_says_the_same(
-    size: int, make_pair: MakePair, tmp_path: Path
-) -> None:
+def test_nf4_over_one_and_two_ranks_says_the_same(size: int, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "tiny", "llama")
     cache = tmp_path / "cache"
     base = load_checkpoint(str(folder), quantization="nf4", cache_dir=cache)
     side = save_side(tmp_path / "side", base)
-    pair = make_pair(
+    with open_pair(
         model=str(folder), quantization="nf4", cache_dir=str(cache), adapter=(f"side={side}",),
         vllm={"tensor_parallel_size": size, "threads": size},
-    )  # fmt: skip
-    check(pair, several(arm(temperature=0.0), arm("side", temperature=0.0), arm(seed=4)))
+    ) as pair:  # fmt: skip
+        check(pair, several(arm(temperature=0.0), arm("side", temperature=0.0), arm(seed=4)))
 
 
 @pytest.mark.model
-def test_demo_model_with_its_adapter_says_the_same(make_pair: MakePair) -> None:
+def test_demo_model_with_its_adapter_says_the_same() -> None:
     adapter = Path(__file__).parents[4] / "examples" / "roleplay" / "adapter"
-    pair = make_pair(adapter=(f"roleplay={adapter}",), cache_dir=None)
     texts = (
         "The capital of France is",
         "def fibonacci(n):\n    ",
@@ -242,11 +240,12 @@ def test_demo_model_with_its_adapter_says_the_same(make_pair: MakePair) -> None:
         "1, 2, 3, 4,",
     )
     adapt = parse_strategy({"strategy": "adapt", "a": 1.2, "b": 0.4})
-    for text in texts:
-        params = SamplingParams(max_tokens=24, seed=1, temperature=0.0, logprobs=5)
-        arms = (
-            Arm(params=params),
-            Arm(params=params, adapter="roleplay"),
-            arm(temperature=0.8, strategy=adapt),
-        )
-        check(pair, several(*arms, prompt=pair.built.tokenizer.encode(text)))
+    params = SamplingParams(max_tokens=24, seed=1, temperature=0.0, logprobs=5)
+    arms = (
+        Arm(params=params),
+        Arm(params=params, adapter="roleplay"),
+        arm(temperature=0.8, strategy=adapt),
+    )
+    with open_pair(adapter=(f"roleplay={adapter}",), cache_dir=None) as pair:
+        for text in texts:
+            check(pair, several(*arms, prompt=pair.built.tokenizer.encode(text)))

@@ -148,9 +148,7 @@ def vllm_server(model: Path, side: Path) -> Iterator[str]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_vllm_serve_takes_side_networks_and_strategies(
-    vllm_server: str, model: Path, side: Path, make_pair: Any
-) -> None:
+def test_vllm_serve_takes_side_networks_and_strategies(vllm_server: str) -> None:
     with httpx.Client(base_url=vllm_server, timeout=60) as client:
         listed = {entry["id"] for entry in client.get("/v1/models").json()["data"]}
         assert listed == {"tiny", "one"}
