@@ -12,6 +12,7 @@ PREFIX = "PROA_"
 JUDGE_KEY = PREFIX + "JUDGE_API_KEY"
 
 _LEAVE = "_PROA_LEAVE_WITH_PARENT"
+_BIND, _BOUND = "VLLM_CPU_OMP_THREADS_BIND", "_PROA_CORES"
 
 # Variables that are no server option: what clients in the terminal use.
 OTHER_VARIABLES = ("PROA_URL", JUDGE_KEY)
@@ -66,9 +67,10 @@ def prepare_vllm(
     environ[_LEAVE] = "1"
     environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     environ.setdefault("VLLM_LOGGING_LEVEL", "DEBUG" if is_verbose else "ERROR")
-    if cores:
+    # What was set here, for an engine before, is set anew.
+    if cores and environ.get(_BIND) == environ.get(_BOUND):
         lists = "|".join(",".join(map(str, of_rank)) for of_rank in cores)
-        environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", lists)
+        environ[_BIND] = environ[_BOUND] = lists
 
 
 def leaves_with_parent(environ: Mapping[str, str]) -> bool:

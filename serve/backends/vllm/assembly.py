@@ -12,7 +12,7 @@ import torch
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.network_utils import get_ip
 
-from adapters.format import CONFIG_FILE, AdapterError, StoredAdapter, read_config
+from adapters.format import CONFIG_FILE, AdapterError, StoredAdapter, read_adapter, read_config
 from adapters.methods import HeadMethod, SideMethod, host_of, method_of
 from models.checkpoints import Checkpoint, CheckpointError, Lineage
 from models.spec import DecoderSpec
@@ -61,7 +61,8 @@ def assemble(config: ServeConfig, *, report: Report) -> BuiltBackend:
         raise ConfigError(str(error)) from error
     for line in tokenizer.warnings():
         report(f"warning: {line}")
-    loop = EngineLoop()
+    check_adapters(config, checkpoint)
+    loop, starter = EngineLoop(), None
     try:
         reports = loop.submit(_listen(config)).result()
         starter = EngineStarter(config, checkpoint, loop, reports, report=report)
@@ -76,6 +77,8 @@ def assemble(config: ServeConfig, *, report: Report) -> BuiltBackend:
         attach_at_start(registry, config, model_id, report=report)
         starter.is_starting = False
     except BaseException:
+        for host in starter.hosts if starter is not None else ():
+            host.engine.close()
         loop.close()
         raise
     return BuiltBackend(
@@ -92,6 +95,21 @@ def assemble(config: ServeConfig, *, report: Report) -> BuiltBackend:
         ),
         tokenizer=tokenizer,
     )  # fmt: skip
+
+
+def check_adapters(config: ServeConfig, base: Checkpoint) -> None:
+    """Hold what sits on the base against it, before an engine takes its time to start.
+
+    Raises:
+        ConfigError: one does not fit.
+    """
+    for name, folder in (*config.variants, *config.adapters):
+        try:
+            stored = read_adapter(Path(folder))
+            if not stored.config.chain:
+                method_of(stored.config).check(stored, host_of(base))
+        except AdapterError as error:
+            raise ConfigError(f"adapter {name!r}: {error}") from error
 
 
 async def _listen(config: ServeConfig) -> ReportReader:

@@ -97,6 +97,12 @@ def test_environment_of_the_operator_counts() -> None:
     assert environ == {
         "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "0,1|2", "_PROA_LEAVE_WITH_PARENT": "1",
+        "_PROA_CORES": "0,1|2",
     }  # fmt: skip
+    prepare_vllm(environ, cores=[[3]], is_verbose=True)
+    assert environ["VLLM_CPU_OMP_THREADS_BIND"] == "3"
+    environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    prepare_vllm(environ, cores=[[4]], is_verbose=True)
+    assert environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert leaves_with_parent(environ)
     assert not leaves_with_parent({})

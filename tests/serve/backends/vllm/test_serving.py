@@ -92,12 +92,25 @@ def test_proa_serves_over_vllm_until_a_worker_dies(
     assert "the engine broke: vLLM's engine failed" in server.wait_for("the engine broke")
 
 
+def test_nothing_of_vllm_outlives_a_server_that_is_killed(
+    model: Path, side: Path, start_server: StartServer
+) -> None:
+    import psutil
+
+    server = start_proa(start_server, model, side)
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(family) >= 2
+    assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == []
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
         (("--tensor-parallel-size", "3"), "tensor_parallel_size: 3 does not divide the 260 tokens"),
         (("--kv", "int8"), "kv: 'int8' is not for vLLM"),
-        (("--adapter", "roleplay=examples/roleplay/adapter"), "another base"),
+        (("--adapter", "roleplay=examples/roleplay/adapter"), "the adapter was trained on smollm2"),
     ],
     ids=["ranks", "cache", "adapter of another base"],
 )
