@@ -58,7 +58,7 @@ def measure(streams: str) -> Figures:
             own: Figures = {"ready_s": server.ready_s, "idle_mb": tree_mb(server.pid)}
             for label, model in MODELS.items():
                 figures = run_proa_bench([
-                    model, "--url", server.url, "--streams", streams, "--repeats", "3",
+                    model, "--url", server.url, "--streams", streams, "--repeats", "1",
                 ])  # fmt: skip
                 own[label] = figures
             own["busy_mb"] = tree_mb(server.pid)
