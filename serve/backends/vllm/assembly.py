@@ -27,7 +27,15 @@ from serve.backends.vllm.engine import EngineLoop, VllmEngine
 from serve.backends.vllm.models import BASES, PREFIX, side_cache_values
 from serve.backends.vllm.packed_linear import check_share
 from serve.backends.vllm.reports import ReportReader
-from serve.backends.vllm.settings import KEY, SUPPORTED, Heads, Settings, find_forms, heads_of
+from serve.backends.vllm.settings import (
+    KEY,
+    SUPPORTED,
+    Heads,
+    Settings,
+    divide_cores,
+    find_forms,
+    heads_of,
+)
 from serve.base_model import find_lineage, load_base, load_tokenizer
 from serve.config import ServeConfig
 from serve.machine import free_memory_bytes
@@ -252,7 +260,7 @@ class EngineStarter:
             model=None if config.model is None else str(_absolute(config.model)),
             quantization=config.quantization, cache_dir=config.cache_dir,
             dequantize=config.dequantize, kernels=config.kernels,
-            threads=max(1, int(config.threads) // config.tensor_parallel_size), variants=variants,
+            cores=tuple(map(tuple, divide_cores(config))), variants=variants,
             adapters=tuple(map(str, adapters)), reports=self._reports.address,
         )  # fmt: skip
         num_tokens = int(config.kv_cache_tokens)

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 import torch
 
 from serve.backends.building import BuiltBackend, Report
-from serve.backends.vllm.settings import KEY, SUPPORTED
+from serve.backends.vllm.settings import KEY, SUPPORTED, divide_cores
 from serve.config import ServeConfig
 from serve.environment import prepare_vllm
 from serve.machine import count_processors
@@ -21,9 +21,13 @@ CPU_BLOCK_SIZE = 32
 def build(config: ServeConfig, *, report: Report) -> BuiltBackend:
     """Build the backend; see `serve.backends.building.build_backend`."""
     check_installation()
+    # A core is left for the processes that schedule and serve: where they have none of their own,
+    # two threads on two cores are slower than one.
+    cores = count_processors()
     options = resolve_model_options(
-        config.model_options, has_cuda=torch.cuda.is_available(), num_processors=count_processors()
-    )
+        config.model_options, has_cuda=torch.cuda.is_available(),
+        num_processors=min(cores, max(config.tensor_parallel_size, cores - 1)),
+    )  # fmt: skip
     config = check_options(replace(config, **asdict(options)))
     prepare_process(config)
     # vLLM is slow to import, and looks at the environment as it is.
@@ -79,12 +83,4 @@ def check_options(config: ServeConfig) -> ServeConfig:
 
 def prepare_process(config: ServeConfig) -> None:
     """Set what vLLM reads of the environment, as long as the operator has not."""
-    cores: list[list[int]] = []
-    if config.device == "cpu":
-        given = sorted(os.sched_getaffinity(0))[: int(config.threads)]
-        size = max(1, len(given) // config.tensor_parallel_size)
-        cores = [
-            given[rank * size : (rank + 1) * size] or given[:1]
-            for rank in range(config.tensor_parallel_size)
-        ]
-    prepare_vllm(os.environ, cores=cores, is_verbose=config.log_level == "debug")
+    prepare_vllm(os.environ, cores=divide_cores(config), is_verbose=config.log_level == "debug")

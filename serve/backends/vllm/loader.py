@@ -28,7 +28,7 @@ from serve.backends.vllm.packed_linear import (
     make_dense_multiply,
     shard,
 )
-from serve.backends.vllm.settings import Settings, read_settings
+from serve.backends.vllm.settings import Settings, cores_of, read_settings
 
 NAME = "proa"
 
@@ -84,7 +84,7 @@ def choose_multiply(settings: Settings, dtype: torch.dtype, device: torch.device
         return make_dense_multiply(dtype, device)
     from serve.backends.vllm.native_linear import make_native_multiply
 
-    return make_native_multiply(kernels, settings.threads)
+    return make_native_multiply(kernels, cores_of(settings, get_tensor_model_parallel_rank()))
 
 
 def pack_linear(

@@ -13,20 +13,18 @@ from models.weights import Matrix
 from serve.backends.vllm.packed_linear import MakeMultiply, Multiply
 
 
-def make_native_multiply(kernels: str, threads: int | str) -> MakeMultiply:
+def make_native_multiply(kernels: str, cores: Sequence[int]) -> MakeMultiply:
     """Return what prepares matrices for the native kernels; all share one pool of threads.
 
     Args:
-        kernels: "native" takes the fastest; else the name of instructions.
-        threads: how many; "auto" is one for each core that this process may use.
+        kernels: "native" or "auto" takes the fastest; else the name of instructions.
+        cores: that the threads run on, one each; none: those that this process may use.
     """
-    name = "auto" if kernels == "native" else kernels
-    count = _count(threads)
     first: list[NativeExecutor] = []
 
     def multiply_with(matrix: Matrix) -> Multiply:
         base = first[0] if first else None
-        executor = NativeExecutor(_program_of(matrix), kernels=name, num_threads=count, base=base)
+        executor = _make_executor(_program_of(matrix), kernels, cores, base)
         first[:] = first or [executor]
         num_outputs = matrix.shape[0]
 
@@ -58,12 +56,23 @@ def _program_of(matrix: Matrix) -> Program:
     )  # fmt: skip
 
 
-def make_native_picker(kernels: str, threads: int | str) -> NativePicker:
+def make_native_picker(kernels: str, cores: Sequence[int]) -> NativePicker:
     """Return what takes tokens from logits; arguments as for `make_native_multiply`."""
-    name = "auto" if kernels == "native" else kernels
-    program = _program_of(torch.zeros(1, 16))
-    return NativeExecutor(program, kernels=name, num_threads=_count(threads)).make_picker()
+    return _make_executor(_program_of(torch.zeros(1, 16)), kernels, cores).make_picker()
 
 
-def _count(threads: int | str) -> int:
-    return len(os.sched_getaffinity(0)) if threads == "auto" else int(threads)
+def _make_executor(
+    program: Program, kernels: str, cores: Sequence[int], base: NativeExecutor | None = None
+) -> NativeExecutor:
+    """Make an executor, the first one with threads on the cores.
+
+    vLLM has bound this thread to one core, and those that it starts would share that.
+    """
+    bound = os.sched_getaffinity(0)
+    wanted = set(cores) or bound
+    os.sched_setaffinity(0, wanted)
+    try:
+        name = "auto" if kernels == "native" else kernels
+        return NativeExecutor(program, kernels=name, num_threads=len(wanted), base=base)
+    finally:
+        os.sched_setaffinity(0, bound)

@@ -26,7 +26,7 @@ from serve.backends.vllm import models
 from serve.backends.vllm.asked import Asked, read_asked
 from serve.backends.vllm.reports import make_sender
 from serve.backends.vllm.rows import LiveRow, RowKeeper
-from serve.backends.vllm.settings import Settings, read_settings
+from serve.backends.vllm.settings import Settings, cores_of, read_settings
 from text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,9 @@ def _make_picker(settings: Settings | None, device: torch.device) -> Picker | No
         return None
     from serve.backends.vllm.native_linear import make_native_picker
 
-    return make_native_picker(settings.kernels, settings.threads)
+    return make_native_picker(
+        settings.kernels, cores_of(settings, get_tensor_model_parallel_rank())
+    )
 
 
 def _states() -> Tensor | None:

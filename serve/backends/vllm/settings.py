@@ -1,5 +1,6 @@
 """What whoever starts vLLM tells its workers, as JSON in `VllmConfig.additional_config`."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from models.checkpoints import Checkpoint
 from models.side import SideNetwork
 from models.spec import DecoderSpec
 from serve.base_model import load_base, load_variant
+from serve.config import ServeConfig
 from serve.model_options import ModelOptions
 from serve.options import ConfigError
 
@@ -29,9 +31,10 @@ class Settings:
     """What the workers load, and what side networks they make room for.
 
     Attributes:
-        model, quantization, cache_dir, dequantize, kernels, threads: see `ModelOptions`.
+        model, quantization, cache_dir, dequantize, kernels: see `ModelOptions`.
         variants: folders of the variants, in any order, that the model is made of; none: the base.
         adapters: folders of side networks that may come; room is made for their caches.
+        cores: of each rank, on the CPU; none: those that it may use.
         reports: ZeroMQ address that reports of what the sampler did go to; "": nobody reads them.
     """
 
@@ -40,9 +43,9 @@ class Settings:
     cache_dir: str | None = None
     dequantize: bool = False
     kernels: str = "auto"
-    threads: int | str = "auto"
     variants: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
+    cores: tuple[tuple[int, ...], ...] = ()
     reports: str = ""
 
     @property
@@ -50,7 +53,7 @@ class Settings:
         """What is said of the model."""
         return ModelOptions(
             model=self.model, quantization=self.quantization, cache_dir=self.cache_dir,
-            dequantize=self.dequantize, kernels=self.kernels, threads=self.threads,
+            dequantize=self.dequantize, kernels=self.kernels,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
@@ -92,6 +95,27 @@ def read_settings(additional_config: object) -> Settings | None:
             f"{', '.join(sorted(known))}"
         )
     return Settings(**{name: _tuples(value) for name, value in values.items()})
+
+
+def divide_cores(config: ServeConfig) -> list[list[int]]:
+    """Divide the cores that this process may use, as many as it has threads, among the ranks.
+
+    Args:
+        config: device and threads resolved; on a GPU there is nothing to divide.
+    """
+    if config.device != "cpu":
+        return []
+    given = sorted(os.sched_getaffinity(0))[: int(config.threads)]
+    size = max(1, len(given) // config.tensor_parallel_size)
+    return [
+        given[rank * size : (rank + 1) * size] or given[:1]
+        for rank in range(config.tensor_parallel_size)
+    ]
+
+
+def cores_of(settings: Settings, rank: int) -> tuple[int, ...]:
+    """Return the cores of a rank; none: those that it may use."""
+    return settings.cores[rank] if settings.cores else ()
 
 
 def _tuples(value: Any) -> Any:

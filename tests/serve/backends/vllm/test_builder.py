@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve.backends.vllm import builder
+from serve.backends.vllm import builder, settings
 from serve.config import ServeConfig
 from serve.environment import leaves_with_parent, prepare_vllm
 from serve.options import ConfigError
@@ -78,7 +78,7 @@ def test_native_backend_refuses_what_is_vllms(options: dict[str, Any]) -> None:
 
 
 def test_ranks_get_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder.os, "sched_getaffinity", lambda _: {3, 5, 6, 7}, raising=False)
+    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda _: {3, 5, 6, 7}, raising=False)
     seen: list[Any] = []
     monkeypatch.setattr(
         builder, "prepare_vllm", lambda environ, *, cores, is_verbose: seen.append(cores)
