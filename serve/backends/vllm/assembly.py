@@ -22,7 +22,8 @@ from serve.attachments.start import attach_at_start
 from serve.backends.building import BuiltBackend, Report
 from serve.backends.vllm import linears, loader
 from serve.backends.vllm.addresses import AdapterAddress
-from serve.backends.vllm.backend import SideHandle, VllmAttachment, VllmBackend
+from serve.backends.vllm.attachments import SideHandle, VllmAttachment
+from serve.backends.vllm.backend import VllmBackend
 from serve.backends.vllm.engine import EngineLoop, VllmEngine
 from serve.backends.vllm.models import BASES, PREFIX, side_cache_values
 from serve.backends.vllm.packed_linear import check_share
@@ -73,7 +74,7 @@ def assemble(config: ServeConfig, *, report: Report) -> BuiltBackend:
     loop, starter = EngineLoop(), None
     try:
         reports = loop.submit(_listen(config)).result()
-        starter = EngineStarter(config, checkpoint, loop, reports, report=report)
+        starter = EngineStarter(config, loop, reports, report=report)
         base = starter.start(find_lineage(options, checkpoint), ())
         loader = VllmLoader(starter, base)
         registry: AdapterRegistry[Any, VllmHost] = AdapterRegistry(
@@ -124,8 +125,8 @@ async def _listen(config: ServeConfig) -> ReportReader:
     """Open what samplers report to; runs on the engines' loop."""
     if config.executor == "ray":  # workers may be on other machines
         return ReportReader(f"tcp://{get_ip()}:*")
-    folder = tempfile.mkdtemp(prefix="proa-")  # for this user only
-    return ReportReader(f"ipc://{folder}/reports")
+    folder = tempfile.TemporaryDirectory(prefix="proa-")  # for this user only
+    return ReportReader(f"ipc://{folder.name}/reports", folder)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -150,7 +151,6 @@ class EngineStarter:
 
     Args:
         config: device and threads resolved.
-        base: the base's checkpoint.
         loop: where they run.
         reports: reads what their samplers report.
         report: told what happens.
@@ -164,7 +164,6 @@ class EngineStarter:
     def __init__(
         self,
         config: ServeConfig,
-        base: Checkpoint,
         loop: EngineLoop,
         reports: ReportReader,
         *,
@@ -174,7 +173,6 @@ class EngineStarter:
         self.report = report
         self.hosts: list[VllmHost] = []
         self.is_starting = True
-        self._base = base
         self._loop = loop
         self._reports = reports
         self._known = list(known_adapters(config))
@@ -186,7 +184,6 @@ class EngineStarter:
         Raises:
             ConfigError: vLLM does not run it as the options say.
         """
-
         spec = lineage.checkpoint.spec
         try:
             check_share(spec, self.config.tensor_parallel_size)
@@ -231,7 +228,6 @@ class EngineStarter:
 
     def _token_bytes(self, spec: DecoderSpec, forms: Sequence[Heads]) -> int:
         """Return the bytes that a token takes in the cache of a rank."""
-
         size = self.config.tensor_parallel_size
         values = sum(
             2 * max(1, layer.num_key_value_heads // size) * layer.head_dim for layer in spec.layers
@@ -340,7 +336,6 @@ class VllmLoader:
             AdapterError: it does not fit, or vLLM makes no room for it while it runs.
             CheckpointError: the base's original weights cannot be read, or there are none.
         """
-
         on, method = below or self._base, method_of(stored.config)
         host = host_of(on.lineage.checkpoint)
         address = AdapterAddress(folder=str(stored.folder), digest=stored.digest)
@@ -355,8 +350,7 @@ class VllmLoader:
                     f"heads such as {heads[0]}; start it with --adapter, or with the folder below "
                     "--adapter-root"
                 )
-            is_classifier = adapter.classifier is not None
-            side = SideHandle(on.engine, address, is_classifier=is_classifier)
+            side = SideHandle(on.engine, address)
             return Loaded(
                 given=VllmAttachment(engine=on.engine, side=side), num_parameters=num_parameters,
                 num_bytes=num_bytes, labels=adapter.qst.label_names,

@@ -5,18 +5,16 @@ import itertools
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import partial
 
 from prometheus_client import REGISTRY
 from prometheus_client.core import Metric
-from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from decoding import derive_seed
 from decoding.options import ParameterError
-from serve.attachments.registry import AdapterRegistry
 from serve.backends.protocol import (
     AdapterInfo,
     AdapterLoadError,
@@ -24,69 +22,13 @@ from serve.backends.protocol import (
     BackendUnavailableError,
     QueueFullError,
 )
-from serve.backends.vllm.addresses import AdapterAddress
 from serve.backends.vllm.asked import Asked
+from serve.backends.vllm.attachments import VllmAttachment, VllmRegistry
 from serve.backends.vllm.engine import EngineLoop, VllmEngine
 from serve.backends.vllm.reports import ReportReader
-from serve.requests import Arm, FinishReason, GenerationRequest, TokenOutput
+from serve.requests import Arm, GenerationRequest, TokenOutput
 
 logger = logging.getLogger(__name__)
-
-_adapter_ids = itertools.count(1)
-
-
-class SideHandle:
-    """A side network in an engine; the workers forget it when nothing holds the handle any more.
-
-    Args:
-        engine: has the model that it sits on.
-        address: where it lies.
-        is_classifier: whether it classifies.
-    """
-
-    def __init__(self, engine: VllmEngine, address: AdapterAddress, *, is_classifier: bool) -> None:
-        self.address = address
-        self.is_classifier = is_classifier
-        self._engine = engine
-        self._added: dict[float, LoRARequest] = {}
-
-    async def at_scale(self, scale: float) -> LoRARequest:
-        """Return what names it to vLLM, loaded; runs on the engine's loop.
-
-        Raises:
-            ValueError: a worker cannot load it.
-        """
-        if scale not in self._added:
-            address = AdapterAddress(
-                folder=self.address.folder, digest=self.address.digest, scale=scale
-            )
-            # The name keeps cached prefixes apart: content and scale, whatever the path.
-            request = LoRARequest(f"{address.digest}:{scale!r}", next(_adapter_ids), str(address))
-            await self._engine.add(request)
-            self._added[scale] = request
-        return self._added[scale]
-
-    def __del__(self) -> None:
-        if self._added:
-            self._engine.forget([request.adapter_id for request in self._added.values()])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VllmAttachment:
-    """What the sequences of an arm need beside the base.
-
-    Attributes:
-        engine: runs them.
-        side: the side network that they use, or None.
-        head: address of the temperature head that they use, or None.
-    """
-
-    engine: VllmEngine
-    side: SideHandle | None = None
-    head: str | None = None
-
-
-VllmRegistry: TypeAlias = AdapterRegistry[VllmAttachment, Any]
 
 
 @dataclass(slots=True, eq=False)
@@ -186,6 +128,7 @@ class VllmBackend:
 
     def _admit(self, request: GenerationRequest, attachments: list[VllmAttachment]) -> _Live:
         self._check_open()
+        num_tokens, room = len(request.prompt_token_ids), self._base.max_model_tokens
         if request.request_id in self._live:
             raise ValueError(f"request_id {request.request_id!r} is in use")
         request.check(vocab_size=self._vocab_size, max_context_tokens=self._max_context_tokens)
@@ -197,7 +140,11 @@ class VllmBackend:
                     param="decoding.strategy",
                 )
             arm.params.check_vocabulary(self._vocab_size, self._end_token_ids)
-        self._check_queue(len(request.prompt_token_ids))
+            if not arm.params.max_tokens and num_tokens >= room:
+                raise ValueError(
+                    f"vLLM scores prompts of at most {room - 1} tokens here, got {num_tokens}"
+                )
+        self._check_queue(num_tokens)
         live = self._live[request.request_id] = _Live(request)
         live.open = set(range(request.num_sequences))
         self._start(live, attachments)
@@ -229,13 +176,15 @@ class VllmBackend:
             scale = arm.adapter_scale if attachment.side is not None else 0.0
             shared = (id(attachment.engine), id(attachment.side) if scale else None, scale)
             for number in range(arm.num_sequences):
-                is_first = shared not in first
+                waits = shared in first and attachment.engine.shares(request.prompt_token_ids)
                 done = first.setdefault(shared, asyncio.Event())
                 run = self._run(
                     request, arm, number, index, f"{prefix}-{index}", attachment, deliver,
-                    done=done, waits=not is_first,
+                    done=done, waits=waits,
                 )  # fmt: skip
-                live.tasks[index] = self._loop.submit(run)
+                task = live.tasks[index] = self._loop.submit(run)
+                # Also of one that was cancelled before it began.
+                task.add_done_callback(partial(_release, self._loop, done))
                 index += 1
 
     async def _run(
@@ -264,7 +213,6 @@ class VllmBackend:
             waits: for that.
         """
         engine, side = attachment.engine, attachment.side
-        reason: FinishReason = "abort"
         try:
             if waits:
                 await done.wait()
@@ -276,28 +224,26 @@ class VllmBackend:
                 head=attachment.head,
                 classifier=str(side.address) if side and request.is_classification else None,
             )  # fmt: skip
-            ended = False
-            async for outputs in engine.run(
+            steps = engine.run(
                 index, request.prompt_token_ids, asked, end_token_ids=self._end_token_ids,
                 adapter=adapter, prompt_logprobs=None if index else request.prompt_logprobs,
-            ):  # fmt: skip
-                done.set()
-                deliver(outputs)
-                ended = outputs[-1].finish_reason is not None
-            if ended:
+            )  # fmt: skip
+            ended = None
+            async with aclosing(steps):
+                async for outputs in steps:
+                    done.set()
+                    deliver(outputs)
+                    ended = outputs[-1].finish_reason
+                    if ended == "error":  # here: vLLM would go on
+                        break
+            if ended is not None:
                 return
-            reason = "error"
-        except asyncio.CancelledError:
-            raise
         except EngineDeadError:
-            reason = "error"
+            pass  # whoever asks for the engine's state is told
         except Exception as error:
             # Not its text: that may quote what a user sent.
             logger.error("a sequence failed in vLLM: %s", type(error).__name__)
-            reason = "error"
-        finally:
-            done.set()
-        deliver([TokenOutput(index, None, reason)])
+        deliver([TokenOutput(index, None, "error")])
 
     def adapters(self) -> list[AdapterInfo]:
         """Return what is attached, in the order of names."""
@@ -313,7 +259,9 @@ class VllmBackend:
                     await asyncio.wrap_future(loading)
         except ValueError as error:
             self._adapters.detach(name)
-            raise AdapterLoadError(f"adapter {name!r}: {error}") from error
+            logger.error("adapter %r cannot be loaded: %s", name, error)
+            reason = "the server cannot load it; its log says why"
+            raise AdapterLoadError(f"adapter {name!r}: {reason}") from error
         return info
 
     async def detach_adapter(self, name: str) -> None:
@@ -400,3 +348,8 @@ class VllmBackend:
             num_requests >= most_requests or num_tokens + num_new_tokens > most_tokens
         ):
             raise QueueFullError(f"the queue is full: {num_requests} requests are waiting", 1)
+
+
+def _release(loop: EngineLoop, done: asyncio.Event, _: "Future[None]") -> None:
+    """Let those go on that wait for a sequence which has ended."""
+    loop.call(done.set)

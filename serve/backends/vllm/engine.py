@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from vllm.config import VllmConfig
@@ -38,6 +39,11 @@ class EngineLoop:
     def submit(self, coroutine: Coroutine[Any, Any, Result]) -> "Future[Result]":
         """Run a coroutine there; callable from any thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, work: Callable[[], object]) -> None:
+        """Call a function there, from any thread; once the loop is closed, not at all."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(work)
 
     def close(self) -> None:
         """Stop the loop; returns when the thread has ended."""
@@ -114,6 +120,16 @@ class VllmEngine:
         return int(self.config.cache_config.num_gpu_blocks or 0)
 
     @property
+    def max_model_tokens(self) -> int:
+        """Longest prompt and continuation; vLLM generates a token at least."""
+        return int(self.config.model_config.max_model_len)
+
+    def shares(self, prompt_token_ids: Sequence[int]) -> bool:
+        """Whether sequences with a prompt may find a part of it in the cache."""
+        cache = self.config.cache_config
+        return bool(cache.enable_prefix_caching) and len(prompt_token_ids) > cache.block_size
+
+    @property
     def error(self) -> str | None:
         """Why it cannot go on, or None; once it is closed, None."""
         if self._is_closed or not self._engine.errored:
@@ -165,7 +181,7 @@ class VllmEngine:
         end_token_ids: Sequence[int],
         adapter: LoRARequest | None,
         prompt_logprobs: int | None,
-    ) -> AsyncIterator[list[TokenOutput]]:
+    ) -> AsyncGenerator[list[TokenOutput], None]:
         """Yield the outputs of a sequence; runs on the engine's loop.
 
         Args:

@@ -7,6 +7,7 @@ are sent before the step's tokens are, and may arrive a moment after them.
 import asyncio
 import json
 from collections import defaultdict
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from serve.backends.vllm.rows import Record, Send
@@ -33,13 +34,14 @@ class ReportReader:
     """Holds the records of running sequences until they are asked for.
 
     Args:
-        address: to listen on; a port of 0 takes a free one.
+        address: to listen on; a port of * takes a free one.
+        folder: that the address is in, removed with it.
 
     Attributes:
         address: that senders connect to.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, folder: TemporaryDirectory[str] | None = None) -> None:
         import zmq.asyncio
 
         self._socket: Any = zmq.asyncio.Context.instance().socket(zmq.PULL)
@@ -48,6 +50,7 @@ class ReportReader:
         self._records: dict[str, dict[int, Record]] = {}
         self._arrived: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._reading: asyncio.Task[None] | None = None
+        self._folder = folder
 
     def expect(self, key: str) -> None:
         """Keep the records of a sequence from now on."""
@@ -78,6 +81,8 @@ class ReportReader:
         if self._reading is not None:
             self._reading.cancel()
         self._socket.close(linger=0)
+        if self._folder is not None:
+            self._folder.cleanup()
 
     async def _read(self) -> None:
         while True:

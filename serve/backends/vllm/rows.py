@@ -128,7 +128,8 @@ class RowKeeper:
             one.sync()
         rows = [one.row for one in live.values()]
         taken = logits if indices == list(range(len(logits))) else logits[indices]
-        states = self._states()
+        reads_states = any(one.asked.head or one.asked.classifier for one in live.values())
+        states = self._states() if reads_states else None
         chosen = None if states is None else states[indices].float()
         try:
             sampled = self._sampler.sample(taken, rows, chosen)

@@ -38,6 +38,8 @@ class SideManager:
     def __init__(self, vllm_config: VllmConfig, device: torch.device, *_: object) -> None:
         self._device = device
         self._held: dict[int, Held | None] = {}
+        # By folder and digest; one for all scales.
+        self._programs: dict[tuple[str, str], tuple[Heads, SideProgram]] = {}
         self._model: Any = None
         self._tokens: tuple[int, ...] | None = None
 
@@ -65,6 +67,12 @@ class SideManager:
         return True
 
     def _load(self, address: AdapterAddress) -> Held:
+        known = self._programs.get((address.folder, address.digest))
+        if known is None:
+            known = self._programs[address.folder, address.digest] = self._read(address)
+        return *known, address.scale
+
+    def _read(self, address: AdapterAddress) -> tuple[Heads, SideProgram]:
         stored, host = address.read(), self._model.sides.host
         method = method_of(stored.config)
         if not isinstance(method, SideMethod):
@@ -78,7 +86,7 @@ class SideManager:
             )
         side = attach_plain(build_side_program(network, host.spec), self._device)
         assert isinstance(side.lowered, SideProgram)
-        return heads, side.lowered, address.scale
+        return heads, side.lowered
 
     def set_active_adapters(self, requests: set[LoRARequest], mapping: Any) -> None:
         """Say what the next step runs.
@@ -102,11 +110,15 @@ class SideManager:
 
     def remove_adapter(self, adapter_id: int) -> bool:
         """Forget an adapter; False if there is none such."""
-        return self._held.pop(adapter_id, self) is not self
+        was_held = self._held.pop(adapter_id, self) is not self
+        used = {id(held[1]) for held in self._held.values() if held is not None}
+        self._programs = {k: v for k, v in self._programs.items() if id(v[1]) in used}
+        return was_held
 
     def remove_all_adapters(self) -> None:
         """Forget all."""
         self._held.clear()
+        self._programs.clear()
 
     def pin_adapter(self, adapter_id: int) -> bool:
         """Do nothing: what is added stays."""

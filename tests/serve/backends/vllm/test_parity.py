@@ -52,7 +52,7 @@ def several(*arms: Arm, prompt: list[int] = PROMPT, **fields: Any) -> Generation
     return ask(prompt=prompt, arms=arms, is_traced=True, **fields)
 
 
-def check(pair: Pair, request: GenerationRequest) -> None:
+def assert_same(pair: Pair, request: GenerationRequest) -> None:
     native, other = pair.ask(request)
     assert native
     assert first_divergence(native, other) is None
@@ -82,18 +82,20 @@ class TestDecoding:
     def test_tokens_are_the_same_for_the_same_seed(
         self, fields: dict[str, Any], pair: Pair
     ) -> None:
-        check(pair, several(arm(**fields), arm("one", **fields), arm(count=2, **fields)))
+        assert_same(pair, several(arm(**fields), arm("one", **fields), arm(count=2, **fields)))
 
     @pytest.mark.parametrize("name", sorted(STRATEGIES.keys() - NEEDS_MORE))
     def test_strategy_gives_the_same_temperatures_and_tokens(self, name: str, pair: Pair) -> None:
         strategy = parse_strategy({"strategy": name, **STRATEGY_FIELDS.get(name, {})})
         fields = {"temperature": 1.0, "strategy": strategy}
-        check(pair, several(arm(**fields), arm("one", seed=9, **fields)))
-        check(pair, several(arm(temperature=0.0, strategy=strategy)))
+        assert_same(pair, several(arm(**fields), arm("one", seed=9, **fields)))
+        assert_same(pair, several(arm(temperature=0.0, strategy=strategy)))
 
     def test_temperature_head_gives_the_same_temperatures(self, pair: Pair) -> None:
         learned = parse_strategy({"strategy": "learned"})
-        check(pair, several(arm("warm", strategy=learned), arm("warm", seed=8, strategy=learned)))
+        assert_same(
+            pair, several(arm("warm", strategy=learned), arm("warm", seed=8, strategy=learned))
+        )
 
     def test_classifier_gives_the_same_scores(self, pair: Pair) -> None:
         for prompt in (PROMPT, PROMPT[:3], [1 + i % 251 for i in range(120)]):
@@ -106,18 +108,18 @@ class TestDecoding:
 
     def test_prompt_longer_than_a_step_is_computed_in_parts(self, pair: Pair) -> None:
         long = [1 + i * i * i % 251 for i in range(150)]
-        check(pair, several(arm(temperature=0.8), arm("one"), prompt=long))
+        assert_same(pair, several(arm(temperature=0.8), arm("one"), prompt=long))
 
     def test_cached_prefix_of_an_adapter_is_its_own(self, pair: Pair) -> None:
         long = [1 + 7 * i % 251 for i in range(100)]
         for adapter in (None, "one", None, "one"):
-            check(pair, several(arm(adapter, temperature=0.0), prompt=long))
+            assert_same(pair, several(arm(adapter, temperature=0.0), prompt=long))
         outputs = on(pair.vllm, several(arm("one"), prompt=long))
         assert outputs[0].cached_prompt_tokens >= 64
 
     @pytest.mark.parametrize("scale", [0.0, 0.3, 1.0])
     def test_scale_of_a_side_network_counts(self, scale: float, pair: Pair) -> None:
-        check(pair, several(arm("one", scale, temperature=0.0), arm(temperature=0.0)))
+        assert_same(pair, several(arm("one", scale, temperature=0.0), arm(temperature=0.0)))
 
     def test_prompt_is_scored_alike(self, pair: Pair) -> None:
         request = ask(prompt=PROMPT, max_tokens=0, prompt_logprobs=2)
@@ -214,7 +216,7 @@ def test_family_with_a_side_network_says_the_same(family: str, tmp_path: Path) -
     folder = save_model(tmp_path / "tiny", family)
     side = save_side(tmp_path / "side", load(folder))
     with open_pair(model=str(folder), quantization="none", adapter=(f"side={side}",)) as pair:
-        check(pair, several(arm(temperature=0.0), arm("side", temperature=0.0), arm(seed=4)))
+        assert_same(pair, several(arm(temperature=0.0), arm("side", temperature=0.0), arm(seed=4)))
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -227,7 +229,7 @@ def test_nf4_over_one_and_two_ranks_says_the_same(size: int, tmp_path: Path) -> 
         model=str(folder), quantization="nf4", cache_dir=str(cache), adapter=(f"side={side}",),
         vllm={"tensor_parallel_size": size, "threads": size},
     ) as pair:  # fmt: skip
-        check(pair, several(arm(temperature=0.0), arm("side", temperature=0.0), arm(seed=4)))
+        assert_same(pair, several(arm(temperature=0.0), arm("side", temperature=0.0), arm(seed=4)))
 
 
 @pytest.mark.model
@@ -248,4 +250,4 @@ def test_demo_model_with_its_adapter_says_the_same() -> None:
     )
     with open_pair(adapter=(f"roleplay={adapter}",), cache_dir=None) as pair:
         for text in texts:
-            check(pair, several(*arms, prompt=pair.built.tokenizer.encode(text)))
+            assert_same(pair, several(*arms, prompt=pair.built.tokenizer.encode(text)))
