@@ -235,14 +235,9 @@ def test_nf4_over_one_and_two_ranks_says_the_same(size: int, tmp_path: Path) -> 
 @pytest.mark.model
 def test_demo_model_with_its_adapter_says_the_same() -> None:
     adapter = Path(__file__).parents[4] / "examples" / "roleplay" / "adapter"
-    texts = (
-        "The capital of France is",
-        "def fibonacci(n):\n    ",
-        "Once upon a time there was a dragon who",
-        "1, 2, 3, 4,",
-    )
+    texts = ("The capital of France is", "def fibonacci(n):\n    ")
     adapt = parse_strategy({"strategy": "adapt", "a": 1.2, "b": 0.4})
-    params = SamplingParams(max_tokens=24, seed=1, temperature=0.0, logprobs=5)
+    params = SamplingParams(max_tokens=16, seed=1, temperature=0.0, logprobs=5)
     arms = (
         Arm(params=params),
         Arm(params=params, adapter="roleplay"),
