@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Generator
+from contextlib import suppress
 from typing import Any
 
 from client.api import ApiClient
@@ -51,6 +52,11 @@ class BlockingClient:
         try:
             while (chunk := self._runner.run(take())) is not None:
                 yield chunk
+        except KeyboardInterrupt:
+            # Where it came as a call ended, that call's end still stops the loop, at its next run.
+            with suppress(RuntimeError):
+                self._runner.run(asyncio.sleep(0))
+            raise
         finally:
             self._runner.run(chunks.aclose())
 

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -80,3 +81,32 @@ def test_ctrl_c_ends_a_stream_and_the_client_goes_on(
     assert source.closed.is_set()
     assert client.entries("/v1/models") == []
     client.close()
+
+
+def test_interrupt_at_the_end_of_a_call_leaves_the_loop_usable() -> None:
+    """It left a callback behind that stopped the loop while the connection was being closed."""
+    closed = []
+
+    class Interrupted:
+        url = "http://127.0.0.1:1"
+
+        async def stream(self, path: str, body: object, *, key: str) -> Any:
+            try:
+                yield {"n": 1}
+                loop = asyncio.get_running_loop()
+                loop.call_soon(loop.stop)
+                raise KeyboardInterrupt
+            finally:
+                closed.append(path)
+
+        async def close(self) -> None:
+            closed.append("client")
+
+    client = BlockingClient(Interrupted())  # type: ignore[arg-type]
+    chunks = client.stream("/x", {})
+    assert next(chunks) == {"n": 1}
+    with pytest.raises(KeyboardInterrupt):
+        next(chunks)
+    chunks.close()
+    client.close()
+    assert closed == ["/x", "client"]
