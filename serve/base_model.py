@@ -74,9 +74,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, TokenTables]:
     """Return the tokenizer, and the tables of its tokens with one entry for each logit."""
     vocab_size = checkpoint.spec.vocab_size
     tokenizer = Tokenizer.from_folder(checkpoint.folder, num_embeddings=vocab_size)
+    return tokenizer, make_tables(tokenizer, vocab_size)
+
+
+def make_tables(tokenizer: Tokenizer, vocab_size: int) -> TokenTables:
+    """Return the tables of a tokenizer's tokens, one entry for each of `vocab_size` logits."""
     token_bytes = tokenizer.token_bytes()[:vocab_size]
     padding = [None] * (vocab_size - len(token_bytes))
-    return tokenizer, build_token_tables([*token_bytes, *padding])
+    return build_token_tables([*token_bytes, *padding])
 
 
 def build_decoder(

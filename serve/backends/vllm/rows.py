@@ -1,6 +1,5 @@
 """Our sampler's rows over a batch whose tokens somebody else appends."""
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from decoding.sampler import Sampled
 from decoding.temperature_head import TemperatureHead
 from serve.backends.vllm.addresses import parse_address
 from serve.backends.vllm.asked import Asked
-
-logger = logging.getLogger(__name__)
 
 _MAX_PARKED = 4096
 

@@ -5,7 +5,6 @@ token for the same seed as Proa's own engine, at exactly the temperature that th
 Rows that do not ask for it are left alone.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,15 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
 from adapters.format import Host
-from decoding import Sampler, TokenTables, build_token_tables
+from decoding import Sampler
 from decoding.picker import Picker
 from serve.backends.vllm import models
 from serve.backends.vllm.asked import Asked, read_asked
 from serve.backends.vllm.reports import make_sender
 from serve.backends.vllm.rows import LiveRow, RowKeeper
 from serve.backends.vllm.settings import Settings, cores_of, read_settings
+from serve.base_model import make_tables
 from text.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 class ProaLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
@@ -158,12 +156,6 @@ def _make_keeper(config: VllmConfig, device: torch.device) -> RowKeeper:
         sampler, send=make_sender(settings.reports) if settings and sends else None,
         states=_states, host=_host,
     )  # fmt: skip
-
-
-def make_tables(tokenizer: Tokenizer, vocab_size: int) -> TokenTables:
-    """Return the tables of a tokenizer's tokens, one entry for each of `vocab_size` logits."""
-    token_bytes = tokenizer.token_bytes()[:vocab_size]
-    return build_token_tables([*token_bytes, *[None] * (vocab_size - len(token_bytes))])
 
 
 def _make_picker(settings: Settings | None, device: torch.device) -> Picker | None:

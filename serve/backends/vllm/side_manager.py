@@ -41,7 +41,6 @@ class SideManager:
         # By folder and digest; one for all scales.
         self._programs: dict[tuple[str, str], tuple[Heads, SideProgram]] = {}
         self._model: Any = None
-        self._tokens: tuple[int, ...] | None = None
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:
         """Take the model; nothing of it is replaced."""
