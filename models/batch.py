@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from models.fork import AttachedFork
 from models.kv_cache import KVCache
 from models.side import AttachedSide
 
@@ -34,6 +35,23 @@ class SideBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ForkBatch:
+    """Forks that stand in for the base in some of a step's output rows.
+
+    Attributes:
+        networks: F of them, from `Decoder.attach`; one for each of the rows.
+        outputs: (F,) int32, which output row each makes the logits of, increasing.
+        sequences: (F,) int32, the sequence of the batch that it belongs to.
+        scales: (F,) float32 in 0 .. 1: how much of the fork goes into the logits.
+    """
+
+    networks: tuple[AttachedFork, ...]
+    outputs: Tensor
+    sequences: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
     """Tokens of several sequences, some prefilling, some decoding, one after the other.
 
@@ -52,6 +70,7 @@ class PackedBatch:
         write_starts: (B,) first position whose keys and values are written; earlier ones are in
             the cache already and are left alone. None: all of them are written.
         side: side networks on these tokens, or None.
+        forks: forks for some of the output rows, or None; a row has a side network or a fork.
     """
 
     token_ids: Tensor
@@ -62,3 +81,4 @@ class PackedBatch:
     output_rows: Tensor
     write_starts: Tensor | None = None
     side: SideBatch | None = None
+    forks: ForkBatch | None = None

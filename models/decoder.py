@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Literal, Protocol
+from typing import Literal, Protocol, overload
 
 import torch
 from torch import Tensor
 
 from models.batch import PackedBatch
+from models.fork import AttachedFork, ForkNetwork, ForkProgram, build_fork_program
 from models.kernels.native.executor import NativeExecutor, is_native_available
 from models.kernels.native.picker import NativePicker
 from models.kernels.reference.executor import ReferenceExecutor
@@ -29,6 +30,7 @@ class Executor(Protocol):
     """Runs a program."""
 
     name: str
+    program: Program
 
     def make_cache(
         self, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype
@@ -49,6 +51,8 @@ class Executor(Protocol):
     def apply_head(self, states: Tensor) -> Tensor: ...
 
     def attach(self, program: SideProgram) -> AttachedSide: ...
+
+    def attach_fork(self, program: ForkProgram) -> AttachedFork: ...
 
     @property
     def num_bytes(self) -> int: ...
@@ -204,13 +208,29 @@ class Decoder:
         """Return the (T, V) float32 logits of (T, D) float32 states that are normed already."""
         return self._executor.apply_head(states)
 
-    def attach(self, network: SideNetwork) -> AttachedSide:
+    @overload
+    def attach(self, network: SideNetwork) -> AttachedSide: ...
+
+    @overload
+    def attach(self, network: ForkNetwork) -> AttachedFork: ...
+
+    def attach(self, network: SideNetwork | ForkNetwork) -> AttachedSide | AttachedFork:
         """Make a side network ready to run on this decoder's steps.
 
         Raises:
             SpecError: it does not fit; every reason is named.
         """
+        if isinstance(network, ForkNetwork):
+            return self._executor.attach_fork(self.fork_program(network))
         return self._executor.attach(build_side_program(network, self.spec))
+
+    def fork_program(self, network: ForkNetwork) -> ForkProgram:
+        """Lay out a fork over this decoder's operations, whose tensors it shares.
+
+        Raises:
+            SpecError: it does not fit; every reason is named.
+        """
+        return build_fork_program(network, self._executor.program)
 
     def make_side_cache(
         self,

@@ -20,6 +20,7 @@ from adapters.format import (
 )
 from adapters.qst.config import QstConfig, from_fields
 from adapters.qst.network import FLOAT32_TENSORS, QstNetwork, assemble_network, qst_tensors
+from models.fork import ForkNetwork
 from models.side import SideNetwork
 from models.spec import DecoderSpec
 
@@ -41,7 +42,7 @@ class QstAdapter:
 
     config: AdapterConfig
     qst: QstConfig
-    network: SideNetwork
+    network: SideNetwork | ForkNetwork
     classifier: Tensor | None
     digest: str
 
@@ -111,11 +112,15 @@ def describe_qst(stored: StoredAdapter) -> list[tuple[str, str]]:
         AdapterError: a field is unknown or has a value it may not have.
     """
     qst, tensors = from_fields(stored.config.fields), stored.tensors
+    task = ("task", qst.task + (f", {qst.num_labels} labels" if qst.num_labels else ""))
+    if qst.side_attention == "base":
+        layers = f"the last {qst.side_layers}, differences of rank {qst.rank}"
+        return [("forked layers", layers), ("keys and values", "the base's"), task]
     has_rank = qst.downsample in ("lora", "adapter")
     downsample = f"downsample {qst.downsample}" + (f" of rank {qst.rank}" if has_rank else "")
     rows = [
         ("reduction", f"{qst.reduction}, {downsample}"),
-        ("task", qst.task + (f", {qst.num_labels} labels" if qst.num_labels else "")),
+        task,
     ]
     if "alpha" in tensors and "gamma" in tensors:
         alpha = tensors["alpha"].float()

@@ -1,5 +1,8 @@
 """Sizes and switches of a side network, and the narrow decoder that follows from them.
 
+With `side_attention` "base" there is no narrow decoder: the side network is a fork of the base's
+last layers (`models.fork`).
+
 The paper's symbols: r is `reduction`, k is `rank`; gamma are the mix gates' logits, alpha the final
 gate. Source: Quantized Side Tuning, arXiv 2401.07159, section 3; the switches that depart from it
 reproduce the published code, YouAreSpecialToMe/QST at 27cef0a.
@@ -14,12 +17,14 @@ from adapters.format import AdapterError
 from models.spec import Activation, DecoderSpec, LayerSpec, RotarySpec
 
 DownsampleKind = Literal["linear", "lora", "adapter", "maxpool", "avgpool"]
+SideAttention = Literal["own", "base"]
 GateShape = Literal["scalar", "vector"]
 FinalGate = Literal["raw", "sigmoid", "sigmoid_swapped"]
 Task = Literal["causal_lm", "sequence_classification"]
 PerLayer = int | tuple[int, ...]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "side_attention": get_args(SideAttention),
     "downsample": get_args(DownsampleKind),
     "activation": get_args(Activation),
     "gate_shape": get_args(GateShape),
@@ -27,6 +32,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "task": get_args(Task),
 }
 _MAX_NUMBER = 1e30
+DEFAULT_SIDE_LAYERS = 4
+_OF_FORKS = ("side_attention", "side_layers", "rank", "task", "num_labels", "labels")
 _SIZES = ("side_heads", "side_kv_heads", "side_head_dim", "side_intermediate")
 
 
@@ -39,8 +46,12 @@ class QstConfig:
     or one for each.
 
     Attributes:
+        side_attention: "own": a narrow decoder with keys and values of its own, as in the paper;
+            "base": a fork of the base's last layers, which reads the base's. With "base" only
+            `side_layers`, `rank`, `task`, `num_labels` and `labels` may differ from their defaults.
+        side_layers: layers that are forked; None: 4, or all if the base has fewer. None with "own".
         reduction: the side network is this many times narrower than the base.
-        rank: middle width of the downsamples "lora" and "adapter".
+        rank: middle width of the downsamples "lora" and "adapter"; of a fork's differences.
         downsample: "linear": one matrix; "lora": two thin ones; "adapter": two thin ones with an
             activation between and a layer norm after; "maxpool", "avgpool": over neighbours.
         activation: of the downsample "adapter".
@@ -63,6 +74,8 @@ class QstConfig:
         labels: their names; empty if they have none.
     """
 
+    side_attention: SideAttention = "own"
+    side_layers: int | None = None
     reduction: int = 16
     rank: int = 16
     downsample: DownsampleKind = "adapter"
@@ -99,6 +112,8 @@ class QstConfig:
         Raises:
             AdapterError: names everything that does not fit the base.
         """
+        if self.side_attention == "base":
+            return self._resolved_fork(base)
         problems: list[str] = []
         if base.hidden_size % self.reduction:
             problems.append(_indivisible("hidden_size", base.hidden_size, self.reduction))
@@ -126,8 +141,10 @@ class QstConfig:
         the published code) and always ends in a norm.
 
         Raises:
-            AdapterError: the config does not fit the base.
+            AdapterError: the config does not fit the base, or there is no such decoder.
         """
+        if self.side_attention == "base":
+            raise AdapterError("side_attention base: a fork has no narrow decoder")
         config = self.resolved(base)
         heads, kv_heads, dims, middles = (_each(getattr(config, name), base) for name in _SIZES)
         assert config.rotary_inv_freq is not None
@@ -155,9 +172,26 @@ class QstConfig:
         )  # fmt: skip
 
     def to_fields(self) -> dict[str, Any]:
-        """Return JSON values that `from_fields` makes the same config of."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        """Return JSON values that `from_fields` makes the same config of; those that mean nothing
+        are left out.
+        """
+        is_fork = self.side_attention == "base"
+        names = [item.name for item in fields(self)]
+        names = [n for n in names if (n in _OF_FORKS if is_fork else n != "side_layers")]
+        values = {name: getattr(self, name) for name in names}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def _resolved_fork(self, base: DecoderSpec) -> "QstConfig":
+        total = len(base.layers)
+        layers = self.side_layers or min(DEFAULT_SIDE_LAYERS, total)
+        problems = []
+        if layers > total:
+            problems.append(f"side_layers must be at most the base's {total}, got {layers}")
+        if self.rank > base.hidden_size:
+            problems.append(f"rank must be at most hidden_size {base.hidden_size}, got {self.rank}")
+        if problems:
+            raise AdapterError("the side network does not fit the base: " + "; ".join(problems))
+        return replace(self, side_layers=layers)
 
     def _size(self, name: str, base: DecoderSpec, problems: list[str]) -> PerLayer:
         given, r = getattr(self, name), self.reduction
@@ -264,6 +298,17 @@ def _find_problems(config: QstConfig) -> Iterator[str]:
     def number(value: object) -> bool:
         return type(value) in (int, float) and 0 < value < _MAX_NUMBER  # type: ignore[operator]
 
+    if config.side_attention == "base":
+        for item in fields(config):
+            if item.name not in _OF_FORKS and getattr(config, item.name) != item.default:
+                yield f"{item.name} has no meaning with side_attention base"
+    yield from check(
+        "side_layers",
+        "an integer of at least 1, or null"
+        if config.side_attention == "base"
+        else "null with side_attention own",
+        lambda v: v is None or (count(v) and config.side_attention == "base"),
+    )
     for name in ("reduction", "rank"):
         yield from check(name, "an integer of at least 1", count)
     for name, choices in _CHOICES.items():

@@ -1,7 +1,8 @@
 """The trainable tensors of a side network, and the side network that they make.
 
 What is trained is computed by `run_side` and `blend_side` of `models.kernels.reference.operations`,
-over `QstNetwork.program`: they are differentiable, and serving holds its kernels against them.
+over `QstNetwork.program`, or for a fork by `run_fork_layer`: they are differentiable, and serving
+holds its kernels against them.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.qst.config import QstConfig
+from models.fork import Delta, ForkNetwork, forked_linears
 from models.program import Norm
 from models.side import (
     Downsample,
@@ -41,6 +43,8 @@ class QstNetwork(nn.Module):
       would leave the layers with next to no say. `up` must not be 0: until alpha and it have
       moved, no gradient would reach the rest. Beside a normed stream of size 1 it gives
       values of size 0.6, which 1 - alpha scales down to nothing at first.
+    - Of a fork's differences the first factor is uniform within +- 1 / sqrt(inputs) and the second
+      0, so the output is the base's.
 
     Args:
         base: the base decoder.
@@ -63,7 +67,7 @@ class QstNetwork(nn.Module):
         super().__init__()
         self.base = base
         self.config = config.resolved(base)
-        self.spec = self.config.side_spec(base)
+        self.spec = None if self.is_fork else self.config.side_spec(base)
         self._layout: SideProgram | None = None
         shapes = dict(qst_tensors(self.config, base))
         is_meta = torch.device(device).type == "meta"
@@ -75,30 +79,42 @@ class QstNetwork(nn.Module):
             _register(self, name, nn.Parameter(tensor.to(device)))
 
     @property
+    def is_fork(self) -> bool:
+        """Whether it reads the base's keys and values."""
+        return self.config.side_attention == "base"
+
+    @property
     def num_parameters(self) -> int:
         """Trainable numbers."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def side_network(self) -> SideNetwork:
+    def side_network(self) -> SideNetwork | ForkNetwork:
         """Return the side network of the parameters as they are; gradients flow through it."""
         return assemble_network(self.config, self.base, dict(self.named_parameters()), self.spec)
 
     def program(self) -> SideProgram:
         """Return the operations over `side_network()`; good for one pass forward and backward.
 
+        Not of a fork, whose operations are the base's.
+
         The operations of the layers hold the parameters themselves and are laid out once.
         """
-        network, layout = self.side_network(), self._layout
+        network, layout = self._narrow(), self._layout
         if layout is None or any(
             layout.network.weights[name] is not weight for name, weight in network.weights.items()
         ):
             with torch.no_grad():
-                layout = build_side_program(self.side_network(), self.base)
+                layout = build_side_program(self._narrow(), self.base)
         device = network.up.device
         if layout.inv_freq.device != device:
             layout = dataclasses.replace(layout, inv_freq=layout.inv_freq.to(device))
         self._layout = layout
         return dataclasses.replace(layout, network=network)
+
+    def _narrow(self) -> SideNetwork:
+        network = self.side_network()
+        assert isinstance(network, SideNetwork)
+        return network
 
     def classify(self, states: Tensor) -> Tensor:
         """Return (B, num_labels) logits of (B, D) blended states of last tokens."""
@@ -108,9 +124,11 @@ class QstNetwork(nn.Module):
 def qst_tensors(config: QstConfig, base: DecoderSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield (name, shape) of every tensor of an adapter.
 
-    Names: `alpha`; `gamma`, one row for each layer; `downsamples.{0..N}.{first,second}.weight` and
-    `.norm.{weight,bias}`, 0 being the embedding's, absent if tied; `layers.{i}...` and `final_norm`
-    as in `canonical_weights`; `up.{weight,bias}`; `classifier.weight`.
+    Names of a fork: `layers.{i}.{q,o,gate,up,down}.{right,left}` of the forked layers, and
+    `classifier.weight`. Of others: `alpha`; `gamma`, one row for each layer;
+    `downsamples.{0..N}.{first,second}.weight` and `.norm.{weight,bias}`, 0 being the embedding's,
+    absent if tied; `layers.{i}...` and `final_norm` as in `canonical_weights`; `up.{weight,bias}`;
+    `classifier.weight`.
 
     Args:
         config: resolved.
@@ -119,6 +137,18 @@ def qst_tensors(config: QstConfig, base: DecoderSpec) -> Iterator[tuple[str, tup
     Raises:
         AdapterError: the config does not fit the base.
     """
+    if config.side_attention == "base":
+        assert config.side_layers is not None
+        for name, (outputs, inputs) in forked_linears(base, config.side_layers):
+            yield f"{name}.right", (config.rank, inputs)
+            yield f"{name}.left", (outputs, config.rank)
+    else:
+        yield from _narrow_tensors(config, base)
+    if config.num_labels:
+        yield "classifier.weight", (config.num_labels, base.hidden_size)
+
+
+def _narrow_tensors(config: QstConfig, base: DecoderSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     spec = config.side_spec(base)
     wide, narrow, rank, num_layers = (
         base.hidden_size,
@@ -144,8 +174,6 @@ def qst_tensors(config: QstConfig, base: DecoderSpec) -> Iterator[tuple[str, tup
             yield name, shape
     yield "up.weight", (wide, narrow)
     yield "up.bias", (wide,)
-    if config.num_labels:
-        yield "classifier.weight", (config.num_labels, wide)
 
 
 def assemble_network(
@@ -153,7 +181,7 @@ def assemble_network(
     base: DecoderSpec,
     tensors: Mapping[str, Tensor],
     spec: DecoderSpec | None = None,
-) -> SideNetwork:
+) -> SideNetwork | ForkNetwork:
     """Make a side network of an adapter's tensors; differentiable.
 
     Args:
@@ -162,6 +190,13 @@ def assemble_network(
         tensors: float32, by the names and with the shapes of `qst_tensors`.
         spec: `config.side_spec(base)`, if it is at hand.
     """
+    if config.side_attention == "base":
+        assert config.side_layers is not None
+        deltas = {
+            name: Delta(right=tensors[f"{name}.right"], left=tensors[f"{name}.left"])
+            for name, _ in forked_linears(base, config.side_layers)
+        }
+        return ForkNetwork(num_layers=config.side_layers, deltas=deltas)
     spec = spec or config.side_spec(base)
     num_layers = len(base.layers)
     gamma, alpha = tensors["gamma"], tensors["alpha"]
@@ -203,7 +238,9 @@ def _downsample(config: QstConfig, tensors: Mapping[str, Tensor], i: int) -> Dow
 
 def _initialise(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     parts = name.split(".")
-    if tensor.ndim == 2 and name != "gamma":
+    if parts[-1] == "left":
+        tensor.fill_(0.0)
+    elif tensor.ndim == 2 and name != "gamma":
         bound = tensor.shape[1] ** -0.5
         tensor.uniform_(-bound, bound, generator=generator)
     else:

@@ -1,7 +1,7 @@
 """One step of training a side network, and its evaluation."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.frozen_head import FrozenHead, head_loss, perplexity
-from adapters.packed_attention import PackedAttention
 from adapters.precision import resolve_dtype
 from adapters.qst.examples import Example, TrainingBatch, pack_examples
+from adapters.qst.forward import ForkForward, NarrowForward, States
 from adapters.qst.network import FLOAT32_TENSORS, QstNetwork
 from adapters.qst.training_config import TrainingConfig
 from adapters.training_state import TrainingError, load_optimizer_tensors, optimizer_tensors
-from models.batch import PackedBatch
 from models.decoder import Decoder
-from models.kernels.reference.operations import blend_side, run_side
 
 _BETAS = (0.9, 0.999)
 
@@ -61,10 +59,6 @@ class Evaluation:
 class Trainer:
     """A side network, its optimiser, and the base that it reads.
 
-    The side network's mathematics is `run_side` and `blend_side` of the reference kernels. The base
-    runs forward only, one layer at a time, and the side layer right after each; of the
-    base's states nothing is kept but what a downsample's gradient needs.
-
     Args:
         decoder: the base.
         network: what is trained, on the decoder's device.
@@ -80,10 +74,12 @@ class Trainer:
         config: TrainingConfig,
     ) -> None:
         self.network = network
-        self._decoder, self._head, self._config = decoder, head, config
+        self._head, self._config = head, config
         self.device = next(network.parameters()).device
         self._dtype = resolve_dtype(config.compute_dtype, self.device)
         self._parameters = list(network.parameters())
+        forward = ForkForward if network.is_fork else NarrowForward
+        self._forward: ForkForward | NarrowForward = forward(decoder, network, self._precision)
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(network, config), betas=_BETAS, fused=True
         )
@@ -130,16 +126,16 @@ class Trainer:
         has_base = with_base and self._head is not None
         for start in range(0, len(examples), self._config.batch_size):
             batch = pack_examples(examples[start : start + self._config.batch_size])
-            states, normed, targets = self._states(batch)
+            states, targets = self._states(batch), batch.targets.to(self.device)
             num_targets += len(targets)
             if self._head is None:
-                scores = self.network.classify(states)
+                scores = self.network.classify(states.adapted)
                 num_right += float((scores.argmax(1) == targets).sum())
                 total += float(F.cross_entropy(scores, targets, reduction="sum"))
                 continue
-            total += float(head_loss(states, targets, self._head))
+            total += float(head_loss(states.adapted, targets, self._head))
             if has_base:
-                base_total += float(head_loss(normed, targets, self._head))
+                base_total += float(head_loss(states.base, targets, self._head))
         return Evaluation(
             loss=total / num_targets,
             base_loss=base_total / num_targets if has_base else None,
@@ -147,34 +143,13 @@ class Trainer:
         )
 
     def _loss(self, batch: TrainingBatch) -> Tensor:
-        states, _, targets = self._states(batch)
+        states, targets = self._states(batch).adapted, batch.targets.to(self.device)
         if self._head is None:
             return F.cross_entropy(self.network.classify(states), targets, reduction="sum")
         return head_loss(states, targets, self._head)
 
-    def _states(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the blended and the base's normed (L, D) states of a batch's rows, and targets."""
-        packed, device = batch.packed, self.device
-        rows, targets = batch.rows.to(device), batch.targets.to(device)
-        last: list[Tensor] = []
-        hidden = self._base_states(packed, last)
-        attend = PackedAttention(packed.query_starts, device)
-        program, positions = self.network.program(), packed.positions.to(device).long()
-        with self._precision():
-            side = run_side(program, hidden, positions, attend=attend)
-        normed = self._decoder.apply_final_norm(last[0][rows])
-        return blend_side(program, normed, side.float().index_select(0, rows)), normed, targets
-
-    def _base_states(self, packed: PackedBatch, last: list[Tensor]) -> Iterator[Tensor]:
-        """Yield the base's hidden states, computed in its own precision; `last` gets the last."""
-        states = self._decoder.hidden_states(packed)
-        while True:
-            with torch.autocast(self.device.type, enabled=False), torch.no_grad():
-                state = next(states, None)
-            if state is None:
-                return
-            last[:] = [state]
-            yield state
+    def _states(self, batch: TrainingBatch) -> States:
+        return self._forward(batch, self.device)
 
     def _precision(self) -> AbstractContextManager[object]:
         return torch.autocast(

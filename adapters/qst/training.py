@@ -202,14 +202,15 @@ class _TrainingJob:
         factor = config.rate_factor(step - 1, self._num_steps)
         result = self._trainer.step(batches, factor)
         self._loss = result.loss
-        alpha = self._trainer.network.get_parameter("alpha").detach()
         fields = {
             "loss": result.loss,
             "learning_rate": config.learning_rate * factor,
             "gradient_norm": result.gradient_norm,
-            "alpha": float(alpha.mean()),
             "tokens": result.num_tokens,
         }
+        if not self._trainer.network.is_fork:
+            alpha = self._trainer.network.get_parameter("alpha").detach()
+            fields["alpha"] = float(alpha.mean())
         return StepRecord(
             fields=fields, status=f"loss {result.loss:.4f}", num_tokens=result.num_tokens
         )

@@ -47,6 +47,7 @@ examples:
 
 QST, TEMPERATURE = "qst", "temperature"
 TASKS = ("causal-lm", "classification")
+SIDE_ATTENTIONS = ("own", "base")
 DOWNSAMPLES = ("linear", "lora", "adapter", "maxpool", "avgpool")
 LONG_POLICIES = ("error", "truncate", "skip")
 MODEL_FLAGS = {name: declared.as_flag() for name, declared in MODEL_OPTIONS.items()}
@@ -55,7 +56,9 @@ MODEL_FLAGS = {name: declared.as_flag() for name, declared in MODEL_OPTIONS.item
 SIDE_FLAGS: tuple[tuple[str, Any, str, str], ...] = (
     ("--reduction", int, "R", "the side network is this many times narrower than the model "
      "[default: 16]"),
-    ("--rank", int, "K", "middle width of the downsamples lora and adapter [default: 16]"),
+    ("--rank", int, "K", "middle width of the downsamples lora and adapter, or rank of a fork's "
+     "differences [default: 16]"),
+    ("--side-layers", int, "M", "layers that are forked with --side-attention base [default: 4]"),
     ("--side-heads", int, "N", "attention heads of the side network [default: the model's]"),
     ("--side-kv-heads", int, "N", "its key and value heads [default: the model's]"),
     ("--side-head-dim", int, "N", "width of a head [default: the model's / R]"),
@@ -115,6 +118,13 @@ def _add_qst(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         help="the variant of the model that it sits on, and what that sits on",
+    )
+    side.add_argument(
+        "--side-attention",
+        choices=SIDE_ATTENTIONS,
+        default=argparse.SUPPRESS,
+        help="own: a narrow decoder with keys and values of its own; base: the model's last layers "
+        "once more with low-rank differences, on the model's keys and values [default: own]",
     )
     for flag, kind, metavar, text in SIDE_FLAGS:
         side.add_argument(flag, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)

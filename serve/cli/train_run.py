@@ -10,6 +10,7 @@ from adapters.format import AdapterError
 from adapters.frozen_head import perplexity
 from adapters.qst.config import QstConfig
 from adapters.qst.examples import Example
+from adapters.qst.network import QstNetwork
 from adapters.qst.training import TrainingResult, train
 from adapters.qst.training_config import TrainingConfig
 from models.checkpoints import Checkpoint, CheckpointError
@@ -26,8 +27,8 @@ from text.tokenizer import Tokenizer
 from text.training_data import Limit, build_examples, build_labelled, describe_examples
 
 QST_FIELDS = (
-    "reduction", "rank", "downsample", "side_heads", "side_kv_heads", "side_head_dim",
-    "side_intermediate",
+    "side_attention", "side_layers", "reduction", "rank", "downsample", "side_heads",
+    "side_kv_heads", "side_head_dim", "side_intermediate",
 )  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def run_training(
             num_labels=len(labels),
             labels=labels,
         )
-        qst.side_spec(checkpoint.spec)
+        QstNetwork(checkpoint.spec, qst, device="meta")
     except AdapterError as error:
         raise UserError(str(error)) from None
     decoder = build_decoder(options, checkpoint)

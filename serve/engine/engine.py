@@ -234,7 +234,7 @@ class Engine:
         """Make the side caches that a request needs; False if there is no memory for one."""
         try:
             for sequence in request.sequences:
-                if sequence.adapter is not None:
+                if sequence.adapter is not None and sequence.adapter.side is not None:
                     self._runner.side_cache(sequence.adapter.side)
         except Exception as error:
             logger.error("a side cache cannot be made: %s", describe_error(error))

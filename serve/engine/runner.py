@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from models.batch import PackedBatch, SideBatch
+from models.batch import ForkBatch, PackedBatch, SideBatch
+from models.fork import AttachedFork
 from models.kv_cache import KVCache
 from models.side import AttachedSide
 from serve.engine.limits import EngineLimits
@@ -121,6 +122,7 @@ class BatchPacker:
         self._block_tables = _Buffer(num_rows * num_blocks)
         self._write_starts = _Buffer(num_rows)
         self._sides = SidePacker(num_rows, num_blocks, side_cache)
+        self._forks = ForkPacker(num_tokens)
         longest = max(limits.max_context_tokens, num_tokens)
         self._count_up = memoryview(array("i", range(longest)))
 
@@ -139,7 +141,7 @@ class BatchPacker:
         block_tables = self._block_tables.view
         num_columns = max(len(chunk.sequence.blocks) for chunk in chunks)
         num_tokens = num_outputs = 0
-        has_sides = is_again = False
+        has_sides = has_forks = is_again = False
         for b, chunk in enumerate(chunks):
             sequence, start, length = chunk.sequence, chunk.start, chunk.num_tokens
             end = num_tokens + length
@@ -163,10 +165,14 @@ class BatchPacker:
             block_tables[column : column + len(blocks)] = blocks
             if sequence.sides:
                 has_sides = True
+            if sequence.adapter is not None and sequence.adapter.fork is not None:
+                has_forks = True
             if start < sequence.write_start:
                 is_again = True
         if not has_sides:
-            self.forget()
+            self._sides.forget()
+        if not has_forks:
+            self._forks.forget()
         num_rows = len(chunks)
         return PackedBatch(
             token_ids=self._token_ids.head(num_tokens),
@@ -177,12 +183,13 @@ class BatchPacker:
             output_rows=self._output_rows.head(num_outputs),
             write_starts=self._pack_write_starts(chunks) if is_again else None,
             side=self._sides.pack(chunks, num_columns) if has_sides else None,
+            forks=self._forks.pack(chunks) if has_forks else None,
         )
 
     def forget(self) -> None:
         """Hold no side network any more, so that one that left is freed."""
-        if self._sides.streams:
-            self._sides.start([])
+        self._sides.forget()
+        self._forks.forget()
 
     def _pack_write_starts(self, chunks: list[Chunk]) -> Tensor:
         for b, chunk in enumerate(chunks):
@@ -239,15 +246,22 @@ class SidePacker:
             scales=self._scales,
         )
 
+    def forget(self) -> None:
+        """Hold no side network any more."""
+        if self.streams:
+            self.start([])
+
     def start(self, streams: list[SideStream]) -> None:
         """Prepare what stays as it is while the same streams run."""
         if len(streams) > len(self._sequences.view):
             self._allocate(len(streams))
         for side in streams:
             if side.cache is None:
+                assert side.adapter.side is not None
                 side.cache = self._side_cache(side.adapter.side)
         self.streams = streams
-        self._networks = tuple(side.adapter.side for side in streams)
+        networks = (side.adapter.side for side in streams)
+        self._networks = tuple(network for network in networks if network is not None)
         self._caches = tuple(side.cache for side in streams if side.cache is not None)
         self._write_starts = torch.tensor([side.start for side in streams], dtype=torch.int32)
         self._scales = torch.tensor([side.scale for side in streams], dtype=torch.float32)
@@ -255,3 +269,42 @@ class SidePacker:
     def _allocate(self, num_streams: int) -> None:
         self._sequences = _Buffer(num_streams)
         self._block_tables = _Buffer(num_streams * self._max_blocks)
+
+
+class ForkPacker:
+    """Builds fork batches in buffers that every step overwrites."""
+
+    def __init__(self, num_outputs: int) -> None:
+        """Allocate the buffers for so many output rows."""
+        self._outputs, self._sequences = _Buffer(num_outputs), _Buffer(num_outputs)
+        self._held: list[tuple[AttachedFork, float]] = []
+        self._networks: tuple[AttachedFork, ...] = ()
+        self._scales = torch.empty(0)
+
+    def pack(self, chunks: list[Chunk]) -> ForkBatch | None:
+        """Lay out the forks of a step; None if they have no part in its logits."""
+        outputs, sequences = self._outputs.view, self._sequences.view
+        held: list[tuple[AttachedFork, float]] = []
+        output = 0
+        for b, chunk in enumerate(chunks):
+            adapter = chunk.sequence.adapter
+            if adapter is not None and adapter.fork is not None:
+                for i in range(output, output + chunk.num_logits):
+                    outputs[len(held)], sequences[len(held)] = i, b
+                    held.append((adapter.fork, chunk.sequence.adapter_scale))
+            output += chunk.num_logits
+        if held != self._held:
+            self._held = held
+            self._networks = tuple(fork for fork, _ in held)
+            self._scales = torch.tensor([scale for _, scale in held], dtype=torch.float32)
+        if not held:
+            return None
+        return ForkBatch(
+            networks=self._networks, outputs=self._outputs.head(len(held)),
+            sequences=self._sequences.head(len(held)), scales=self._scales,
+        )  # fmt: skip
+
+    def forget(self) -> None:
+        """Hold no fork any more."""
+        if self._held:
+            self._held, self._networks = [], ()

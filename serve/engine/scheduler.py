@@ -315,9 +315,10 @@ class Scheduler:
         found = self._blocks.find(keys)
         if not self._blocks.has_room(found, num_blocks, num_spare=len(self.running)):
             return False
-        if sequence.adapter is not None:
-            known = self._find_side(sequence, sequence.adapter, num_reusable)
-            if not self._add_side(sequence, sequence.adapter, sequence.adapter_scale, known):
+        adapter = sequence.adapter
+        if adapter is not None and adapter.side is not None:
+            known = self._find_side(sequence, adapter, num_reusable)
+            if not self._add_side(sequence, adapter, sequence.adapter_scale, known):
                 return False
         sequence.blocks = self._blocks.take(found, num_blocks)
         if sequence.request.held:
@@ -357,7 +358,8 @@ class Scheduler:
     ) -> bool:
         """Let a side network read a sequence that is being admitted, if there is room for it."""
         num_blocks = -(-sequence.num_reserved_tokens // self._block_size)
-        num_spare = sum(other.adapter is not None for other in self.running)
+        adapters = (other.adapter for other in self.running)
+        num_spare = sum(other is not None and other.side is not None for other in adapters)
         if not self._side_blocks.has_room(found, num_blocks, num_spare=num_spare):
             return False
         blocks = self._side_blocks.take(found, num_blocks)
@@ -374,7 +376,9 @@ class Scheduler:
         seen = {sequence.adapter.root_key} if sequence.adapter else set()
         for other in _held_by(sequence):
             adapter = other.adapter
-            if adapter is not None and adapter.root_key not in seen:
+            if adapter is None or adapter.side is None:
+                continue
+            if adapter.root_key not in seen:
                 seen.add(adapter.root_key)
                 found = self._find_side(sequence, adapter, num_shared)
                 if len(found) < num_shared:

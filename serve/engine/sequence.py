@@ -12,6 +12,7 @@ from decoding import SamplingParams, derive_seed
 from decoding.logprobs import TopLogprobs
 from decoding.row import Row
 from decoding.temperature_head import TemperatureHead
+from models.fork import AttachedFork
 from models.kv_cache import KVCache
 from models.side import AttachedSide
 from serve.engine.cache_blocks import (
@@ -57,18 +58,29 @@ class SideAdapter:
     """A side network that sequences can use.
 
     Attributes:
-        side: the network; alive as long as a sequence uses it.
+        side: a narrow decoder with a cache of its own, or None; alive as long as a sequence
+            uses it.
+        fork: a fork, which reads the base's cache, in its place; or None.
         root_key: stands for its content in the keys of side blocks.
         classifier: (C, D) float32 head of a network that classifies, or None.
     """
 
-    __slots__ = ("classifier", "root_key", "side")
+    __slots__ = ("classifier", "fork", "root_key", "side")
 
     def __init__(
-        self, side: AttachedSide, digest: str, *, classifier: Tensor | None = None
+        self,
+        side: AttachedSide | AttachedFork,
+        digest: str,
+        *,
+        classifier: Tensor | None = None,
     ) -> None:
         """Take a network, the digest of the files that it came from, and its head."""
-        self.side = side
+        self.side: AttachedSide | None = None
+        self.fork: AttachedFork | None = None
+        if isinstance(side, AttachedFork):
+            self.fork = side
+        else:
+            self.side = side
         self.classifier = classifier
         self.root_key = side_root_key(digest)
 

@@ -62,14 +62,17 @@ def make_network(
     spec: DecoderSpec, *, seed: int = 0, is_fresh: bool = False, **fields: Any
 ) -> QstNetwork:
     """Return a side network; unless fresh, one that looks trained: no value is as it began."""
-    network = QstNetwork(spec, QstConfig(**{"reduction": 4, **fields}), seed=seed)
+    if "side_attention" not in fields:
+        fields = {"reduction": 4, **fields}
+    network = QstNetwork(spec, QstConfig(**fields), seed=seed)
     if not is_fresh:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(noise * (0.5 if name == "gamma" else 0.1))
-            network.get_parameter("alpha").sub_(0.4)
+            if not network.is_fork:
+                network.get_parameter("alpha").sub_(0.4)
     return network
 
 

@@ -16,10 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.batch import PackedBatch
+from models.fork import AttachedFork, ForkProgram
 from models.kernels.cuda.four_bit import quant_state
 from models.kernels.cuda.graphs import DecodeGraphs, Recorder
 from models.kernels.plain_cache import make_plain_cache
-from models.kernels.reference.executor import attach_plain, forward_batch, walk_whole_sequences
+from models.kernels.reference.executor import (
+    attach_plain,
+    attach_plain_fork,
+    forward_batch,
+    walk_whole_sequences,
+)
 from models.kernels.reference.operations import Linear, apply_head, apply_prologue
 from models.kernels.tensors import count_bytes, map_tensors
 from models.kv_cache import KVCache
@@ -42,6 +48,7 @@ class CudaExecutor:
             its graphs; steps of the two must not run at the same time.
 
     Attributes:
+        program: what it runs.
         num_bytes: see `Decoder.num_bytes`.
     """
 
@@ -59,12 +66,12 @@ class CudaExecutor:
         self._recorder: Recorder = Recorder(self._device) if base is None else base._recorder
         known = () if base is None else base._ends
         with self._recorder.lock:
-            self._program = place_program(program, self._device, compute_dtype, known)
-            self._linear = _make_linear(self._program, compute_dtype)
-        ends = zip(program.head.pieces, self._program.head.pieces, strict=True)
-        self._ends: Copies = ((program.ops[0], self._program.ops[0]), *ends)
-        self.num_bytes = count_bytes(self._program, None if base is None else base._program)
-        self._graphs = DecodeGraphs(self._program, self._linear, self._recorder)
+            self.program = place_program(program, self._device, compute_dtype, known)
+            self._linear = _make_linear(self.program, compute_dtype)
+        ends = zip(program.head.pieces, self.program.head.pieces, strict=True)
+        self._ends: Copies = ((program.ops[0], self.program.ops[0]), *ends)
+        self.num_bytes = count_bytes(self.program, None if base is None else base.program)
+        self._graphs = DecodeGraphs(self.program, self._linear, self._recorder)
 
     def make_cache(
         self, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype
@@ -89,30 +96,36 @@ class CudaExecutor:
     ) -> Tensor:
         """Run one step; see `Decoder.forward`."""
         is_decode = len(batch.token_ids) == len(batch.context_lens) == len(batch.output_rows)
-        is_plain = batch.side is None and batch.write_starts is None
+        has_sides = batch.side is not None or batch.forks is not None
+        is_plain = not has_sides and batch.write_starts is None
         if is_decode and taps is None and states is None and is_plain:
             return self._graphs.run(batch, cache)
         return forward_batch(
-            self._program, batch, cache, device=self._device, taps=taps, states=states,
+            self.program, batch, cache, device=self._device, taps=taps, states=states,
             linear=self._linear,
         )  # fmt: skip
 
     def hidden_states(self, batch: PackedBatch) -> Iterator[Tensor]:
         """See `Decoder.hidden_states`."""
-        return walk_whole_sequences(self._program, batch, device=self._device, linear=self._linear)
+        return walk_whole_sequences(self.program, batch, device=self._device, linear=self._linear)
 
     def apply_final_norm(self, states: Tensor) -> Tensor:
         """See `Decoder.apply_final_norm`."""
-        return apply_prologue(self._program.head, states)
+        return apply_prologue(self.program.head, states)
 
     def apply_head(self, states: Tensor) -> Tensor:
         """See `Decoder.logits`."""
-        return apply_head(self._program, states, linear=self._linear)
+        return apply_head(self.program, states, linear=self._linear)
 
     def attach(self, program: SideProgram) -> AttachedSide:
         """See `Decoder.attach`; a side network is computed in float32. Any thread may attach."""
         with self._recorder.lock:
             return attach_plain(program, self._device)
+
+    def attach_fork(self, program: ForkProgram) -> AttachedFork:
+        """See `Decoder.attach`; the differences are computed in float32. Any thread may attach."""
+        with self._recorder.lock:
+            return attach_plain_fork(program, self._device)
 
 
 def _make_linear(program: Program, dtype: torch.dtype) -> Linear:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from models.batch import PackedBatch
+from models.fork import AttachedFork, ForkProgram
+from models.kernels.native.fork import ForkEntries, lower_fork
 from models.kernels.native.library import native_library
 from models.kernels.native.lowering import Lowering
 from models.kernels.native.memory import lazy_zeros
@@ -71,11 +73,11 @@ class NativeExecutor:
         self._kernels: str = library.proa_kernels_name(kernels.encode()).decode()
         self.name = f"native-{self._kernels}"
         self._library = library
-        self._program = program
+        self.program = program
         lowered_base = None if base is None else base._lowering
         self._lowering: Lowering = Lowering(library, program.widths, base=lowered_base)
         self._inv_freq = program.inv_freq.contiguous()
-        self._side_entries = SideEntries()
+        self._side_entries, self._fork_entries = SideEntries(), ForkEntries()
         ops = self._lowering.lower(program.ops)
         kinds = [op.kind for op in ops]
         self._num_ops = len(ops)
@@ -144,7 +146,7 @@ class NativeExecutor:
     ) -> Tensor:
         """Run one step; see `Decoder.forward`."""
         num_outputs = len(batch.output_rows)
-        logits = torch.empty(num_outputs, self._program.vocab_size)
+        logits = torch.empty(num_outputs, self.program.vocab_size)
         step = self._step(batch, cache)
         step.output_rows = batch.output_rows.data_ptr()
         step.logits = logits.data_ptr()
@@ -156,6 +158,8 @@ class NativeExecutor:
             step.write_starts = batch.write_starts.data_ptr()
         if batch.side is not None:
             self._side_entries.set(step, batch.side)
+        if batch.forks is not None:
+            self._fork_entries.set(step, batch.forks)
         self._library.proa_program_run(self._handle, ctypes.byref(step))
         return logits
 
@@ -169,13 +173,13 @@ class NativeExecutor:
         ):
             tables[b, :count] = torch.arange(first, first + count)
         batch = dataclasses.replace(batch, block_tables=tables)
-        attentions = [op for op in self._program.ops if isinstance(op, AttentionOp)]
+        attentions = [op for op in self.program.ops if isinstance(op, AttentionOp)]
         size = sum(counts) * BLOCK_SIZE * max(op.num_kv_heads * op.head_dim for op in attentions)
         keys, values = ([torch.zeros(size, dtype=torch.float16)] * len(attentions) for _ in "kv")
         cache = KVCache(keys=keys, values=values, num_blocks=sum(counts), block_size=BLOCK_SIZE)
         first = 0
         for tap, last in enumerate(self._after_taps):
-            state = torch.empty(len(batch.token_ids), self._program.widths["x"])
+            state = torch.empty(len(batch.token_ids), self.program.widths["x"])
             step = self._step(batch, cache)
             step.taps, step.first_tap = state.data_ptr(), tap
             step.first_op, step.last_op = first, last
@@ -185,12 +189,12 @@ class NativeExecutor:
 
     def apply_final_norm(self, states: Tensor) -> Tensor:
         """See `Decoder.apply_final_norm`."""
-        return apply_prologue(self._program.head, states)
+        return apply_prologue(self.program.head, states)
 
     def apply_head(self, states: Tensor) -> Tensor:
         """See `Decoder.logits`."""
         states = states.float().contiguous()
-        logits = torch.empty(len(states), self._program.vocab_size)
+        logits = torch.empty(len(states), self.program.vocab_size)
         step = NativeStep(
             states=states.data_ptr(), logits=logits.data_ptr(), num_outputs=len(states),
             first_op=self._after_taps[-1], last_op=self._num_ops,
@@ -201,6 +205,13 @@ class NativeExecutor:
     def attach(self, program: SideProgram) -> AttachedSide:
         """See `Decoder.attach`."""
         return lower_side(program, self._library)
+
+    def attach_fork(self, program: ForkProgram) -> AttachedFork:
+        """See `Decoder.attach`."""
+        return lower_fork(
+            program, self._library, places=self._lowering.places, first_ops=self._after_taps,
+            num_ops=self._num_ops,
+        )  # fmt: skip
 
     def _step(self, batch: PackedBatch, cache: KVCache) -> NativeStep:
         keys, values = cache.addresses
@@ -217,7 +228,7 @@ class NativeExecutor:
             num_sequences=len(batch.context_lens),
             block_table_stride=batch.block_tables.stride(0),
             cache_format=CACHE_FORMATS[cache.keys[0].dtype],
-            rotary_scale=self._program.rotary_scale,
+            rotary_scale=self.program.rotary_scale,
         )
 
 

@@ -35,6 +35,7 @@ class Lowering:
 
     Attributes:
         num_bytes: memory that it owns, without what it shares with the base.
+        places: (operation, piece) of each linear that has a name.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Lowering:
         self._tensors: dict[int, Tensor] = {}
         self._panels: dict[int, Panels] = {}
         self.num_bytes = 0
+        self.places: dict[str, tuple[int, int]] = {}
 
     def lower(self, ops: Iterable[Op]) -> list[NativeOp]:
         """Lower operations; a linear whose pieces differ in their input format becomes several."""
@@ -64,7 +66,7 @@ class Lowering:
             if isinstance(op, EmbedOp):
                 lowered.append(self._lower_embed(op))
             elif isinstance(op, LinearOp):
-                lowered += self._lower_linear(op)
+                lowered += self._lower_linear(op, len(lowered))
             elif isinstance(op, AttentionOp):
                 lowered.append(self._lower_attention(op))
             else:
@@ -141,13 +143,23 @@ class Lowering:
             native.position_offset = op.positions_offset
         return native
 
-    def _lower_linear(self, op: LinearOp) -> list[NativeOp]:
-        """Make one native operation for each input format among the pieces."""
+    def _lower_linear(self, op: LinearOp, index: int) -> list[NativeOp]:
+        """Make one native operation for each input format among the pieces.
+
+        Args:
+            op: what to lower.
+            index: of the first native operation.
+        """
+        names = dict(zip(map(id, op.pieces), op.names, strict=False))
         by_inputs: dict[tuple[int, int], list[Piece]] = {}
         for piece in op.pieces:
             inputs = kernel_inputs(piece.weight, is_precise=id(op) in self._precise)
             by_inputs.setdefault(inputs, []).append(piece)
         ordered = sorted(by_inputs.items(), key=itemgetter(0))
+        for i, (_, pieces) in enumerate(ordered, index):
+            for p, piece in enumerate(pieces):
+                if id(piece) in names:
+                    self.places[names[id(piece)]] = i, p
         return [self._lower_pieces(op, inputs, pieces) for inputs, pieces in ordered]
 
     def _lower_pieces(self, op: LinearOp, inputs: tuple[int, int], pieces: list[Piece]) -> NativeOp:

@@ -18,6 +18,7 @@ CACHE_FORMATS = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 OP_KINDS = {"embed": 0, "linear": 1, "attention": 2, "tap": 3}
 PROLOGUES = {"plain": 0, "rms_norm": 1, "layer_norm": 2, "activation": 3, "gated_activation": 4}
 POOLS = {None: 0, "max": 1, "avg": 2}
+FORK_PIECES = 3  # kForkPieces
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
@@ -63,6 +64,18 @@ class NativeSideEntry(ctypes.Structure):
     _fields_: ClassVar = [("side", _P), ("k_cache", _P), ("v_cache", _P)]
 
 
+class NativeDelta(ctypes.Structure):
+    """`Delta` in program.h."""
+
+    _fields_: ClassVar = [("right", _P), ("left", _P), ("rank", _I), ("reserved", _I)]
+
+
+class NativeFork(ctypes.Structure):
+    """`Fork` in program.h."""
+
+    _fields_: ClassVar = [("deltas", _P), ("first_op", _I), ("max_rank", _I)]
+
+
 class NativeStep(ctypes.Structure):
     """`Step` in program.h."""
 
@@ -70,17 +83,20 @@ class NativeStep(ctypes.Structure):
         *((name, _P) for name in (
             "token_ids", "positions", "query_starts", "context_lens", "block_tables",
             "output_rows", "write_starts", "k_cache", "v_cache", "inv_freq", "sides",
-            "side_sequences", "side_block_tables", "side_write_starts", "side_scales", "states",
+            "side_sequences", "side_block_tables", "side_write_starts", "side_scales", "forks",
+            "fork_outputs", "fork_sequences", "fork_scales", "states",
             "final_states", "logits", "taps")),
         *((name, _I) for name in (
             "num_tokens", "num_sequences", "num_outputs", "block_table_stride", "cache_format",
             "num_sides", "side_block_table_stride", "first_op", "last_op", "first_tap")),
-        ("rotary_scale", _F), ("reserved", _I),
+        ("rotary_scale", _F), ("num_forks", _I),
     ]  # fmt: skip
 
 
 # In the order in which the library tells their layout.
-STRUCTURES = (NativePiece, NativeOp, NativeSide, NativeSideEntry, NativeStep)
+STRUCTURES = (
+    NativePiece, NativeOp, NativeSide, NativeSideEntry, NativeDelta, NativeFork, NativeStep,
+)  # fmt: skip
 
 
 def float_format(dtype: torch.dtype) -> int:

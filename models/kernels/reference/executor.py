@@ -1,5 +1,6 @@
 """Run whole steps with the torch operations beside this file, over plain caches."""
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.batch import PackedBatch
+from models.fork import AttachedFork, ForkNetwork, ForkProgram
 from models.kernels.plain_cache import attend_sequences, make_plain_cache
 from models.kernels.reference.operations import (
     Linear,
@@ -15,6 +17,7 @@ from models.kernels.reference.operations import (
     apply_linear,
     apply_prologue,
     blend_side,
+    run_fork,
     run_program,
     run_side,
     walk_layers,
@@ -35,6 +38,7 @@ class ReferenceExecutor:
         base: runs a program that may share tensors with this one.
 
     Attributes:
+        program: what it runs.
         num_bytes: see `Decoder.num_bytes`.
     """
 
@@ -43,9 +47,9 @@ class ReferenceExecutor:
     def __init__(
         self, program: Program, device: str = "cpu", *, base: "ReferenceExecutor | None" = None
     ) -> None:
-        self._program = program
+        self.program = program
         self._device = torch.device(device)
-        self.num_bytes = count_bytes(program, None if base is None else base._program)
+        self.num_bytes = count_bytes(program, None if base is None else base.program)
 
     def make_cache(
         self, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype
@@ -62,24 +66,28 @@ class ReferenceExecutor:
     ) -> Tensor:
         """Run one step; see `Decoder.forward`."""
         return forward_batch(
-            self._program, batch, cache, taps=taps, states=states, device=self._device
+            self.program, batch, cache, taps=taps, states=states, device=self._device
         )
 
     def hidden_states(self, batch: PackedBatch) -> Iterator[Tensor]:
         """See `Decoder.hidden_states`."""
-        return walk_whole_sequences(self._program, batch, device=self._device)
+        return walk_whole_sequences(self.program, batch, device=self._device)
 
     def apply_final_norm(self, states: Tensor) -> Tensor:
         """See `Decoder.apply_final_norm`."""
-        return apply_prologue(self._program.head, states)
+        return apply_prologue(self.program.head, states)
 
     def apply_head(self, states: Tensor) -> Tensor:
         """See `Decoder.logits`."""
-        return apply_head(self._program, states)
+        return apply_head(self.program, states)
 
     def attach(self, program: SideProgram) -> AttachedSide:
         """See `Decoder.attach`."""
         return attach_plain(program, self._device)
+
+    def attach_fork(self, program: ForkProgram) -> AttachedFork:
+        """See `Decoder.attach`."""
+        return attach_plain_fork(program, self._device)
 
 
 def forward_batch(
@@ -100,7 +108,7 @@ def forward_batch(
     def attend(op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_sequences(op, q, k, v, batch, cache)
 
-    if batch.side is None:
+    if batch.side is None and batch.forks is None:
         return run_program(
             program, token_ids, positions, rows, attend=attend, linear=linear, taps=taps,
             states=states,
@@ -109,6 +117,54 @@ def forward_batch(
     if taps is not None:
         torch.stack(hidden, out=taps)
     normed = apply_prologue(program.head, hidden[-1][rows])
+    if batch.forks is not None:
+        _blend_forks(program, batch, cache, hidden, normed, linear)
+    if batch.side is not None:
+        _blend_sides(batch, hidden, normed, rows)
+    if states is not None:
+        states.copy_(normed)
+    return apply_head(program, normed, linear=linear)
+
+
+def _blend_forks(
+    program: Program,
+    batch: PackedBatch,
+    cache: KVCache,
+    hidden: list[Tensor],
+    normed: Tensor,
+    linear: Linear,
+) -> None:
+    """Put what forks make of their tokens in place of the base's (L, D) normed final states."""
+    forks = batch.forks
+    assert forks is not None
+    for f, (o, b) in enumerate(zip(forks.outputs.tolist(), forks.sequences.tolist(), strict=True)):
+        fork, row = forks.networks[f].lowered, int(batch.output_rows[o])
+        assert isinstance(fork, ForkProgram)
+        position = batch.positions[row : row + 1]
+        alone = PackedBatch(
+            token_ids=batch.token_ids[row : row + 1],
+            positions=position,
+            query_starts=torch.tensor([0, 1], dtype=torch.int32),
+            context_lens=position + 1,
+            block_tables=batch.block_tables[b : b + 1],
+            output_rows=batch.output_rows[:0],
+            write_starts=position + 1,
+        )
+
+        def attend(
+            op: AttentionOp, q: Tensor, k: Tensor, v: Tensor, alone: PackedBatch = alone
+        ) -> Tensor:
+            return attend_sequences(op, q, k, v, alone, cache)
+
+        states = hidden[fork.first_layer][row : row + 1]
+        at = position.to(states.device).long()
+        forked = run_fork(fork, states, at, attend=attend, linear=linear)
+        normed[o : o + 1].lerp_(apply_prologue(program.head, forked), float(forks.scales[f]))
+
+
+def _blend_sides(batch: PackedBatch, hidden: list[Tensor], normed: Tensor, rows: Tensor) -> None:
+    """Blend what side networks make of their tokens into the (L, D) normed final states."""
+    assert batch.side is not None
     starts = batch.query_starts.tolist()
     for s, b in enumerate(batch.side.sequences.tolist()):
         tokens = slice(starts[b], starts[b + 1])
@@ -120,9 +176,6 @@ def forward_batch(
             assert isinstance(side_program, SideProgram)
             side = side_states[rows[chosen] - tokens.start]
             normed[chosen] = blend_side(side_program, normed[chosen], side, scale)
-    if states is not None:
-        states.copy_(normed)
-    return apply_head(program, normed, linear=linear)
 
 
 def _run_attached(
@@ -181,3 +234,17 @@ def attach_plain(program: SideProgram, device: torch.device) -> AttachedSide:
     assert isinstance(moved, SideProgram)
     size = sum(tensor.nbytes for tensor in copies)
     return AttachedSide(moved.network.spec, size, moved)
+
+
+def attach_plain_fork(program: ForkProgram, device: torch.device) -> AttachedFork:
+    """Copy a fork's differences to where they are computed, beside the base's operations."""
+    copies: list[Tensor] = []
+
+    def copy(tensor: Tensor) -> Tensor:
+        copies.append(tensor.detach().to(device, copy=True))
+        return copies[-1]
+
+    network = map_tensors(program.network, copy)
+    assert isinstance(network, ForkNetwork)
+    size = sum(tensor.nbytes for tensor in copies)
+    return AttachedFork(size, dataclasses.replace(program, network=network))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.fork import Delta, ForkProgram
 from models.program import (
     Activate,
     AttentionOp,
@@ -326,6 +327,70 @@ def blend_side(
     up = F.linear(apply_norm(side, program.final_norm), network.up, network.up_bias)
     share = network.base_share + (1 - scales) * (1 - network.base_share)
     return share * normed + (1 - share) * up
+
+
+class _Deltas:
+    """Adds what a fork's linears add to the base's."""
+
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
+        self._deltas = deltas
+        self._x: Tensor | None = None
+
+    def before(self, op: LinearOp, x: Tensor) -> Tensor:
+        self._x = x
+        return x
+
+    def after(self, op: LinearOp, out: Tensor) -> Tensor:
+        assert self._x is not None
+        widths = [piece.weight.shape[0] for piece in op.pieces]
+        parts = list(out.split(widths, dim=1))
+        for i, name in enumerate(op.names):
+            if name in self._deltas:
+                delta = self._deltas[name]
+                parts[i] = parts[i] + F.linear(F.linear(self._x, delta.right), delta.left)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def run_fork(
+    program: ForkProgram,
+    states: Tensor,
+    positions: Tensor,
+    *,
+    attend: Attend,
+    linear: Linear = apply_linear,
+) -> Tensor:
+    """Compute a fork, as every kernel must.
+
+    Args:
+        program: on the device of the other tensors.
+        states: (T, D) float32, h[N - M] of the base.
+        positions: (T,) int64.
+        attend: gives what queries attend to; it takes the keys and values of the base's cache
+            in place of those that it is given, and stores none.
+        linear: multiplies rows with a weight of the base.
+
+    Returns:
+        (T, D) float32, f[N] before the base's final norm.
+    """
+    angles = rotary_angles(program.inv_freq, program.rotary_scale, positions)
+    for ops in program.layers:
+        states = run_fork_layer(program, ops, states, angles, attend=attend, linear=linear)
+    return states
+
+
+def run_fork_layer(
+    program: ForkProgram,
+    ops: Iterable[Op],
+    states: Tensor,
+    angles: tuple[Tensor, Tensor],
+    *,
+    attend: Attend,
+    linear: Linear = apply_linear,
+) -> Tensor:
+    """Compute one layer of a fork; see `run_fork`. Differentiable in states and differences."""
+    buffers, deltas = {"x": states}, _Deltas(program.network.deltas)
+    run_ops(ops, buffers, program.widths, angles, attend=attend, linear=linear, hook=deltas)
+    return buffers["x"]
 
 
 def split_heads(

@@ -10,6 +10,7 @@ from adapters.format import AdapterError, read_config
 from adapters.qst.adapter import METHOD as QST
 from adapters.qst.config import from_fields
 from models.checkpoints import Checkpoint
+from models.fork import ForkNetwork
 from models.side import SideNetwork
 from models.spec import DecoderSpec
 from serve.base_model import load_base, load_variant
@@ -142,8 +143,17 @@ def find_forms(folders: Iterable[str | Path], spec: DecoderSpec) -> list[Heads]:
     return sorted(found)
 
 
-def heads_of(network: SideNetwork) -> Heads:
-    """Return the attention of a side network."""
+def heads_of(network: SideNetwork | ForkNetwork) -> Heads:
+    """Return the attention of a side network.
+
+    Raises:
+        AdapterError: it is a fork, which reads keys and values that vLLM keeps to itself.
+    """
+    if isinstance(network, ForkNetwork):
+        raise AdapterError(
+            "side_attention base: the vllm backend has no forks of the base's last layers; "
+            "serve it with --backend native"
+        )
     return _heads(network.spec)
 
 

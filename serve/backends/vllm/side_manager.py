@@ -19,7 +19,7 @@ from vllm.lora.request import LoRARequest
 from adapters.format import AdapterError
 from adapters.methods import SideMethod, method_of
 from models.kernels.reference.executor import attach_plain
-from models.side import SideProgram, build_side_program
+from models.side import SideNetwork, SideProgram, build_side_program
 from serve.backends.vllm.addresses import AdapterAddress, parse_address
 from serve.backends.vllm.settings import Heads, heads_of
 from serve.backends.vllm.side_stack import SideRun
@@ -78,6 +78,7 @@ class SideManager:
             raise AdapterError(f"it is a {method.title}, not a side network")
         network = method.build(stored, host).network
         heads = heads_of(network)
+        assert isinstance(network, SideNetwork)
         if not self._model.sides.knows(heads):
             raise AdapterError(
                 f"its attention has {heads[0]} heads, KV heads and channels, and the engine has no "

@@ -97,7 +97,7 @@ def test_resolved_config_survives_json(kind: str) -> None:
         reduction=4, side_intermediate=(8,) * len(base.layers), gate_shape="vector",
         task="sequence_classification", num_labels=2, labels=("no", "yes"),
     ).resolved(base)  # fmt: skip
-    assert None not in dataclasses.astuple(config)
+    assert None not in config.to_fields().values()
     assert from_fields(json.loads(json.dumps(config.to_fields()))) == config
     assert config.resolved(base) == config
 

@@ -50,7 +50,7 @@ def make(kernels: str) -> Callable[..., Decoder]:
 
 
 def program_of(decoder: Decoder):  # type: ignore[no-untyped-def]
-    return decoder._executor._program  # type: ignore[attr-defined]
+    return decoder._executor.program  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -262,8 +262,8 @@ def test_cuda_executor_shares_embedding_and_head(kind: str) -> None:
     base = CudaExecutor(programs[0], "cpu", torch.bfloat16)
     variant = CudaExecutor(programs[1], "cpu", torch.bfloat16, base=base)
     alone = CudaExecutor(programs[1], "cpu", torch.bfloat16)
-    assert variant._program.ops[0].table is base._program.ops[0].table  # type: ignore[union-attr]
-    assert variant._program.head.pieces[0].weight is base._program.head.pieces[0].weight
+    assert variant.program.ops[0].table is base.program.ops[0].table  # type: ignore[union-attr]
+    assert variant.program.head.pieces[0].weight is base.program.head.pieces[0].weight
     assert alone.num_bytes - variant.num_bytes >= head.numel() * 2
     cache = base.make_cache(spec, 3, 16, torch.float32)
     batch = pack_batch([SEQUENCE], [[2, 0, 1]], [(0, 40)])

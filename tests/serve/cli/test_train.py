@@ -13,10 +13,16 @@ from pathlib import Path
 import pytest
 
 from adapters.format import digest, read_config
-from adapters.qst.config import QstConfig
+from adapters.qst.config import DEFAULT_SIDE_LAYERS, QstConfig
 from adapters.qst.training_config import TrainingConfig
 from serve.cli.main import build_parser
-from serve.cli.train import DOWNSAMPLES, MODEL_FLAGS, SIDE_FLAGS, read_training_config
+from serve.cli.train import (
+    DOWNSAMPLES,
+    MODEL_FLAGS,
+    SIDE_ATTENTIONS,
+    SIDE_FLAGS,
+    read_training_config,
+)
 from serve.cli.train_run import QST_FIELDS
 
 ROOT = Path(__file__).parents[3]
@@ -60,13 +66,16 @@ def test_help_has_every_option_with_the_default_that_holds() -> None:
     for flag, _, _, description in SIDE_FLAGS:
         default = getattr(defaults, flag[2:].replace("-", "_"))
         expected = "the model's" if default is None else f"[default: {default}]"
+        if flag == "--side-layers":
+            expected = f"[default: {DEFAULT_SIDE_LAYERS}]"
         assert expected in description
-    assert defaults.downsample == "adapter"
-    assert {flag[2:].replace("-", "_") for flag, *_ in SIDE_FLAGS} | {"downsample"} == set(
-        QST_FIELDS
-    )
+    assert (defaults.downsample, defaults.side_attention) == ("adapter", "own")
+    flags = {flag[2:].replace("-", "_") for flag, *_ in SIDE_FLAGS}
+    assert flags | {"downsample", "side_attention"} == set(QST_FIELDS)
     for name in DOWNSAMPLES:
         assert QstConfig(downsample=name).downsample == name  # type: ignore[arg-type]
+    for name in SIDE_ATTENTIONS:
+        assert QstConfig(side_attention=name).side_attention == name  # type: ignore[arg-type]
 
 
 def test_options_that_are_not_given_keep_their_defaults() -> None:

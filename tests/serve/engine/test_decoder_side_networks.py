@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from models.decoder import Decoder
+from serve.engine.engine import Engine
 from serve.engine.sequence import LiveRequest, SideAdapter
 from tests.adapters.side_decoders import make_network
 from tests.serve.engine.engine_client import Branch, branch, branches_of, make_live
@@ -20,7 +21,11 @@ from tests.serve.engine.tiny_decoder import (
 )
 
 PROMPT = [random.Random(2).randrange(1, VOCAB_SIZE) for _ in range(90)]
-SHAPES = ({"reduction": 4}, {"reduction": 4}, {"reduction": 2, "downsample": "lora"})
+SHAPES = (
+    {"reduction": 4}, {"reduction": 4}, {"reduction": 2, "downsample": "lora"},
+    {"side_attention": "base", "side_layers": 1, "rank": 4}, {"side_attention": "base"},
+)  # fmt: skip
+NUM_FORKS = 2
 
 
 @pytest.fixture(scope="module", params=KERNELS)
@@ -30,7 +35,7 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
 
 @pytest.fixture(scope="module")
 def adapters(decoder: Decoder) -> list[SideAdapter]:
-    """Three side networks, two of one shape."""
+    """Five side networks: two of one shape, and two forks at the end."""
     networks = [make_network(decoder.spec, seed=i, **shape) for i, shape in enumerate(SHAPES)]  # type: ignore[arg-type]
     return [
         SideAdapter(decoder.attach(network.side_network()), str(i))
@@ -114,8 +119,9 @@ def test_order_of_a_mixed_batch_changes_nothing(
 ) -> None:
     kinds = [None, *adapters]
     expected = [alone(decoder, PROMPT, ask_of(kind)) for kind in kinds]
-    for shift in range(4):
-        order = [(i + shift) % 4 for i in range(4)]
+    count = len(kinds)
+    for shift in range(count):
+        order = [(i + shift) % count for i in range(count)]
         answers = run(make_engine(decoder), [make_live(PROMPT, ask_of(kinds[i])) for i in order])
         for i, answer in zip(order, answers, strict=True):
             assert_same(decoder, answer, expected[i])
@@ -143,17 +149,32 @@ def test_request_to_several_adapters_equals_separate_requests(
     branches = [ask_of(kind) for kind in (adapters[1], None, *adapters)]
     engine = make_engine(decoder, max_batch_tokens=64)
     (answer,) = run(engine, [make_live(PROMPT, *branches)])
-    assert engine.scheduler.num_cached_prompt_tokens == 4 * 80
+    assert engine.scheduler.num_cached_prompt_tokens == 6 * 80
     for one, outputs in zip(branches, answer, strict=True):
         assert_same(decoder, [outputs], alone(decoder, PROMPT, one))
-    assert len({tuple(said([outputs])) for outputs in answer}) == 4
+    assert len({tuple(said([outputs])) for outputs in answer}) == 6
 
 
-def test_scale_goes_from_the_base_to_the_adapter(
+def test_fork_starts_at_once_on_whatever_the_base_has_cached(
     decoder: Decoder, adapters: list[SideAdapter]
 ) -> None:
     engine = make_engine(decoder)
-    branches = [ask_of(adapters[0], 0.0), ask_of(), ask_of(adapters[0], 0.5), ask_of(adapters[0])]
-    off, base, half, full = run(engine, [make_live(PROMPT, *branches)])[0]
-    assert_same(decoder, [off], [base])
-    assert len({outputs[0].logprob for outputs in (base, half, full)}) == 3
+    run(engine, [make_live(PROMPT, ask_of())])
+    for adapter in adapters[-NUM_FORKS:]:
+        one = ask_of(adapter)
+        (answer,) = run(engine, [make_live(PROMPT, one)])
+        assert answer[0][0].cached_prompt_tokens == 80
+        assert_same(decoder, answer, alone(decoder, PROMPT, one))
+    assert engine.num_available_side_cache_blocks == engine.num_side_cache_blocks
+
+
+def test_fork_scores_every_token_of_a_prompt(decoder: Decoder, adapters: list[SideAdapter]) -> None:
+    def score(engine: Engine, adapter: SideAdapter | None) -> Answer:
+        return run(engine, [make_live(PROMPT, ask_of(adapter), prompt_logprobs=2)])[0]
+
+    answer = score(make_engine(decoder, max_batch_tokens=64), adapters[-1])
+    scores = answer[0][0].prompt_logprobs
+    assert scores is not None
+    assert len(scores) == len(PROMPT)
+    assert_same(decoder, answer, score(make_engine(decoder), adapters[-1]))
+    assert scores != score(make_engine(decoder), None)[0][0].prompt_logprobs

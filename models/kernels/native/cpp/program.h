@@ -94,6 +94,23 @@ struct SideEntry {
   void* const* v_cache;
 };
 
+// What a fork adds to one matrix of a linear: left * (right * x). Panels of float32; null: nothing.
+struct Delta {
+  const float* right;  // (inputs of the linear) to rank
+  const float* left;   // rank to the outputs of the piece
+  int32_t rank;
+  int32_t reserved;
+};
+
+constexpr int kForkPieces = 3;  // of a linear: queries, keys and values
+
+// The last layers of the base once more, with differences.
+struct Fork {
+  const Delta* deltas;  // (operations from first_op on, kForkPieces)
+  int32_t first_op;     // behind the tap where it leaves the base
+  int32_t max_rank;
+};
+
 struct Step {
   const int32_t* token_ids;
   const int32_t* positions;
@@ -110,6 +127,10 @@ struct Step {
   const int32_t* side_block_tables;
   const int32_t* side_write_starts;     // as write_starts
   const float* side_scales;             // how much of it goes into the logits; 0: it fills its cache only
+  const Fork* const* forks;             // (num_forks)
+  const int32_t* fork_outputs;          // which output each stands in for, increasing
+  const int32_t* fork_sequences;        // which sequence that belongs to
+  const float* fork_scales;             // how much of it goes into the logits
   const float* states;  // (num_outputs, hidden) that the last operation reads in place of its source and norm, or null
   float* final_states;  // (num_outputs, hidden) to receive what the last operation multiplies, or null
   float* logits;
@@ -125,7 +146,7 @@ struct Step {
   int32_t last_op;
   int32_t first_tap;     // which tap `taps` starts with
   float rotary_scale;
-  int32_t reserved;
+  int32_t num_forks;
 };
 
 // Values of heads that do not fill panels are stored like keys, so that they are read in whole vectors too.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -23,7 +24,7 @@ class FlushDenormals {
 };
 
 struct Scratch {
-  std::vector<float> row, out, attention, values, scales;
+  std::vector<float> row, out, attention, values, scales, mixed;
   std::vector<int16_t> codes;
   std::vector<RowGroup> row_groups;
   float* tile = nullptr;
@@ -53,6 +54,7 @@ class Program {
       s.tile = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(s.tile_storage.data()) + 63) / 64 * 64);
       s.codes.resize(max_inputs_);
       s.values.resize(max_inputs_);
+      s.mixed.resize(2 * max_inputs_);
       s.scales.resize(max_inputs_ / 4 + 1);
       s.row_groups.resize(max_inputs_ / 32);
     }
@@ -69,8 +71,10 @@ class Program {
 
  private:
   void prepare(const Step& step) {
-    const size_t rows = std::max(step.num_tokens, step.num_outputs);
-    for (size_t i = 0; i < buffers_.size(); ++i) grow(buffers_[i], size_t(step.num_tokens) * widths_[i]);
+    plan_forks(step);
+    const Step& widest = step.num_forks ? forked_ : step;
+    const size_t rows = std::max(widest.num_tokens, step.num_outputs);
+    for (size_t i = 0; i < buffers_.size(); ++i) grow(buffers_[i], size_t(widest.num_tokens) * widths_[i]);
     bool has_codes = false, has_dense = false;
     for (const Op& op : ops_)
       if (op.kind == kLinear) (op.group ? has_codes : has_dense) = true;
@@ -87,19 +91,122 @@ class Program {
     if (step.num_sides) sides_.prepare(step, ops_.back(), spans);
   }
 
+  // From the first forked layer on a fork is one more token, in a sequence of its own that writes nothing and reads the cache
+  // of the one that it forked from: the base's weights are read once for both.
+  void plan_forks(const Step& step) {
+    fork_op_ = std::numeric_limits<int>::max();
+    if (!step.num_forks) return;
+    const int tokens = step.num_tokens, sequences = step.num_sequences, forks = step.num_forks, stride = step.block_table_stride;
+    positions_.assign(step.positions, step.positions + tokens);
+    starts_.assign(step.query_starts, step.query_starts + sequences + 1);
+    lens_.assign(step.context_lens, step.context_lens + sequences);
+    tables_.assign(step.block_tables, step.block_tables + size_t(sequences) * stride);
+    writes_.assign(sequences, 0);
+    if (step.write_starts) writes_.assign(step.write_starts, step.write_starts + sequences);
+    fork_of_.assign(step.num_outputs, -1);
+    size_t rank = 0;
+    for (int f = 0; f < forks; ++f) {
+      const Fork& fork = *step.forks[f];
+      fork_op_ = std::min(fork_op_, fork.first_op);
+      rank = std::max<size_t>(rank, fork.max_rank);
+      fork_of_[step.fork_outputs[f]] = f;
+      const int position = step.positions[step.output_rows[step.fork_outputs[f]]];
+      const int32_t* table = step.block_tables + size_t(step.fork_sequences[f]) * stride;
+      positions_.push_back(position);
+      starts_.push_back(tokens + f + 1);
+      lens_.push_back(position + 1);
+      tables_.insert(tables_.end(), table, table + stride);
+      writes_.push_back(std::numeric_limits<int32_t>::max());
+    }
+    thin_stride_ = rank;
+    grow(thin_, forks * kForkPieces * rank);
+    forked_ = step;
+    forked_.positions = positions_.data();
+    forked_.query_starts = starts_.data();
+    forked_.context_lens = lens_.data();
+    forked_.block_tables = tables_.data();
+    forked_.write_starts = writes_.data();
+    forked_.num_tokens += forks;
+    forked_.num_sequences += forks;
+  }
+
+  const Delta* delta_of(const Step& step, int fork, int op, int piece) const {
+    const Fork& of = *step.forks[fork];
+    const Delta* delta = of.deltas + (op - of.first_op) * kForkPieces + piece;
+    return op >= of.first_op && delta->right ? delta : nullptr;
+  }
+
+  float* thin(int fork, int piece) { return thin_.data() + (size_t(fork) * kForkPieces + piece) * thin_stride_; }
+
+  // The first factor of what a fork adds to a linear, of an input that is made ready.
+  void narrow(const Step& step, int fork, int index, const float* ready, Scratch& scratch) {
+    const Op& op = ops_[index];
+    const Activations act{const_cast<float*>(ready), nullptr, nullptr, op.inputs, 0};
+    alignas(64) float out[kPanel];
+    for (int p = 0; p < op.num_pieces; ++p)
+      if (const Delta* delta = delta_of(step, fork, index, p)) {
+        const Piece right{delta->right, nullptr, nullptr, kFloat32, delta->rank, 0, 0};
+        for (int i = 0; i < num_panels(right); ++i) {
+          kernels_->panel(right, i, 0, op.inputs, act, 1, out, scratch.tile);
+          std::copy(out, out + std::min(kPanel, delta->rank - i * kPanel), thin(fork, p) + i * kPanel);
+        }
+      }
+  }
+
+  // Add the second factor's products to a panel of every fork's row.
+  void widen(const Step& step, int index, int piece, int panel, Scratch& scratch) {
+    const Op& op = ops_[index];
+    const int outputs = op.pieces[piece].outputs, first = panel * kPanel, count = std::min(kPanel, outputs - first);
+    const int column = op.pieces[piece].dst_offset + first;
+    alignas(64) float out[kPanel];
+    for (int f = 0; f < step.num_forks; ++f)
+      if (const Delta* delta = delta_of(step, f, index, piece)) {
+        const Piece left{delta->left, nullptr, nullptr, kFloat32, outputs, 0, 0};
+        kernels_->panel(left, panel, 0, delta->rank, {thin(f, piece), nullptr, nullptr, delta->rank, 0}, 1, out, scratch.tile);
+        float* row = buffers_[op.dst].data() + size_t(step.num_tokens - step.num_forks + f) * widths_[op.dst];
+        for (int i = 0; i < count; ++i) row[op.scatter ? op.scatter[column + i] : column + i] += out[i];
+      }
+  }
+
+  // What the head reads of an output that a fork has a part in: the base's normed state, the fork's, or a mean of both.
+  const float* blend_fork(const Op& op, const Step& step, int output, Scratch& scratch) {
+    const int fork = fork_of_[output];
+    const float scale = step.fork_scales[fork];
+    const auto normed = [&](int row, float* out) {
+      kernels_->prepare_row(op, buffers_[op.src].data() + size_t(row) * widths_[op.src], 0, {out, nullptr, nullptr, op.inputs, 0},
+                            scratch.row.data());
+    };
+    float* base = scratch.mixed.data();
+    float* mixed = base + max_inputs_;
+    normed(step.num_tokens - step.num_forks + fork, mixed);
+    if (scale == 1.f) return mixed;
+    normed(step.output_rows[output], base);
+    for (int i = 0; i < op.inputs; ++i) mixed[i] = base[i] + scale * (mixed[i] - base[i]);
+    return mixed;
+  }
+
   void walk(const Step& step, int thread) {
     const int threads = pool_->size();
     const int half = rotary_dim_ / 2;
-    for (int t = thread; half && step.first_op == 0 && t < step.num_tokens; t += threads) {
+    const Step& widest = step.num_forks ? forked_ : step;
+    for (int t = thread; half && step.first_op == 0 && t < widest.num_tokens; t += threads) {
       float* row = cos_sin_.data() + size_t(t) * rotary_dim_;
       for (int i = 0; i < half; ++i) {
-        const float angle = float(step.positions[t]) * step.inv_freq[i];
+        const float angle = float(widest.positions[t]) * step.inv_freq[i];
         row[i] = std::cos(angle) * step.rotary_scale;
         row[half + i] = std::sin(angle) * step.rotary_scale;
       }
     }
     for (int i = step.first_op; i < step.last_op; ++i) {
       const Op& op = ops_[i];
+      const Step& now = i < fork_op_ ? step : forked_;
+      if (i == fork_op_) {
+        std::vector<float>& stream = buffers_[ops_[i - 1].src];  // of the tap
+        const size_t width = widths_[ops_[i - 1].src];
+        for (int f = 0; f < step.num_forks; ++f)  // whoever copies a row makes it ready, too
+          if ((step.num_tokens + f) % threads == thread)
+            std::memcpy(stream.data() + (step.num_tokens + f) * width, stream.data() + step.output_rows[step.fork_outputs[f]] * width, width * 4);
+      }
       switch (op.kind) {
         case kEmbed:
           for (int t = thread; t < step.num_tokens; t += threads) {
@@ -112,10 +219,10 @@ class Program {
           pool_->barrier.wait();
           break;
         case kLinear:
-          linear(op, step, thread, counters_[i]);
+          linear(i, now, thread, counters_[i]);
           break;
         case kAttention:
-          attention(op, step, thread, counters_[i], is_split_[i]);
+          attention(op, now, thread, counters_[i], is_split_[i]);
           break;
         case kTap:
           for (int t = thread; step.taps && t < step.num_tokens; t += threads)
@@ -127,8 +234,9 @@ class Program {
     }
   }
 
-  void linear(const Op& op, const Step& step, int thread, std::atomic<int>& counter) {
-    const int threads = pool_->size();
+  void linear(int op_index, const Step& step, int thread, std::atomic<int>& counter) {
+    const Op& op = ops_[op_index];
+    const int threads = pool_->size(), first_fork = op_index < fork_op_ || op.select_rows ? std::numeric_limits<int>::max() : step.num_tokens - step.num_forks;
     const int rows = op.select_rows ? step.num_outputs : step.num_tokens;
     if (rows == 0) return;
     Scratch& scratch = scratch_[thread];
@@ -148,7 +256,11 @@ class Program {
     act.row_groups = rows == 1 ? scratch.row_groups.data() : row_groups_.data();
     const auto prepare_row = [&](int r) {
       const float* ready = nullptr;  // normed already
-      if (op.select_rows) ready = step.states ? step.states + r * size_t(op.inputs) : step.num_sides ? sides_.blended(r) : nullptr;
+      if (op.select_rows) {
+        if (step.states) ready = step.states + r * size_t(op.inputs);
+        else if (step.num_forks && fork_of_[r] >= 0) ready = blend_fork(op, step, r, scratch);
+        else if (step.num_sides) ready = sides_.blended(r);
+      }
       if (ready) {
         Op plain = op;
         plain.prologue = kPlain;
@@ -157,7 +269,9 @@ class Program {
       } else {
         const float* read = src + (op.select_rows ? step.output_rows[r] : r) * src_stride;
         kernels_->prepare_row(op, read, r, act, scratch.row.data());
-        ready = op.prologue == kPlain ? read : groups ? scratch.row.data() : act.values + ptrdiff_t(r) * act.stride;
+        const float* kept = scratch.row.data() + (op.gather ? op.norm_width : 0);
+        ready = op.prologue == kPlain ? read : groups ? kept : act.values + ptrdiff_t(r) * act.stride;
+        if (r >= first_fork) narrow(step, r - first_fork, op_index, ready, scratch);
       }
       if (op.select_rows && step.final_states && (rows > 1 || thread == 0))
         std::memcpy(step.final_states + r * size_t(op.inputs), ready, op.inputs * 4);
@@ -182,6 +296,7 @@ class Program {
         if (index == num_panels(op.pieces[piece])) ++piece, index = 0;
         kernels_->panel(op.pieces[piece], index, op.group, op.inputs, act, rows, scratch.out.data(), scratch.tile);
         write_panel(op, op.pieces[piece], index, step, rows, scratch.out.data());
+        if (first_fork < rows) widen(step, op_index, piece, index, scratch);
       }
       first = threads * head + counter.fetch_add(chunk, std::memory_order_relaxed);
       last = std::min(first + chunk, total);
@@ -236,21 +351,26 @@ class Program {
   // Order sequences, longest first, and choose the attentions whose items are split; return the spans of the longest.
   int plan_attention(const Step& step) {
     is_decode_ = step.num_tokens == step.num_sequences;
-    order_.resize(step.num_sequences);
-    std::iota(order_.begin(), order_.end(), 0);
-    std::stable_sort(order_.begin(), order_.end(), [&](int a, int b) { return step.context_lens[a] > step.context_lens[b]; });
+    const auto longest_first = [](const Step& step, std::vector<int>& order) {
+      order.resize(step.num_sequences);
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return step.context_lens[a] > step.context_lens[b]; });
+    };
+    longest_first(step, order_);
+    if (step.num_forks) longest_first(forked_, fork_order_);
     const int longest = order_.empty() ? 0 : step.context_lens[order_[0]], spans = num_spans(longest);
     for (size_t i = 0; i < ops_.size(); ++i) {
       const Op& op = ops_[i];
+      const Step& now = int(i) < fork_op_ ? step : forked_;
       is_split_[i] = 0;
       if (op.kind != kAttention) continue;
       for (Scratch& s : scratch_) grow(s.attention, attention_scratch(op.head_dim, spans));
       if (spans < 2 || pool_->size() == 1) continue;
       size_t work = 0, parts = 0;
-      for (int b = 0; b < step.num_sequences; ++b) {
-        const size_t items = num_items(op, step, b);
-        work += items * step.context_lens[b];
-        parts += items * num_spans(step.context_lens[b]);
+      for (int b = 0; b < now.num_sequences; ++b) {
+        const size_t items = num_items(op, now, b);
+        work += items * now.context_lens[b];
+        parts += items * num_spans(now.context_lens[b]);
       }
       // Whole items of the longest sequence would leave threads waiting for the last of them.
       is_split_[i] = 2 * size_t(pool_->size()) * longest > work;
@@ -264,8 +384,10 @@ class Program {
   void attention(const Op& op, const Step& step, int thread, std::atomic<int>& counter, bool is_split) {
     const int heads = op.num_kv_heads, group = op.num_heads / heads;
     const int* starts = step.query_starts;
+    const bool is_forked = &step == &forked_;
+    const std::vector<int>& order = is_forked ? fork_order_ : order_;
     // With one token each and one item a head, whoever takes the item also writes the head: no barrier.
-    const bool is_fused = is_decode_ && group <= kMaxQueries && !is_split;
+    const bool is_fused = is_decode_ && !is_forked && group <= kMaxQueries && !is_split;
     if (!is_fused) {
       int sequence = 0;
       for (int i = thread; i < step.num_tokens * heads; i += pool_->size()) {
@@ -279,9 +401,9 @@ class Program {
     int next = 0, before = 0;
     for (;;) {
       const int task = counter.fetch_add(1, std::memory_order_relaxed);
-      while (next < step.num_sequences && task - before >= count_of(order_[next])) before += count_of(order_[next++]);
+      while (next < step.num_sequences && task - before >= count_of(order[next])) before += count_of(order[next++]);
       if (next == step.num_sequences) break;
-      const int sequence = order_[next], parts = parts_of(sequence), item = (task - before) / parts, head = item % heads;
+      const int sequence = order[next], parts = parts_of(sequence), item = (task - before) / parts, head = item % heads;
       // The last pairs see most, so they come first.
       const int first = (num_items(op, step, sequence) / heads - 1 - item / heads) * kMaxQueries;
       if (is_fused) write_head(op, step, starts[sequence], sequence, head);
@@ -335,7 +457,12 @@ class Program {
   SideRunner sides_;
   std::vector<std::atomic<int>> counters_, arrived_;  // of an operation, of an item's spans
   std::vector<char> is_split_;                        // of an attention's items
-  std::vector<int> order_;                            // of the sequences
+  std::vector<int> order_, fork_order_;               // of the sequences
+  Step forked_ = {};                                  // the step with its forks as tokens
+  int fork_op_ = 0;                                   // from which on it is run
+  std::vector<int32_t> positions_, starts_, lens_, tables_, writes_, fork_of_;  // what it points to; the fork of each output
+  std::vector<float> thin_;                           // (forks, kForkPieces, thin_stride_)
+  size_t thin_stride_ = 0;
   std::vector<Scratch> scratch_;
   std::vector<int16_t> codes_;
   std::vector<RowGroup> row_groups_;
@@ -354,7 +481,8 @@ int proa_layout(int i) {
   using namespace proa;
   static const int layout[] = {
       sizeof(Piece),     offsetof(Piece, reserved),    sizeof(Op),   offsetof(Op, input_kind),   sizeof(Side), offsetof(Side, rotary_scale),
-      sizeof(SideEntry), offsetof(SideEntry, v_cache), sizeof(Step), offsetof(Step, reserved),
+      sizeof(SideEntry), offsetof(SideEntry, v_cache), sizeof(Delta), offsetof(Delta, reserved), sizeof(Fork), offsetof(Fork, max_rank),
+      sizeof(Step), offsetof(Step, num_forks),
   };
   return i < int(sizeof(layout) / sizeof(int)) ? layout[i] : 0;
 }
