@@ -120,6 +120,19 @@ def test_resumed_run_ends_as_an_uninterrupted_one(
     assert not (tmp_path / FOLDER).exists()
 
 
+def test_fork_trains_and_resumes_to_the_same_file(base: Base, tmp_path: Path) -> None:
+    qst = QstConfig(side_attention="base", side_layers=2, rank=4)
+    whole = run(base, tmp_path / "whole", qst=qst)
+    assert whole.evaluation is not None
+    assert whole.evaluation.loss < whole.evaluation.base_loss  # type: ignore[operator]
+    steps = iter(range(1, 100))
+    with pytest.raises(TrainingInterrupted):
+        run(base, tmp_path / "parts", qst=qst, should_stop=lambda: next(steps) == 7)
+    run(base, tmp_path / "parts", qst=qst, resume=True)
+    files = [(tmp_path / name / TENSOR_FILE).read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize(("where", "resumes_at"), [("step", 6), ("save", 6)], ids=HANGING.values())
 def test_killed_run_loses_the_steps_since_its_checkpoint_and_no_more(
     where: str, resumes_at: int, finished: Path, base: Base, tmp_path: Path, tiny_llama_folder: Path
