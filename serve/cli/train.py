@@ -123,8 +123,9 @@ def _add_qst(parser: argparse.ArgumentParser) -> None:
         "--side-attention",
         choices=SIDE_ATTENTIONS,
         default=argparse.SUPPRESS,
-        help="own: a narrow decoder with keys and values of its own; base: the model's last layers "
-        "once more with low-rank differences, on the model's keys and values [default: own]",
+        help="base: the model's last layers once more with low-rank differences, on the model's "
+        "keys and values; own: a narrow decoder with keys and values of its own, as in the paper "
+        "[default: base, or own if an option of such a decoder is given]",
     )
     for flag, kind, metavar, text in SIDE_FLAGS:
         side.add_argument(flag, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from text.token_bytes import TokenizerError
 from text.tokenizer import Tokenizer
 from text.training_data import Limit, build_examples, build_labelled, describe_examples
 
+FORK_FIELDS = ("side_attention", "side_layers", "rank")
 QST_FIELDS = (
     "side_attention", "side_layers", "reduction", "rank", "downsample", "side_heads",
     "side_kv_heads", "side_head_dim", "side_intermediate",
@@ -54,10 +56,9 @@ def run_training(
         except (AdapterError, CheckpointError) as error:
             raise UserError(f"--on: {error}") from error
     examples, eval_examples, labels = read_data(arguments, checkpoint, tokenizer)
-    given = {name: value for name, value in vars(arguments).items() if name in QST_FIELDS}
     try:
         qst = QstConfig(
-            **given,
+            **side_options(arguments),
             task="sequence_classification" if labels else "causal_lm",
             num_labels=len(labels),
             labels=labels,
@@ -90,6 +91,20 @@ def run_training(
     for line in describe_result(result, arguments.output, arguments.on):
         say(line)
     return 0
+
+
+def side_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `QstConfig` that were given, and which form they are of.
+
+    Raises:
+        UserError: options of both forms were given.
+    """
+    given = {name: value for name, value in vars(arguments).items() if name in QST_FIELDS}
+    narrow = [f"--{name.replace('_', '-')}" for name in given if name not in FORK_FIELDS]
+    form = given.setdefault("side_attention", "own" if narrow else "base")
+    if form == "base" and narrow:
+        raise UserError(f"{', '.join(narrow)}: not with --side-attention base")
+    return given
 
 
 def read_data(

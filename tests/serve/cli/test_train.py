@@ -103,10 +103,29 @@ def test_run_writes_an_adapter_and_says_what_it_gained(
     assert config.training["options"]["batch_size"] == 2
 
 
+def test_fork_is_what_is_trained_unless_told_otherwise(
+    words: list[str], call_proa, tmp_path: Path
+) -> None:
+    at = words.index("--reduction")
+    done = call_proa(*words[:at], *words[at + 2 :], "--side-layers", "2")
+    assert done.returncode == 0, done.stderr
+    fields = read_config(tmp_path / "out").fields
+    assert fields == {
+        "side_attention": "base", "side_layers": 2, "rank": 16, "task": "causal_lm",
+        "num_labels": 0, "labels": [],
+    }  # fmt: skip
+    done = call_proa("adapters", "inspect", str(tmp_path / "out"))
+    assert "the last 2, differences of rank 16" in done.stdout
+
+
+@pytest.mark.parametrize("form", ["own", "base"])
 def test_side_network_is_trained_on_a_variant(
-    words: list[str], call_proa, write_variant, tmp_path: Path
+    form: str, words: list[str], call_proa, write_variant, tmp_path: Path
 ) -> None:
     variant = write_variant(tmp_path / "small")
+    if form == "base":
+        at = words.index("--reduction")
+        words[at : at + 2] = ["--side-layers", "2"]
     words += ["--on", str(variant), "--cache-dir", str(tmp_path)]
     done = call_proa(*words)
     assert done.returncode == 0, done.stderr
@@ -147,6 +166,8 @@ def test_table_makes_a_classifier(words: list[str], call_proa, tmp_path: Path) -
         (["--max-length", "99999"], 2, "--max-length: 99999 is more than the model's 16384 tokens"),
         (["--max-length", "9"], 2, "line 1: .* tokens, over --max-length of 9, and 11 more"),
         (["--reduction", "5"], 2, "reduction 5 does not divide the base's hidden_size 32"),
+        (["--side-attention", "base"], 2, "--reduction: not with --side-attention base"),
+        (["--side-layers", "2"], 2, "side_layers must be null with side_attention own, got 2"),
         (["--kernels", "cuda", "--device", "cpu"], 2, "kernels: 'cuda' needs device"),
         (["--model", "no/such/folder"], 2, "no/such/folder"),
         (["--task", "classification"], 2, 'line 1: "label" must be'),
