@@ -115,7 +115,7 @@ def build_fork_program(network: ForkNetwork, program: Program) -> ForkProgram:
         if name not in known:
             factored = f"{name}.right" in known or f"{name}.left" in known
             problems.append(
-                f"{name}: the base has it as two factors" if factored
+                f"{name}: two factors here, which cannot be forked" if factored
                 else f"{name}: not a linear of the last {network.num_layers} layers"
             )  # fmt: skip
         elif (left.shape[0], right.shape[1]) != known[name] or left.shape[1] != right.shape[0]:

@@ -38,12 +38,14 @@ class TrainingBatch:
     """Sequences one after the other, without padding.
 
     Attributes:
+        examples: the sequences.
         packed: all tokens, from position 0 of each sequence.
         rows: (L,) int64 rows of the T tokens that a loss term reads: those before a target, or the
             last of each sequence.
         targets: (L,) int64 token id or class that each of them predicts.
     """
 
+    examples: Sequence[Example]
     packed: PackedBatch
     rows: Tensor
     targets: Tensor
@@ -72,7 +74,9 @@ def pack_examples(examples: Sequence[Example]) -> TrainingBatch:
         block_tables=torch.zeros(len(examples), 1, dtype=torch.int32),
         output_rows=torch.empty(0, dtype=torch.int32),
     )
-    return TrainingBatch(packed=packed, rows=torch.tensor(rows), targets=torch.tensor(targets))
+    return TrainingBatch(
+        examples=examples, packed=packed, rows=torch.tensor(rows), targets=torch.tensor(targets)
+    )  # fmt: skip
 
 
 class DataOrder:

@@ -1,7 +1,7 @@
 """What a side network in training makes of a batch: the states that the LM head reads.
 
-The base runs forward only, one layer at a time and in its own precision, and the side network right
-after each layer; of the base's states nothing is kept but what a gradient needs.
+The base runs forward only, one layer at a time and in its own precision (`base_states.py`), and the
+side network right after each layer; of the base's states nothing is kept but what a gradient needs.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.packed_attention import PackedAttention
+from adapters.qst.base_states import BaseStates
 from adapters.qst.examples import TrainingBatch
 from adapters.qst.network import QstNetwork
-from models.batch import PackedBatch
 from models.decoder import Decoder
 from models.fork import ForkNetwork, ForkProgram
 from models.kernels.reference.operations import (
@@ -50,22 +50,31 @@ class NarrowForward:
 
     Args:
         decoder: the base.
+        states: its states, from the embedding on.
         network: in training, on the decoder's device.
         precision: entered for the side network's products.
     """
 
-    def __init__(self, decoder: Decoder, network: QstNetwork, precision: Precision) -> None:
-        self._decoder, self._network, self._precision = decoder, network, precision
+    def __init__(
+        self, decoder: Decoder, states: BaseStates, network: QstNetwork, precision: Precision
+    ) -> None:
+        self._decoder, self._states = decoder, states
+        self._network, self._precision = network, precision
 
     def __call__(self, batch: TrainingBatch, device: torch.device) -> States:
         """Compute a batch; its sequences begin at position 0."""
         packed, rows = batch.packed, batch.rows.to(device)
         last: list[Tensor] = []
-        hidden = _base_states(self._decoder, packed, device, last)
+
+        def hidden() -> Iterator[Tensor]:
+            for state in self._states(batch):
+                last[:] = [state]
+                yield state
+
         attend = PackedAttention(packed.query_starts, device)
         program, positions = self._network.program(), packed.positions.to(device).long()
         with self._precision():
-            side = run_side(program, hidden, positions, attend=attend)
+            side = run_side(program, hidden(), positions, attend=attend)
         normed = self._decoder.apply_final_norm(last[0][rows])
         return States(blend_side(program, normed, side.float().index_select(0, rows)), normed)
 
@@ -77,10 +86,14 @@ class ForkForward:
 
     Args:
         decoder, network, precision: as for `NarrowForward`.
+        states: of the decoder, from the first forked layer's input on.
     """
 
-    def __init__(self, decoder: Decoder, network: QstNetwork, precision: Precision) -> None:
-        self._decoder, self._network, self._precision = decoder, network, precision
+    def __init__(
+        self, decoder: Decoder, states: BaseStates, network: QstNetwork, precision: Precision
+    ) -> None:
+        self._decoder, self._states = decoder, states
+        self._network, self._precision = network, precision
         fork = network.side_network()
         assert isinstance(fork, ForkNetwork)
         laid_out = decoder.fork_program(fork)
@@ -99,12 +112,11 @@ class ForkForward:
         row_angles = angles[0][rows], angles[1][rows]
         attention = _RowAttention(packed.query_starts.tolist(), batch.rows.tolist(), device)
         stream: Tensor | None = None
-        for i, state in enumerate(_base_states(self._decoder, packed, device, [])):
-            if i == program.first_layer:
+        for i, state in enumerate(self._states(batch)):
+            if stream is None:
                 stream = state[rows]
-            if program.first_layer <= i < program.first_layer + len(program.layers):
-                assert stream is not None
-                ops = program.layers[i - program.first_layer]
+            if i < len(program.layers):
+                ops = program.layers[i]
                 attention.keys, attention.values = _keys_and_values(program, ops, state, angles)
                 with self._precision():
                     stream = run_fork_layer(program, ops, stream, row_angles, attend=attention)
@@ -156,20 +168,6 @@ def _keys_and_values(
     attention = next(i for i, op in enumerate(ops) if isinstance(op, AttentionOp))
     run_ops(ops[: attention + 1], {"x": state}, program.widths, angles, attend=attend)
     return found[0], found[1]
-
-
-def _base_states(
-    decoder: Decoder, packed: PackedBatch, device: torch.device, last: list[Tensor]
-) -> Iterator[Tensor]:
-    """Yield the base's hidden states; `last` gets the last."""
-    states = decoder.hidden_states(packed)
-    while True:
-        with torch.autocast(device.type, enabled=False), torch.no_grad():
-            state = next(states, None)
-        if state is None:
-            return
-        last[:] = [state]
-        yield state
 
 
 def _unpack(op: Op) -> Op:

@@ -84,6 +84,12 @@ class QstNetwork(nn.Module):
         return self.config.side_attention == "base"
 
     @property
+    def first_state(self) -> int:
+        """The first of the base's states that it reads."""
+        layers = self.config.side_layers
+        return 0 if layers is None else len(self.base.layers) - layers
+
+    @property
     def num_parameters(self) -> int:
         """Trainable numbers."""
         return sum(parameter.numel() for parameter in self.parameters())

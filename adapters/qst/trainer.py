@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from adapters.frozen_head import FrozenHead, head_loss, perplexity
 from adapters.precision import resolve_dtype
+from adapters.qst.base_states import BaseStates
 from adapters.qst.examples import Example, TrainingBatch, pack_examples
 from adapters.qst.forward import ForkForward, NarrowForward, States
 from adapters.qst.network import FLOAT32_TENSORS, QstNetwork
@@ -64,6 +66,7 @@ class Trainer:
         network: what is trained, on the decoder's device.
         head: the base's LM head; None for classification.
         config: options.
+        state_folder, base: of `BaseStates`.
     """
 
     def __init__(
@@ -72,14 +75,22 @@ class Trainer:
         network: QstNetwork,
         head: FrozenHead | None,
         config: TrainingConfig,
+        *,
+        state_folder: Path | None = None,
+        base: str = "",
     ) -> None:
         self.network = network
         self._head, self._config = head, config
         self.device = next(network.parameters()).device
         self._dtype = resolve_dtype(config.compute_dtype, self.device)
         self._parameters = list(network.parameters())
+        self.states = BaseStates(
+            decoder, self.device, first=network.first_state, folder=state_folder, base=base
+        )
         forward = ForkForward if network.is_fork else NarrowForward
-        self._forward: ForkForward | NarrowForward = forward(decoder, network, self._precision)
+        self._forward: ForkForward | NarrowForward = forward(
+            decoder, self.states, network, self._precision
+        )
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(network, config), betas=_BETAS, fused=True
         )

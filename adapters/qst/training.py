@@ -58,6 +58,7 @@ def train(
     eval_examples: Sequence[Example] | None = None,
     device: str = "cpu",
     resume: bool = False,
+    state_folder: Path | None = None,
     description: str = "",
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[str], None] = lambda _: None,
@@ -77,6 +78,7 @@ def train(
         eval_examples: to evaluate on.
         device: where the decoder computes.
         resume: go on from the newest checkpoint in `output`, or start if there is none.
+        state_folder: keeps the base's states of each sequence; see `BaseStates`.
         description: one line about the adapter, for people.
         should_stop: asked after each step.
         report: told what happens, a line at a time.
@@ -109,12 +111,18 @@ def train(
             "eval_data": digest_examples(eval_examples),
             "base": checkpoint.fingerprint,
             "chain": list(checkpoint.chain),
+            "has_kept_states": state_folder is not None,
         },
         num_steps=config.num_steps(len(examples)),
         checkpoint_every=config.checkpoint_every,
         report=report,
     )
-    trainer = Trainer(decoder, network, head, config)
+    base = " ".join((checkpoint.fingerprint, *checkpoint.chain))
+    trainer = Trainer(decoder, network, head, config, state_folder=state_folder, base=base)
+    trainer.states.check_room([*examples, *eval_examples])
+    if state_folder is not None:
+        size = trainer.states.bytes_missing([*examples, *eval_examples])
+        report(f"states of the base: {size / 1e6:,.0f} MB to come in {state_folder}")
     job = _TrainingJob(run, trainer, checkpoint, config, examples, eval_examples)
     tensors = run.prepare(resume)
     if tensors is not None:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from adapters.format import StoredAdapter
+from adapters.format import AdapterError, StoredAdapter
 from adapters.methods import HeadMethod, SideMethod, host_of, method_of
 from models.checkpoints import Checkpoint, Lineage
 from models.decoder import Decoder
+from models.spec import SpecError
 from models.weights import count_linear_parameters
 from serve.attachments.registry import AdapterRegistry, Loaded
 from serve.attachments.speed import DecodeSpeedTest
@@ -67,7 +68,10 @@ class NativeLoader:
         num_parameters = sum(tensor.numel() for tensor in stored.tensors.values())
         if isinstance(method, SideMethod):
             adapter = method.build(stored, host)
-            side = on.decoder.attach(adapter.network)
+            try:
+                side = on.decoder.attach(adapter.network)
+            except SpecError as error:
+                raise AdapterError(str(error)) from error
             given = SideAdapter(side, stored.digest, classifier=adapter.classifier)
             return Loaded(
                 given=Attachment(on.variant, given), num_parameters=num_parameters,

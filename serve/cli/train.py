@@ -141,6 +141,13 @@ def _add_qst(parser: argparse.ArgumentParser) -> None:
     _add_training(length, "steps", "N", "optimiser steps, instead of epochs")
     for name, metavar, text in TRAINING_FLAGS:
         _add_training(training, name, metavar, text)
+    training.add_argument(
+        "--cache-states",
+        metavar="DIR",
+        type=Path,
+        help="keep the model's states of each sequence here: later epochs and other trainings on "
+        "the same data do not compute them again",
+    )
     add_run_arguments(parser, "adapter")
     add_options(parser, MODEL_FLAGS)
 

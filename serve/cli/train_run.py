@@ -81,6 +81,7 @@ def run_training(
             eval_examples=eval_examples,
             device=options.device,
             resume=arguments.resume,
+            state_folder=arguments.cache_states,
             description=arguments.description,
             should_stop=should_stop,
             report=say,

@@ -99,9 +99,14 @@ def test_a_fork_is_the_last_layers_with_merged_weights(kind: str) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["whole", "pruned", "quantized"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_native_forks_are_those_of_the_reference(kind: str, native: KernelChoice) -> None:
-    spec, weights = make_decoder_parts(kind)
+def test_native_forks_are_those_of_the_reference(
+    kind: str, form: str, native: KernelChoice
+) -> None:
+    spec, weights = make_decoder_parts(
+        kind, is_pruned=form == "pruned", is_quantized=form == "quantized"
+    )
     layers = len(spec.layers)
     networks = [make_fork(spec, 1, seed=1), make_fork(spec, layers, rank=17, seed=2)]
     results = []
@@ -156,6 +161,18 @@ def test_forks_leave_cache_and_other_rows_as_they_are(kernels: KernelChoice) -> 
     assert all(map(torch.equal, *caches))
 
 
+def test_forks_read_keys_of_8_bits(kernels: KernelChoice) -> None:
+    spec, weights = make_decoder_parts("llama")
+    decoder = Decoder(spec, weights, kernels=kernels, head="dense")
+    fork = decoder.attach(make_fork(spec, 2))
+    logits = [
+        run(decoder, decoder.make_cache(num_blocks=2, dtype=dtype), [Row(PROMPT, fork=fork)])
+        for dtype in (torch.float32, torch.int8)
+    ]
+    assert not torch.equal(*logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=0.1, rtol=0.05)
+
+
 def test_native_rows_have_the_same_bits_alone_and_together(native: KernelChoice) -> None:
     spec, weights = make_decoder_parts("llama", is_quantized=True)
     decoder = Decoder(spec, weights, kernels=native)
@@ -196,5 +213,7 @@ def test_what_does_not_fit_is_named(kernels: KernelChoice) -> None:
         left=torch.ones(shape[0], 2), right=torch.ones(2, shape[1])
     )
     factored = Decoder(spec, weights, kernels=kernels)
-    with pytest.raises(SpecError, match=f"layers.{last}.q: the base has it as two factors"):
+    with pytest.raises(
+        SpecError, match=f"layers.{last}.q: two factors here, which cannot be forked"
+    ):
         factored.attach(network)

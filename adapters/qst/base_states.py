@@ -1,0 +1,151 @@
+"""The base's hidden states of training sequences: computed, or kept on the disk once they were."""
+
+import hashlib
+import os
+import shutil
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from adapters.qst.examples import Example, TrainingBatch, pack_examples
+from adapters.training_state import TrainingError
+from models.decoder import Decoder
+
+_LARGEST = 32_768.0  # of a stored row; half of what float16 holds
+
+
+class BaseStates:
+    """Gives the hidden states that a side network reads.
+
+    With a folder each sequence's states are kept there in float16, each row with a scale if it
+    needs one, and read back by whoever asks for the same sequence of the same base: later epochs,
+    other learning rates, other side networks that begin at the same layer. What is given is what
+    was kept, so it does not matter who computed it.
+
+    Args:
+        decoder: the base.
+        device: where it computes.
+        first: the first state that is wanted: 0 is the embedding, i what layer i - 1 leaves.
+        folder: made if it is missing; None: nothing is kept.
+        base: tells bases apart, such as a checkpoint's fingerprint and what is attached.
+
+    Raises:
+        TrainingError: the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        device: torch.device,
+        *,
+        first: int = 0,
+        folder: Path | None = None,
+        base: str = "",
+    ) -> None:
+        self._decoder, self._device, self._first, self._folder = decoder, device, first, folder
+        self._base = f"{base} {decoder.kernels} {first}\n".encode()
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise TrainingError(f"states: {folder} cannot be made: {error.strerror}") from error
+
+    @property
+    def num_states(self) -> int:
+        """States of a token."""
+        return len(self._decoder.spec.layers) + 1 - self._first
+
+    def bytes_missing(self, examples: Sequence[Example]) -> int:
+        """Return about how much the folder will grow by these sequences."""
+        paths = {self._path(example): len(example.token_ids) for example in examples}
+        num_tokens = sum(n for path, n in paths.items() if path is None or not path.is_file())
+        return num_tokens * self.num_states * (self._decoder.spec.hidden_size * 2 + 4)
+
+    def check_room(self, examples: Sequence[Example]) -> None:
+        """Refuse sequences whose states the disk has no room for.
+
+        Raises:
+            TrainingError: says what they take and what is free.
+        """
+        if self._folder is None:
+            return
+        needed, free = self.bytes_missing(examples), shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise TrainingError(
+                f"states: {self._folder} has {free / 1e9:.1f} GB free, and they take "
+                f"{needed / 1e9:.1f} GB"
+            )
+
+    def __call__(self, batch: TrainingBatch) -> Iterator[Tensor]:
+        """Yield h[first] .. h[N] of a batch, (T, D) float32 each; without gradient.
+
+        Raises:
+            TrainingError: they cannot be kept.
+        """
+        if self._folder is None:
+            yield from self._compute(batch)
+            return
+        kept = {path: self._read(path) for path in map(self._path, batch.examples)}
+        missing = [e for e in batch.examples if kept[self._path(e)] is None]
+        if missing:
+            packed = pack_examples(missing)
+            whole = torch.stack(list(self._compute(packed)), dim=1).cpu()
+            starts = packed.packed.query_starts.tolist()
+            for example, (start, stop) in zip(missing, pairwise(starts), strict=True):
+                kept[self._path(example)] = self._keep(example, whole[start:stop])
+        parts = [kept[self._path(example)] for example in batch.examples]
+        for i in range(self.num_states):
+            rows = [
+                states[:, i].float() * scales[:, i, None]
+                for states, scales in (part for part in parts if part is not None)
+            ]
+            yield torch.cat(rows).to(self._device)
+
+    def _compute(self, batch: TrainingBatch) -> Iterator[Tensor]:
+        states = self._decoder.hidden_states(batch.packed)
+        index = 0
+        while True:
+            with torch.autocast(self._device.type, enabled=False), torch.no_grad():
+                state = next(states, None)
+            if state is None:
+                return
+            if index >= self._first:
+                yield state
+            index += 1
+
+    def _path(self, example: Example) -> Path | None:
+        if self._folder is None:
+            return None
+        tokens = array("q", example.token_ids).tobytes()
+        return self._folder / f"{hashlib.sha256(self._base + tokens).hexdigest()}.safetensors"
+
+    def _read(self, path: Path | None) -> tuple[Tensor, Tensor] | None:
+        """Return (S, M, D) float16 states and (S, M) scales; None if they are not there whole."""
+        try:
+            tensors = safetensors.torch.load_file(path) if path is not None else {}
+        except (OSError, SafetensorError):
+            return None
+        if tensors.keys() != {"states", "scales"}:
+            return None
+        return tensors["states"], tensors["scales"]
+
+    def _keep(self, example: Example, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write what `_read` gives back, whole or not at all."""
+        scales = (states.abs().amax(-1) / _LARGEST).clamp(min=1.0)
+        kept = (states / scales[..., None]).half().contiguous(), scales.contiguous()
+        path = self._path(example)
+        assert path is not None
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            safetensors.torch.save_file({"states": kept[0], "scales": kept[1]}, part)
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise TrainingError(f"states cannot be kept in {self._folder}: {error}") from error
+        return kept
