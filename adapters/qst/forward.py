@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters.format import AdapterError
 from adapters.packed_attention import PackedAttention
 from adapters.qst.base_states import BaseStates
 from adapters.qst.examples import TrainingBatch
@@ -28,6 +29,7 @@ from models.kernels.reference.operations import (
     run_side,
 )
 from models.program import AttentionOp, LinearOp, Op
+from models.spec import SpecError
 from models.weights import dense
 
 Precision = Callable[[], AbstractContextManager[object]]
@@ -87,6 +89,9 @@ class ForkForward:
     Args:
         decoder, network, precision: as for `NarrowForward`.
         states: of the decoder, from the first forked layer's input on.
+
+    Raises:
+        AdapterError: a linear that it differs in cannot be forked.
     """
 
     def __init__(
@@ -96,7 +101,10 @@ class ForkForward:
         self._network, self._precision = network, precision
         fork = network.side_network()
         assert isinstance(fork, ForkNetwork)
-        laid_out = decoder.fork_program(fork)
+        try:
+            laid_out = decoder.fork_program(fork)
+        except SpecError as error:
+            raise AdapterError(f"{error}; side_attention own does") from error
         layers = tuple(tuple(map(_unpack, ops)) for ops in laid_out.layers)
         self._program = dataclasses.replace(laid_out, layers=layers)
 

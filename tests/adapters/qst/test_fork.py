@@ -18,6 +18,7 @@ from adapters.qst.training_config import TrainingConfig
 from models.decoder import Decoder
 from models.fork import ForkNetwork
 from tests.adapters.side_decoders import make_base, make_network, paper_base
+from tests.models.kernels.random_decoders import make_decoder_parts
 from tests.models.kernels.test_fork import Row, run
 
 CPU = torch.device("cpu")
@@ -166,6 +167,14 @@ def test_gradient_is_that_of_the_loss() -> None:
     slope = (losses[0] - losses[1]) / 2e-2
     assert slope == pytest.approx(float((gradient * direction).sum()), rel=0.02)
     assert all(p.grad is not None for p in trainer.network.parameters())
+
+
+def test_base_of_factors_is_refused_by_name() -> None:
+    spec, weights = make_decoder_parts("llama", is_low_rank=True)
+    decoder = Decoder(spec, weights, kernels="reference", head="dense")
+    network = make_network(spec, side_attention="base", side_layers=1)
+    with pytest.raises(AdapterError, match=r"layers.2.q: two factors.*side_attention own does"):
+        Trainer(decoder, network, None, TrainingConfig())
 
 
 def test_training_lowers_the_loss_and_leaves_the_base() -> None:
