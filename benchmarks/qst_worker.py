@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--reduction", type=int, default=16)
+    parser.add_argument("--side-layers", type=int, help="a fork of so many layers instead")
     options = parser.parse_args()
     checkpoint = load_checkpoint(None, cache_dir=options.cache_dir)
     examples, _ = load_examples(options, checkpoint)
@@ -39,7 +40,10 @@ def main() -> None:
     head = FrozenHead(decoder, head_weight(checkpoint), device)
     head.pull_back(torch.zeros(1, decoder.spec.vocab_size))  # brings mapped weights to memory
     memory = PeakMemory(device)
-    network = QstNetwork(decoder.spec, QstConfig(reduction=options.reduction))
+    qst = QstConfig(reduction=options.reduction)
+    if options.side_layers is not None:
+        qst = QstConfig(side_attention="base", side_layers=options.side_layers)
+    network = QstNetwork(decoder.spec, qst)
     config = TrainingConfig(steps=options.steps, batch_size=options.batch_size)
     trainer = Trainer(decoder, network, head, config)
     order, size, times = DataOrder(len(examples), config.seed), options.batch_size, []

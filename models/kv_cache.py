@@ -41,6 +41,12 @@ class KVCache:
         keys = kind(*(tensor.data_ptr() for tensor in self.keys))
         return keys, kind(*(tensor.data_ptr() for tensor in self.values))
 
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole blocks, all sources before any target is written."""
+        rows, places = torch.tensor(sources), torch.tensor(targets)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_copy_(0, places.to(tensor.device), tensor[rows.to(tensor.device)])
+
 
 def cache_bytes_per_block(spec: DecoderSpec, block_size: int, dtype: torch.dtype) -> int:
     """Return the bytes that one block takes over all layers."""

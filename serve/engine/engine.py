@@ -180,6 +180,7 @@ class Engine:
             chunks = self.scheduler.schedule()
             assert chunks, "a sequence is waiting, but none can run"
             with torch.inference_mode():
+                self._runner.copy_blocks(self.scheduler.take_copies())
                 computed = self._forward(chunks)
                 if computed is not None:
                     self.scheduler.commit(computed.chunks)

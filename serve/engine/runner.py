@@ -56,6 +56,12 @@ class ModelRunner:
         states = torch.empty(len(batch.output_rows), model.spec.hidden_size)
         return model.forward(batch, self._cache, states=states), states
 
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy (source, target) blocks of the cache."""
+        if copies:
+            sources, targets = zip(*copies, strict=True)
+            self._cache.copy_blocks(sources, targets)
+
     def side_cache(self, side: AttachedSide) -> KVCache:
         """Return the cache that side networks of this shape share, made for the first of them."""
         cache = self._side_caches.get(side.cache_shape)

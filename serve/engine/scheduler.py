@@ -95,6 +95,7 @@ class Scheduler:
         self._limits = limits
         self._block_size = limits.block_size
         self._forks: list[Sequence] = []
+        self._copies: list[tuple[int, int]] = []
 
     def add(self, request: LiveRequest) -> None:
         """Queue a started request.
@@ -112,6 +113,11 @@ class Scheduler:
             else:
                 variants.add(sequence.variant)
                 self._wait(sequence)
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """Return (source, target) of the blocks to copy before the step that was scheduled."""
+        copies, self._copies = self._copies, []
+        return copies
 
     def fork(self, parent: Sequence, probes: list[Sequence]) -> None:
         """Let probes try tokens for a running sequence, which waits until all have finished."""
@@ -210,7 +216,10 @@ class Scheduler:
             if sequence.sides:
                 self._commit_sides(sequence, num_full)
             if sequence.request.held and sequence.num_computed >= sequence.num_prompt_tokens:
-                self._let_go(_held_by(sequence))
+                held = _held_by(sequence)
+                for other in held:
+                    other.elder = sequence
+                self._let_go(held)
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
@@ -324,6 +333,9 @@ class Scheduler:
         if sequence.request.held:
             self._add_tracks(sequence)
         sequence.write_start = len(found) * self._block_size
+        if sequence.elder is not None:
+            self._copy_prompt_end(sequence, sequence.elder)
+            sequence.elder = None
         sequence.num_computed = min((sequence.write_start, *(x.start for x in sequence.sides)))
         sequence.num_published = len(found)
         sequence.state = SequenceState.RUNNING
@@ -336,6 +348,18 @@ class Scheduler:
             self.num_base_cached_prompt_tokens += sequence.write_start
         sequence.request.is_queued = False
         return True
+
+    def _copy_prompt_end(self, sequence: Sequence, elder: Sequence) -> None:
+        """Copy the block that a prompt ends in, which is never found: only its last token is left.
+
+        Not for a side network with a cache of its own, which would have to compute it anyway.
+        """
+        first, is_partial = divmod(sequence.num_prompt_tokens - 1, self._block_size)
+        is_there = elder.num_computed >= sequence.num_prompt_tokens and len(elder.blocks) > first
+        is_next = sequence.write_start == first * self._block_size
+        if is_partial and is_there and is_next and not sequence.sides:
+            self._copies.append((elder.blocks[first], sequence.blocks[first]))
+            sequence.write_start = sequence.num_prompt_tokens - 1
 
     def _num_reusable_blocks(self, sequence: Sequence) -> int:
         """Count the full blocks short of the first token whose logits are needed."""

@@ -163,6 +163,7 @@ class Sequence:
         num_computed: leading tokens that need not be computed any more.
         write_start: leading positions whose keys and values the cache had at admission.
         num_published: leading blocks that were offered for reuse.
+        elder: the sibling that has computed the prompt, until admission; or None.
         num_cached_prompt_tokens: prompt tokens found in the prefix cache at first admission; None
             before it.
         has_output: an output was handed out.
@@ -191,6 +192,7 @@ class Sequence:
     num_computed: int = 0
     write_start: int = 0
     num_published: int = 0
+    elder: "Sequence | None" = None
     num_cached_prompt_tokens: int | None = None
     has_output: bool = False
     row: Row | None = None

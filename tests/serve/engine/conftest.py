@@ -80,8 +80,16 @@ class HistoryModel:
     def make_cache(
         self, *, num_blocks: int, block_size: int = 16, dtype: torch.dtype | None = None
     ) -> Any:
-        slots = [("", VOCAB_SIZE)] * (num_blocks * block_size)
-        return SimpleNamespace(num_blocks=num_blocks, block_size=block_size, slots=slots)
+        slots: list[tuple[Any, ...]] = [("", VOCAB_SIZE)] * (num_blocks * block_size)
+
+        def copy_blocks(sources: Sequence[int], targets: Sequence[int]) -> None:
+            copied = [slots[i * block_size : (i + 1) * block_size] for i in sources]
+            for target, block in zip(targets, copied, strict=True):
+                slots[target * block_size : (target + 1) * block_size] = block
+
+        return SimpleNamespace(
+            num_blocks=num_blocks, block_size=block_size, slots=slots, copy_blocks=copy_blocks
+        )
 
     def make_side_cache(self, side: Any, **sizes: Any) -> Any:
         self.side_shapes.append(side.cache_shape)

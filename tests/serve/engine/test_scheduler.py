@@ -129,9 +129,24 @@ def test_siblings_wait_for_the_shared_prompt() -> None:
     assert shape(harness.step()) == [(0, 0, 16)]
     assert [s.state for s in request.sequences[1:]] == [SequenceState.HELD] * 2
     assert shape(harness.step()) == [(0, 16, 4), (1, 0, 1)]
-    assert shape(harness.step()) == [(0, 20, 1), (1, 1, 1), (0, 16, 4), (0, 16, 4)]
+    assert harness.scheduler.take_copies() == []
+    assert shape(harness.step()) == [(0, 20, 1), (1, 1, 1), (0, 19, 1), (0, 19, 1)]
     assert len({sequence.blocks[3] for sequence in request.sequences}) == 1
-    assert len({sequence.blocks[4] for sequence in request.sequences}) == 3
+    ends = [sequence.blocks[4] for sequence in request.sequences]
+    assert len(set(ends)) == 3
+    assert harness.scheduler.take_copies() == [(ends[0], ends[1]), (ends[0], ends[2])]
+    assert harness.scheduler.take_copies() == []
+
+
+def test_end_of_a_prompt_is_not_copied_from_a_sibling_that_has_left() -> None:
+    harness = Harness(40)
+    request = harness.add(list(range(18)), num_sequences=2)
+    harness.step()
+    harness.step()
+    assert request.sequences[1].state is SequenceState.WAITING
+    harness.scheduler.finish(request.sequences[0])
+    assert shape(harness.step()) == [(0, 16, 2)]
+    assert harness.scheduler.take_copies() == []
 
 
 def test_sibling_takes_over_when_the_first_is_finished_early() -> None:
@@ -214,7 +229,7 @@ def test_prompt_logits_forbid_prefix_reuse_by_the_first_sequence_only() -> None:
     harness.step()
     harness.add(list(range(12)), prompt_logprobs=0, num_sequences=2)
     assert shape(harness.step()) == [(0, 12, 1), (1, 0, 12)]
-    assert shape(harness.step())[2:] == [(1, 8, 4)]
+    assert shape(harness.step())[2:] == [(1, 11, 1)]
 
 
 def test_prompt_logits_are_not_computed_twice_after_preemption() -> None:
