@@ -76,7 +76,7 @@ class CacheBlocks:
         if num_blocks < 1:
             raise ValueError(f"num_cache_blocks must be at least 1, got {num_blocks}")
         self._num_users = [0] * num_blocks
-        self._key_of: list[bytes | None] = [None] * num_blocks
+        self._keys_of: list[list[bytes]] = [[] for _ in range(num_blocks)]
         self._free = list(range(num_blocks - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._published: dict[bytes, int] = {}
@@ -147,20 +147,23 @@ class CacheBlocks:
             block = self._free.pop()
         else:
             block, _ = self._idle.popitem(last=False)
-            key = self._key_of[block]
-            assert key is not None, "an idle block has no key"
-            del self._published[key]
-            self._key_of[block] = None
+            assert self._keys_of[block], "an idle block has no key"
+            for key in self._keys_of[block]:
+                del self._published[key]
+            self._keys_of[block].clear()
         self._num_users[block] = 1
         return block
 
     def publish(self, block: int, key: bytes) -> None:
-        """Make a used, full and computed block findable, unless another one has its key."""
+        """Make a used and computed block findable, unless another one has its key.
+
+        A prompt's last block has two keys once it is full: as the end of that prompt, and as what
+        it holds then.
+        """
         assert self._num_users[block], "only a used block can be published"
         if key not in self._published:
-            assert self._key_of[block] is None, "a block is published once"
             self._published[key] = block
-            self._key_of[block] = key
+            self._keys_of[block].append(key)
 
     def release(self, blocks: Iterable[int]) -> None:
         """Take one user from each of a sequence's blocks.
@@ -174,7 +177,7 @@ class CacheBlocks:
             assert self._num_users[block], f"block {block} was released twice"
             self._num_users[block] -= 1
             if not self._num_users[block]:
-                if self._key_of[block] is None:
-                    self._free.append(block)
-                else:
+                if self._keys_of[block]:
                     self._idle[block] = None
+                else:
+                    self._free.append(block)

@@ -213,13 +213,12 @@ class Scheduler:
             num_full = sequence.num_computed // self._block_size
             if num_full > sequence.num_published:
                 self._publish(sequence, num_full)
+            if chunk.start < sequence.num_prompt_tokens <= sequence.num_computed:
+                self._publish_prompt_end(sequence)
             if sequence.sides:
                 self._commit_sides(sequence, num_full)
             if sequence.request.held and sequence.num_computed >= sequence.num_prompt_tokens:
-                held = _held_by(sequence)
-                for other in held:
-                    other.elder = sequence
-                self._let_go(held)
+                self._let_go(_held_by(sequence))
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
@@ -333,9 +332,8 @@ class Scheduler:
         if sequence.request.held:
             self._add_tracks(sequence)
         sequence.write_start = len(found) * self._block_size
-        if sequence.elder is not None:
-            self._copy_prompt_end(sequence, sequence.elder)
-            sequence.elder = None
+        if self._limits.prefix_caching and not sequence.sides:
+            self._copy_prompt_end(sequence)
         sequence.num_computed = min((sequence.write_start, *(x.start for x in sequence.sides)))
         sequence.num_published = len(found)
         sequence.state = SequenceState.RUNNING
@@ -349,16 +347,18 @@ class Scheduler:
         sequence.request.is_queued = False
         return True
 
-    def _copy_prompt_end(self, sequence: Sequence, elder: Sequence) -> None:
-        """Copy the block that a prompt ends in, which is never found: only its last token is left.
+    def _copy_prompt_end(self, sequence: Sequence) -> None:
+        """Copy the block that the same prompt ended in before: only its last token is left.
 
         Not for a side network with a cache of its own, which would have to compute it anyway.
         """
-        first, is_partial = divmod(sequence.num_prompt_tokens - 1, self._block_size)
-        is_there = elder.num_computed >= sequence.num_prompt_tokens and len(elder.blocks) > first
+        first = (sequence.num_prompt_tokens - 1) // self._block_size
         is_next = sequence.write_start == first * self._block_size
-        if is_partial and is_there and is_next and not sequence.sides:
-            self._copies.append((elder.blocks[first], sequence.blocks[first]))
+        is_fresh = len(sequence.token_ids) == sequence.num_prompt_tokens
+        if not (is_next and is_fresh) or sequence.num_missing_prompt_logprobs:
+            return
+        for block in self._blocks.find([sequence.prompt_end_key(self._block_size)]):
+            self._copies.append((block, sequence.blocks[first]))
             sequence.write_start = sequence.num_prompt_tokens - 1
 
     def _num_reusable_blocks(self, sequence: Sequence) -> int:
@@ -427,6 +427,12 @@ class Scheduler:
             for i in range(sequence.num_published, num_full):
                 self._blocks.publish(sequence.blocks[i], sequence.block_key(i, self._block_size))
         sequence.num_published = num_full
+
+    def _publish_prompt_end(self, sequence: Sequence) -> None:
+        """Make the block that a prompt ends in findable for the same prompt."""
+        first, num_tokens = divmod(sequence.num_prompt_tokens, self._block_size)
+        if num_tokens > 1 and self._limits.prefix_caching and first == sequence.num_published:
+            self._blocks.publish(sequence.blocks[first], sequence.prompt_end_key(self._block_size))
 
     def _commit_sides(self, sequence: Sequence, num_full: int) -> None:
         """Publish full side blocks; those who read along for siblings leave with the prompt."""

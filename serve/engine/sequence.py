@@ -163,7 +163,6 @@ class Sequence:
         num_computed: leading tokens that need not be computed any more.
         write_start: leading positions whose keys and values the cache had at admission.
         num_published: leading blocks that were offered for reuse.
-        elder: the sibling that has computed the prompt, until admission; or None.
         num_cached_prompt_tokens: prompt tokens found in the prefix cache at first admission; None
             before it.
         has_output: an output was handed out.
@@ -192,7 +191,6 @@ class Sequence:
     num_computed: int = 0
     write_start: int = 0
     num_published: int = 0
-    elder: "Sequence | None" = None
     num_cached_prompt_tokens: int | None = None
     has_output: bool = False
     row: Row | None = None
@@ -254,6 +252,13 @@ class Sequence:
             block_ids = self.token_ids[start : start + block_size].tobytes()
             keys.append(chain_key(keys[-1] if keys else root_key, block_ids))
         return keys[i]
+
+    def prompt_end_key(self, block_size: int) -> bytes:
+        """Give the key of the prompt's last block, full or not, as the end of this prompt."""
+        first = (self.num_prompt_tokens - 1) // block_size
+        root_key = BASE_ROOT_KEY if self.variant is None else self.variant.root_key
+        end = self.token_ids[first * block_size : self.num_prompt_tokens].tobytes()
+        return chain_key(self.block_key(first - 1, block_size) if first else root_key, end)
 
 
 @dataclass(slots=True, eq=False)

@@ -106,7 +106,7 @@ def test_first_sequence_that_ends_with_the_prompt_leaves_it_to_its_siblings(
     request = submit(engine, PROMPT, first, branch(adapters[1], variant=on), branch(variant=on))
     outputs = run(engine)[request]
     assert_as_expected(outputs, expect_all(request))
-    assert sum(model_of(on, model).num_tokens) == 30 + 2 * 2 + 2 * 5
+    assert sum(model_of(on, model).num_tokens) == 30 + (2 + 1) + 2 * 5
 
 
 def test_sibling_goes_on_when_the_first_sequence_is_aborted(

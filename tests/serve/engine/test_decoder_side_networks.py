@@ -149,7 +149,7 @@ def test_request_to_several_adapters_equals_separate_requests(
     branches = [ask_of(kind) for kind in (adapters[1], None, *adapters)]
     engine = make_engine(decoder, max_batch_tokens=64)
     (answer,) = run(engine, [make_live(PROMPT, *branches)])
-    # The block that the prompt ends in is copied for those without a cache of their own.
+    # The block that a prompt ends in is copied for those without a cache of their own.
     assert engine.scheduler.num_cached_prompt_tokens == 3 * 80 + 3 * 89
     for one, outputs in zip(branches, answer, strict=True):
         assert_same(decoder, [outputs], alone(decoder, PROMPT, one))
@@ -164,7 +164,7 @@ def test_fork_starts_at_once_on_whatever_the_base_has_cached(
     for adapter in adapters[-NUM_FORKS:]:
         one = ask_of(adapter)
         (answer,) = run(engine, [make_live(PROMPT, one)])
-        assert answer[0][0].cached_prompt_tokens == 80
+        assert answer[0][0].cached_prompt_tokens == 89
         assert_same(decoder, answer, alone(decoder, PROMPT, one))
     assert engine.num_available_side_cache_blocks == engine.num_side_cache_blocks
 

@@ -101,17 +101,19 @@ def test_request_is_queued_until_its_first_admission() -> None:
     assert (running.is_queued, waiting.is_queued) == (False, True)
 
 
-def test_prefix_is_reused_in_full_blocks_short_of_the_last_token() -> None:
+def test_prefix_is_reused_in_full_blocks_and_to_the_end_by_the_same_prompt() -> None:
     harness = Harness(20)
     first = harness.add(list(range(12)))
     harness.step()
     again = harness.add(list(range(12)))
     longer = harness.add([*range(8), 99, 98])
     chunks = harness.step()
-    assert shape(chunks) == [(0, 12, 1), (1, 8, 4), (2, 8, 2)]
+    assert shape(chunks) == [(0, 12, 1), (1, 11, 1), (2, 8, 2)]
+    ends = [request.sequences[0].blocks[2] for request in (first, again)]
+    assert harness.scheduler.take_copies() == [tuple(ends)]
     assert again.sequences[0].blocks[:2] == first.sequences[0].blocks[:2]
     assert longer.sequences[0].num_cached_prompt_tokens == 8
-    assert harness.scheduler.num_cached_prompt_tokens == 16
+    assert harness.scheduler.num_cached_prompt_tokens == 11 + 8
 
 
 def test_prefix_is_not_reused_when_caching_is_off() -> None:
@@ -138,15 +140,35 @@ def test_siblings_wait_for_the_shared_prompt() -> None:
     assert harness.scheduler.take_copies() == []
 
 
-def test_end_of_a_prompt_is_not_copied_from_a_sibling_that_has_left() -> None:
-    harness = Harness(40)
-    request = harness.add(list(range(18)), num_sequences=2)
+def test_end_of_a_prompt_is_copied_from_one_that_has_left_until_its_block_is_recycled() -> None:
+    harness = Harness(5)
+    first = harness.add(list(range(6)))
     harness.step()
+    end = first.sequences[0].blocks[1]
+    harness.scheduler.finish(first.sequences[0])
+    again = harness.add(list(range(6)))
+    assert shape(harness.step()) == [(1, 5, 1)]
+    assert harness.scheduler.take_copies() == [(end, again.sequences[0].blocks[1])]
+    harness.scheduler.finish(again.sequences[0])
+    other = harness.add([*range(50, 66)])
     harness.step()
-    assert request.sequences[1].state is SequenceState.WAITING
-    harness.scheduler.finish(request.sequences[0])
-    assert shape(harness.step()) == [(0, 16, 2)]
+    harness.scheduler.finish(other.sequences[0])
+    harness.add(list(range(6)))
+    assert shape(harness.step())[0][1] in (0, 4)
     assert harness.scheduler.take_copies() == []
+
+
+def test_block_that_a_prompt_ends_in_is_found_as_full_once_it_is() -> None:
+    harness = Harness(20)
+    first = harness.add(list(range(6)))
+    for _ in range(4):
+        harness.step()
+    ids = list(first.sequences[0].token_ids)
+    assert len(ids) >= 8
+    longer = harness.add([*ids[:8], 77])
+    harness.step()
+    assert longer.sequences[0].num_cached_prompt_tokens == 8
+    assert longer.sequences[0].blocks[:2] == first.sequences[0].blocks[:2]
 
 
 def test_sibling_takes_over_when_the_first_is_finished_early() -> None:

@@ -64,7 +64,7 @@ def test_prefix_cache_never_mixes_models(
         for variant in (None, *variants):
             request = submit(engine, PROMPT, branch(variant=variant))
             outputs = run(engine)[request]
-            assert outputs[0].cached_prompt_tokens == (28 if is_known else 0)
+            assert outputs[0].cached_prompt_tokens == (29 if is_known else 0)
             assert_as_expected(outputs, expect_all(request))
 
 
@@ -73,7 +73,7 @@ def test_names_of_one_variant_share_a_prefix(make_engine: MakeEngine, variants: 
     submit(engine, PROMPT, branch(variant=variants[0]))
     run(engine)
     again = submit(engine, PROMPT, branch(variant=ModelVariant(variants[0].model, "small")))
-    assert run(engine)[again][0].cached_prompt_tokens == 28
+    assert run(engine)[again][0].cached_prompt_tokens == 29
 
 
 def test_side_blocks_of_an_adapter_are_those_of_its_variant(
@@ -103,9 +103,9 @@ def test_each_variant_computes_a_shared_prompt_once(
     assert_as_expected(outputs, expect_all(request))
     assert request.held == []
     cached = {o.sequence_index: o.cached_prompt_tokens for o in outputs}
-    assert cached == {0: 0, 1: 28, 2: 0, 3: 28, 4: 28, 5: 0, 6: 28}
-    assert sum(model.num_tokens) == 30 + 2 * 2
-    assert [sum(model_of(v).num_tokens) for v in variants] == [30 + 2 * 2, 30]
+    assert cached == {0: 0, 1: 29, 2: 0, 3: 29, 4: 29, 5: 0, 6: 29}
+    assert sum(model.num_tokens) == 30 + 2
+    assert [sum(model_of(v).num_tokens) for v in variants] == [30 + 2, 30]
 
 
 def test_side_networks_read_along_for_siblings_of_their_variant_only(
@@ -146,7 +146,7 @@ def test_next_sibling_of_its_variant_follows_an_aborted_one(
     assert [tokens(outputs, i) for i in (0, 1, 3, 4)] == [
         expected[i].token_ids for i in (0, 1, 3, 4)
     ]
-    assert sum(model.num_tokens) == 30 + 2
+    assert sum(model.num_tokens) == 30 + 1
 
 
 def test_aborted_request_leaves_nothing_held(make_engine: MakeEngine, variants: Variants) -> None:
