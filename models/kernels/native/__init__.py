@@ -4,7 +4,7 @@
 - `library`: loads it and refuses one built for other code; `sources`: the digest that tells.
 - `structs`: the structures that both sides read, mirrored from `cpp/program.h`.
 - `panels`, `memory`: weights as the kernels read them, and where they lie.
-- `lowering`, `side`: a program and a side network made of those structures.
+- `lowering`, `side`, `fork`: a program and both forms of side networks made of those structures.
 - `executor`: one call for each step; `threads`: those of the library that take it.
 - `picker`: the next tokens of many rows, in one call.
 """
