@@ -11,7 +11,7 @@ as it ends in `benchmarks/results/qst_quality.json`: the same command goes on wh
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -70,21 +70,18 @@ def best_rate(runs: Sequence[Run]) -> float | None:
     return rate
 
 
-def missing_runs(
+def next_run(
     runs: Sequence[Run], common: Mapping[str, Any], rates: Sequence[float]
-) -> Iterator[tuple[int, float]]:
-    """Yield (seed, learning rate) of what a contender lacks on a data set, one at a time."""
-    known = {(run["seed"], run["learning_rate"]) for run in runs_of(runs, **common)}
-    for rate in rates:
-        if (SEEDS[0], rate) not in known:
-            yield SEEDS[0], rate
-            return
-    chosen = best_rate(runs_of(runs, **common))
-    assert chosen is not None
-    for seed in SEEDS[1:]:
-        if (seed, chosen) not in known:
-            yield seed, chosen
-            return
+) -> tuple[int, float] | None:
+    """Return seed and learning rate of what a contender lacks first on a data set, if anything."""
+    of_it = runs_of(runs, **common)
+    known = {(run["seed"], run["learning_rate"]) for run in of_it}
+    wanted = [(SEEDS[0], rate) for rate in rates]
+    if known.issuperset(wanted):
+        rate = best_rate(of_it)
+        assert rate is not None
+        wanted = [(seed, rate) for seed in SEEDS[1:]]
+    return next((run for run in wanted if run not in known), None)
 
 
 def tuned(runs: Sequence[Run], **common: Any) -> list[Run]:
@@ -181,7 +178,7 @@ def main() -> int:
                 "steps": options.steps, "num_evaluated": options.num_evaluated,
             }  # fmt: skip
             rates = RATES.get(contender, RATES[""])
-            while missing := next(missing_runs(read_runs(), common, rates), None):
+            while missing := next_run(read_runs(), common, rates):
                 seed, rate = missing
                 say(f"{name}: {contender}, learning rate {rate:g}, seed {seed}")
                 settings = {

@@ -62,25 +62,31 @@ class BaseStates:
         return len(self._decoder.spec.layers) + 1 - self._first
 
     def bytes_missing(self, examples: Sequence[Example]) -> int:
-        """Return about how much the folder will grow by these sequences."""
-        paths = {self._path(example): len(example.token_ids) for example in examples}
-        num_tokens = sum(n for path, n in paths.items() if path is None or not path.is_file())
+        """Return about how much the folder will grow by these sequences; 0 without one."""
+        if self._folder is None:
+            return 0
+        lengths = {self._path(self._folder, e): len(e.token_ids) for e in examples}
+        num_tokens = sum(length for path, length in lengths.items() if not path.is_file())
         return num_tokens * self.num_states * (self._decoder.spec.hidden_size * 2 + 4)
 
-    def check_room(self, examples: Sequence[Example]) -> None:
+    def check_room(self, examples: Sequence[Example]) -> int:
         """Refuse sequences whose states the disk has no room for.
+
+        Returns:
+            `bytes_missing` of them.
 
         Raises:
             TrainingError: says what they take and what is free.
         """
-        if self._folder is None:
-            return
-        needed, free = self.bytes_missing(examples), shutil.disk_usage(self._folder).free
-        if needed > free:
-            raise TrainingError(
-                f"states: {self._folder} has {free / 1e9:.1f} GB free, and they take "
-                f"{needed / 1e9:.1f} GB"
-            )
+        needed = self.bytes_missing(examples)
+        if self._folder is not None:
+            free = shutil.disk_usage(self._folder).free
+            if needed > free:
+                raise TrainingError(
+                    f"states: {self._folder} has {free / 1e9:.1f} GB free, and they take "
+                    f"{needed / 1e9:.1f} GB"
+                )
+        return needed
 
     def __call__(self, batch: TrainingBatch) -> Iterator[Tensor]:
         """Yield h[first] .. h[N] of a batch, (T, D) float32 each; without gradient.
@@ -91,20 +97,18 @@ class BaseStates:
         if self._folder is None:
             yield from self._compute(batch)
             return
-        kept = {path: self._read(path) for path in map(self._path, batch.examples)}
-        missing = [e for e in batch.examples if kept[self._path(e)] is None]
+        paths = [self._path(self._folder, example) for example in batch.examples]
+        kept = [_read(path) for path in paths]
+        missing = [i for i, states in enumerate(kept) if states is None]
         if missing:
-            packed = pack_examples(missing)
+            packed = pack_examples([batch.examples[i] for i in missing])
             whole = torch.stack(list(self._compute(packed)), dim=1).cpu()
             starts = packed.packed.query_starts.tolist()
-            for example, (start, stop) in zip(missing, pairwise(starts), strict=True):
-                kept[self._path(example)] = self._keep(example, whole[start:stop])
-        parts = [kept[self._path(example)] for example in batch.examples]
+            for i, (start, stop) in zip(missing, pairwise(starts), strict=True):
+                kept[i] = _keep(paths[i], whole[start:stop])
+        parts = [part for part in kept if part is not None]
         for i in range(self.num_states):
-            rows = [
-                states[:, i].float() * scales[:, i, None]
-                for states, scales in (part for part in parts if part is not None)
-            ]
+            rows = [states[:, i].float() * scales[:, i, None] for states, scales in parts]
             yield torch.cat(rows).to(self._device)
 
     def _compute(self, batch: TrainingBatch) -> Iterator[Tensor]:
@@ -119,33 +123,31 @@ class BaseStates:
                 yield state
             index += 1
 
-    def _path(self, example: Example) -> Path | None:
-        if self._folder is None:
-            return None
+    def _path(self, folder: Path, example: Example) -> Path:
         tokens = array("q", example.token_ids).tobytes()
-        return self._folder / f"{hashlib.sha256(self._base + tokens).hexdigest()}.safetensors"
+        return folder / f"{hashlib.sha256(self._base + tokens).hexdigest()}.safetensors"
 
-    def _read(self, path: Path | None) -> tuple[Tensor, Tensor] | None:
-        """Return (S, M, D) float16 states and (S, M) scales; None if they are not there whole."""
-        try:
-            tensors = safetensors.torch.load_file(path) if path is not None else {}
-        except (OSError, SafetensorError):
-            return None
-        if tensors.keys() != {"states", "scales"}:
-            return None
-        return tensors["states"], tensors["scales"]
 
-    def _keep(self, example: Example, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Write what `_read` gives back, whole or not at all."""
-        scales = (states.abs().amax(-1) / _LARGEST).clamp(min=1.0)
-        kept = (states / scales[..., None]).half().contiguous(), scales.contiguous()
-        path = self._path(example)
-        assert path is not None
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            safetensors.torch.save_file({"states": kept[0], "scales": kept[1]}, part)
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            raise TrainingError(f"states cannot be kept in {self._folder}: {error}") from error
-        return kept
+def _read(path: Path) -> tuple[Tensor, Tensor] | None:
+    """Return (S, M, D) float16 states and (S, M) scales; None if they are not there whole."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    if tensors.keys() != {"states", "scales"}:
+        return None
+    return tensors["states"], tensors["scales"]
+
+
+def _keep(path: Path, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Write what `_read` gives back, whole or not at all."""
+    scales = (states.abs().amax(-1) / _LARGEST).clamp(min=1.0)
+    kept = (states / scales[..., None]).half().contiguous(), scales.contiguous()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        safetensors.torch.save_file({"states": kept[0], "scales": kept[1]}, part)
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise TrainingError(f"states cannot be kept in {path.parent}: {error}") from error
+    return kept

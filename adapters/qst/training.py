@@ -119,9 +119,8 @@ def train(
     )
     base = " ".join((checkpoint.fingerprint, *checkpoint.chain))
     trainer = Trainer(decoder, network, head, config, state_folder=state_folder, base=base)
-    trainer.states.check_room([*examples, *eval_examples])
+    size = trainer.states.check_room([*examples, *eval_examples])
     if state_folder is not None:
-        size = trainer.states.bytes_missing([*examples, *eval_examples])
         report(f"states of the base: {size / 1e6:,.0f} MB to come in {state_folder}")
     job = _TrainingJob(run, trainer, checkpoint, config, examples, eval_examples)
     tensors = run.prepare(resume)

@@ -11,7 +11,7 @@ from benchmarks.qst_quality import (
     SEEDS,
     draw,
     keep_run,
-    missing_runs,
+    next_run,
     read_runs,
     tables,
     tuned,
@@ -44,7 +44,7 @@ def test_rates_come_first_and_the_best_gets_the_other_seeds() -> None:
     losses = {0.1: 2.0, 0.2: 1.5, 0.3: 1.8}
     common = {**COMMON, "contender": QLORA}
     seen = []
-    while missing := next(missing_runs(runs, common, tuple(losses)), None):
+    while missing := next_run(runs, common, tuple(losses)):
         seed, rate = missing
         seen.append(missing)
         runs.append(make_run(seed=seed, rate=rate, loss=losses[rate]))
@@ -80,9 +80,10 @@ def test_accuracy_is_told_where_there_is_one() -> None:
 def test_contenders_are_forms_of_a_side_network() -> None:
     from adapters.qst.config import from_fields
 
-    for fields in CONTENDERS.values():
-        if fields is not None:
-            from_fields(fields)
+    forms = [from_fields(fields) for fields in CONTENDERS.values() if fields is not None]
+    assert [(form.side_attention, form.side_layers) for form in forms] == [
+        ("own", None), ("base", 4), ("base", 8), ("base", 15),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "tsv"])

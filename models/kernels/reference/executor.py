@@ -224,27 +224,24 @@ def walk_whole_sequences(
 
 def attach_plain(program: SideProgram, device: torch.device) -> AttachedSide:
     """Copy a side network to where it is computed."""
-    copies: list[Tensor] = []
-
-    def copy(tensor: Tensor) -> Tensor:
-        copies.append(tensor.detach().to(device, copy=True))
-        return copies[-1]
-
-    moved = map_tensors(program, copy)
+    moved, size = _copy_tensors(program, device)
     assert isinstance(moved, SideProgram)
-    size = sum(tensor.nbytes for tensor in copies)
     return AttachedSide(moved.network.spec, size, moved)
 
 
 def attach_plain_fork(program: ForkProgram, device: torch.device) -> AttachedFork:
     """Copy a fork's differences to where they are computed, beside the base's operations."""
+    network, size = _copy_tensors(program.network, device)
+    assert isinstance(network, ForkNetwork)
+    return AttachedFork(size, dataclasses.replace(program, network=network))
+
+
+def _copy_tensors(item: object, device: torch.device) -> tuple[object, int]:
+    """Return an item with all of its tensors copied to a device, and their bytes."""
     copies: list[Tensor] = []
 
     def copy(tensor: Tensor) -> Tensor:
         copies.append(tensor.detach().to(device, copy=True))
         return copies[-1]
 
-    network = map_tensors(program.network, copy)
-    assert isinstance(network, ForkNetwork)
-    size = sum(tensor.nbytes for tensor in copies)
-    return AttachedFork(size, dataclasses.replace(program, network=network))
+    return map_tensors(item, copy), sum(tensor.nbytes for tensor in copies)
